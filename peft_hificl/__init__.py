@@ -1,0 +1,27 @@
+"""HiFICL (arXiv 2603.12760) as a PEFT method: learned virtual key-value pairs in every attention head.
+
+Importing the package registers the method; from then on `get_peft_model(model, HiFICLConfig())`,
+`PeftModel.from_pretrained(...)` and all the rest work as they do for LoRA.
+"""
+
+from .registration import add_peft_type, register
+
+add_peft_type()  # the classes below refer to the new member
+
+from .config import HiFICLConfig  # noqa: E402
+from .functional import VirtualPairs, concatenate_pairs, select_rows, virtual_attention  # noqa: E402
+from .layer import HiFICLLayer  # noqa: E402
+from .model import HiFICLModel  # noqa: E402
+
+register(HiFICLConfig, HiFICLModel)
+
+__version__ = "0.1.0"
+__all__ = [
+    "HiFICLConfig",
+    "HiFICLLayer",
+    "HiFICLModel",
+    "VirtualPairs",
+    "concatenate_pairs",
+    "select_rows",
+    "virtual_attention",
+]

@@ -1,0 +1,263 @@
+"""HiFICL inside transformers' attention interface: the one file that knows it.
+
+Every attention module of transformers that dispatches calls ``attention_interface(self, query, key, value, mask,
+...)`` with a function looked up by ``self.config._attn_implementation``.  An adapted module gets a shallow copy of its
+configuration in which this name is ``"hificl"``, so that `hificl_attention_forward` receives the call, finds the
+adapter on the module (its first argument) and mixes the virtual pairs in.
+
+The module's original configuration object is kept on the adapter and stays the live source of the real implementation:
+masks are built for it as before, and `model.set_attn_implementation(...)` keeps working.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_mask
+from transformers import AttentionInterface, PreTrainedConfig
+
+from . import functional
+from .checkpoint import MODULE, HeadShape
+from .layer import HiFICLLayer
+
+IMPLEMENTATION = "hificl"
+SUPPORTED = ("eager", "sdpa", "flex_attention")
+
+# What the attention functions of transformers take; an argument that is not here could change the result unseen.
+_KNOWN_ARGUMENTS = {
+    "module", "query", "key", "value", "attention_mask", "scaling", "dropout", "softcap", "position_bias",
+    "sliding_window", "is_causal", "kwargs",
+}  # fmt: skip
+
+_HEADS = ("num_heads", "num_attention_heads", "n_heads")
+_KEY_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+
+
+class Dispatch(NamedTuple):
+    """How a class of attention modules reaches its attention function."""
+
+    eager: Callable[..., tuple[Tensor, Tensor | None]]
+    interface: AttentionInterface
+
+
+def hificl_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function of adapted modules; signature and results are those of transformers' own.
+
+    Args:
+        query: ``(B, H, T, d)``.
+        key: ``(B, G, S, d)``.
+        value: ``(B, G, S, e)``.
+        attention_mask: None, boolean, additive or a ``BlockMask``, as the module's own implementation gets it.
+
+    Returns:
+        The output ``(B, T, H, e)`` and, for ``eager``, the weights of the context values ``(B, H, T, S)``: each row
+        sums to alpha, not to 1, as the virtual pairs take the rest.
+
+    Raises:
+        ValueError: an implementation that is not supported, or heads that differ from those the adapter was made for.
+    """
+    layer = getattr(module, MODULE, None)
+    if layer is None:
+        raise ValueError(
+            f"{type(module).__name__} runs with attn_implementation={IMPLEMENTATION!r} but has no HiFICL adapter. The "
+            f"name is set by attaching an adapter; load the base model with one of {', '.join(SUPPORTED)}."
+        )
+    implementation = layer.base_config._attn_implementation
+    check_implementation(implementation, type(module).__name__)
+    pairs = layer(query.shape[0])
+    if pairs is None:
+        dispatch = dispatch_of(type(module))
+        attend = dispatch.interface.get_interface(implementation, dispatch.eager)
+        if is_causal is not None:
+            kwargs["is_causal"] = is_causal
+        return attend(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+    found = (query.shape[1], query.shape[3], value.shape[3])
+    if found != layer.head_shape:
+        raise ValueError(
+            f"{type(module).__name__} attends with (query heads, key dim, value dim) = {found}, but its HiFICL adapter "
+            f"was made for {layer.head_shape}: this attention is not supported; please report it."
+        )
+    if kwargs.get("cache") is not None:
+        raise ValueError("HiFICL does not support paged caches (continuous batching): use `generate` as usual.")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if implementation == "sdpa" and attention_mask is None and is_causal and query.shape[2] > 1:
+        # As in transformers' sdpa: without a mask, the context is the first T keys, causally.
+        size = query.shape[2]
+        key, value = key[:, :, :size], value[:, :, :size]
+        attention_mask = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
+    elif attention_mask is not None and not isinstance(attention_mask, Tensor):
+        attention_mask = _dense(attention_mask, query, key)
+    elif implementation == "flex_attention" and attention_mask is not None:
+        attention_mask = attention_mask[..., : key.shape[2]]
+
+    output, weights = functional.virtual_attention(
+        query,
+        key,
+        value,
+        pairs,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        mask=attention_mask,
+        bias=kwargs.get("position_bias"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+        dropout=dropout if module.training else 0.0,
+    )
+    return output.transpose(1, 2).contiguous(), weights.to(query.dtype) if implementation == "eager" else None
+
+
+def _dense(block_mask: Any, query: Tensor, key: Tensor) -> Tensor:
+    """A flex_attention BlockMask as a boolean mask (B, H, T, S)."""
+    batch, heads = block_mask.shape[:2]
+    return create_mask(block_mask.mask_mod, batch, heads, query.shape[2], key.shape[2], device=query.device)
+
+
+def attach(module: nn.Module, head_shape: HeadShape) -> HiFICLLayer:
+    """Give an attention module an (empty) HiFICLLayer and route its attention calls here."""
+    config = cast(PreTrainedConfig, module.config)
+    layer = HiFICLLayer(config, head_shape, like=_reference_tensor(module))
+    module.add_module(MODULE, layer)
+    own = copy.copy(config)
+    own._attn_implementation_internal = IMPLEMENTATION
+    module.config = own
+    return layer
+
+
+def detach(module: nn.Module) -> None:
+    """Undo `attach`: the module has its own configuration object again and no adapter."""
+    layer = getattr(module, MODULE)
+    module.config = layer.base_config
+    delattr(module, MODULE)
+
+
+def why_unsupported(module: nn.Module) -> str | None:
+    """Why HiFICL cannot adapt this module; None if it can."""
+    try:
+        dispatch = dispatch_of(type(module))
+    except TypeError as error:
+        return str(error)
+    config = getattr(module, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return "it has no transformers configuration to look its attention implementation up in"
+    layer = getattr(module, MODULE, None)
+    implementation = (layer.base_config if layer is not None else config)._attn_implementation
+    if implementation in dispatch.interface._local_mapping:
+        return f"its modelling code replaces {implementation!r} by an attention of its own"
+    try:
+        check_implementation(implementation, type(module).__name__)
+        head_shape_of(module)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_implementation(implementation: str | None, where: str) -> None:
+    if implementation not in SUPPORTED:
+        raise ValueError(
+            f"HiFICL does not support attn_implementation={implementation!r}, found on {where}; supported are "
+            f"{', '.join(SUPPORTED)}. Call model.set_attn_implementation('sdpa')."
+        )
+
+
+_dispatches: dict[type[nn.Module], Dispatch] = {}  # a plain dict: torch.compile reads it, and cannot read sources
+
+
+def dispatch_of(cls: type[nn.Module]) -> Dispatch:
+    """Read from a class's forward how it dispatches.
+
+    Raises:
+        TypeError: it does not dispatch, or does so in a way that HiFICL could get wrong; the message says how.
+    """
+    if cls not in _dispatches:
+        _dispatches[cls] = _read_dispatch(cls)
+    return _dispatches[cls]
+
+
+def _read_dispatch(cls: type[nn.Module]) -> Dispatch:
+    forward = inspect.unwrap(cls.forward)
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        raise TypeError(f"the source of {cls.__name__}.forward cannot be read") from None
+    lookups = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get_interface"
+    ]
+    if len(lookups) != 1 or ast.unparse(lookups[0].args[0]) != "self.config._attn_implementation":
+        raise TypeError(
+            f"{cls.__name__} does not compute its attention through transformers' attention interface "
+            "(ALL_ATTENTION_FUNCTIONS.get_interface)"
+        )
+    for node in ast.walk(tree):
+        # With "hificl" in the place of "sdpa", such a module would take another path (a sparse mask left out, say).
+        if isinstance(node, ast.Compare) and "_attn_implementation" in ast.unparse(node):
+            literals = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+            if literals & {"sdpa", "flex_attention"}:
+                raise TypeError(f"{cls.__name__} behaves differently depending on the attention implementation's name")
+    eager = forward.__globals__.get(ast.unparse(lookups[0].args[1]))
+    interface = forward.__globals__.get(ast.unparse(lookups[0].func.value))  # type: ignore[attr-defined]
+    if eager is None or interface is None:
+        raise TypeError(f"{cls.__name__} keeps its attention functions where HiFICL cannot see them")
+    unknown = set(inspect.signature(eager).parameters) - _KNOWN_ARGUMENTS
+    if unknown:
+        raise TypeError(f"the attention function of {cls.__name__} takes {sorted(unknown)}, which HiFICL does not know")
+    return Dispatch(eager, interface)
+
+
+def head_shape_of(module: nn.Module) -> HeadShape:
+    """Query heads and head dimensions of an attention module, as the module itself states them.
+
+    Raises:
+        ValueError: it does not state them.
+    """
+    config = module.config
+
+    def first(*candidates: tuple[object, tuple[str, ...]]) -> int | None:
+        for holder, names in candidates:
+            for name in names:
+                value = getattr(holder, name, None)
+                if isinstance(value, int) and not isinstance(value, bool):
+                    return value
+        return None
+
+    heads = first((module, _HEADS), (config, _HEADS))
+    key_dim = first((module, _KEY_DIM), (config, ("head_dim",)))
+    value_dim = first((module, ("v_head_dim",))) or key_dim
+    if heads is None or key_dim is None or value_dim is None:
+        raise ValueError(f"{type(module).__name__} does not state its number of heads and head dimension")
+    return heads, key_dim, value_dim
+
+
+def _reference_tensor(module: nn.Module) -> Tensor:
+    """A tensor with the device and compute dtype of a module whose weights may be quantised."""
+    parameters = list(module.parameters())
+    if not parameters:
+        return torch.empty(0)
+    for submodule in module.modules():
+        dtype = getattr(submodule, "compute_dtype", None)  # bitsandbytes' 4-bit linear layers
+        if isinstance(dtype, torch.dtype):
+            return torch.empty(0, dtype=dtype, device=parameters[0].device)
+    floating = [p for p in parameters if p.is_floating_point()]
+    return floating[0] if floating else torch.empty(0, device=parameters[0].device)
+
+
+AttentionInterface.register(IMPLEMENTATION, hificl_attention_forward)

@@ -1,0 +1,156 @@
+"""The configuration of a HiFICL adapter."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from . import checkpoint, model_card
+
+
+@dataclass
+class HiFICLConfig(PeftConfig):
+    """The configuration of a [`HiFICLModel`]: n virtual key-value pairs per attention head, factorised at rank r.
+
+    Parameters per adapted attention with H query heads and head dimension d: ``2 * H * r * (n + d)``.
+
+    Args:
+        n (`int`): Virtual key-value pairs per attention head.
+        r (`int`): Rank of the factorisation ``K_D = K_A K_B``, ``V_D = V_A V_B``.
+        target_modules (`Optional[Union[List[str], str]]`): Attention modules to adapt, as names or a regular
+            expression.  None: every self-attention of the text decoder (of the encoder, where there is no decoder),
+            found by structure.  What was found is stored here, and so in the saved configuration.
+        exclude_modules (`Optional[Union[List[str], str]]`): Modules to leave out, as names or a regular expression.
+        layers_to_transform (`Optional[Union[List[int], int]]`): Adapt only the layers with these indices.
+        layers_pattern (`Optional[Union[List[str], str]]`): Name of the list of layers that the indices count in.
+        modules_to_save (`Optional[List[str]]`): Further modules that are trained and saved whole.
+        trainable_token_indices (`Optional[Union[List[int], dict[str, List[int]]]]`): Tokens whose embeddings are
+            trained and saved.
+        init_weights (`bool`): True: the paper's initialisation (`K_A`, `V_A` ~ N(0, 1), `K_B` ~ 0.01 N(0, 1),
+            `V_B` = 0).  The virtual values are zero then, but the virtual keys take part in the softmax: a fresh
+            adapter is NOT the identity.  False: all factors random.
+        factorize_keys (`bool`): False: `K_D` is learned whole (the paper's ablation "- LoRA on K").
+        factorize_values (`bool`): False: `V_D` is learned whole, from zero (the paper's ablation "- LoRA on V").
+        scale_self_attention (`bool`): False: alpha = 1, the self-attention is not scaled down (the paper's ablation
+            "w/o SA scaling").
+
+    Raises:
+        ValueError: a number below 1, or `layers_pattern` without `layers_to_transform`.
+        TypeError: a value of the wrong type.
+
+    Example:
+
+        >>> from peft_hificl import HiFICLConfig
+        >>> config = HiFICLConfig(task_type="CAUSAL_LM", n=8, r=8)
+        >>> config.peft_type.value
+        'HIFICL'
+    """
+
+    n: int = field(default=8, metadata={"help": "Virtual key-value pairs per attention head."})
+    r: int = field(default=8, metadata={"help": "Rank of the factorisation of the virtual keys and values."})
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": "Attention modules to adapt: a list of names (matched whole or as the end of a module's name) or "
+            "a regular expression. None: every self-attention of the text decoder, found by structure."
+        },
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={"help": "Modules to leave out: a list of names or a regular expression."},
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "Adapt only the layers with these indices."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` counts in."}
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None,
+        metadata={"help": "Further modules (for instance a classification head) that are trained and saved whole."},
+    )
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
+        default=None,
+        metadata={
+            "help": "Token indices whose embeddings are trained and saved; a dict names the embedding layer, as in "
+            "{'embed_tokens': [0, 1]}."
+        },
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True: the paper's initialisation (V_B = 0). False: all factors random."},
+    )
+    factorize_keys: bool = field(
+        default=True, metadata={"help": "False: learn the virtual keys whole instead of as K_A K_B."}
+    )
+    factorize_values: bool = field(
+        default=True, metadata={"help": "False: learn the virtual values whole, from zero, instead of as V_A V_B."}
+    )
+    scale_self_attention: bool = field(
+        default=True, metadata={"help": "False: alpha = 1, the self-attention output is not scaled down."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType["HIFICL"]
+        for name in ("n", "r"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"HiFICLConfig.{name} must be an int of at least 1, found {value!r}.")
+            if value < 1:
+                raise ValueError(f"HiFICLConfig.{name} must be at least 1, found {value}.")
+        for name in ("init_weights", "factorize_keys", "factorize_values", "scale_self_attention"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"HiFICLConfig.{name} must be True or False, found {getattr(self, name)!r}.")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (str, list, tuple, set)):
+                raise TypeError(f"HiFICLConfig.{name} must be a list of names or a regex, found {value!r}.")
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"HiFICLConfig.layers_pattern={self.layers_pattern!r} needs layers_to_transform: set it to the "
+                "indices of the layers to adapt."
+            )
+        # Set by `from_pretrained`: what the file beside the configuration holds.  Not a field, never saved.
+        self._stored_shapes: dict[str, checkpoint.HeadShape] | None = None
+        # Set when the adapter is attached, for the model card.
+        self._base_model_class: str | None = None
+
+    def parameter_shapes(self, heads: int, key_dim: int, value_dim: int) -> dict[str, tuple[int, int, int]]:
+        """Name and shape of each parameter of this adapter on one attention."""
+        shapes = {}
+        for kind, factorize, dim in (("K", self.factorize_keys, key_dim), ("V", self.factorize_values, value_dim)):
+            if factorize:
+                shapes[f"hificl_{kind}_A"] = (heads, self.n, self.r)
+                shapes[f"hificl_{kind}_B"] = (heads, self.r, dim)
+            else:
+                shapes[f"hificl_{kind}"] = (heads, self.n, dim)
+        return shapes
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs: Any
+    ) -> HiFICLConfig:
+        """Load a saved configuration and, where weights lie beside it, check them before any model is touched.
+
+        Raises:
+            ValueError: the weights cannot be read, or do not fit the configuration.
+        """
+        config: HiFICLConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, HiFICLConfig):
+            hub_kwargs, _, _ = cls._split_kwargs({**kwargs, "subfolder": subfolder})
+            tensors = checkpoint.read(os.fspath(pretrained_model_name_or_path), **hub_kwargs)
+            if tensors is not None:
+                config._stored_shapes = checkpoint.stored_shapes(tensors, config)
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the configuration; a model card that PEFT has written there learns how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        model_card.add_usage(save_directory, self)

@@ -1,0 +1,172 @@
+"""The adapter on one attention module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn, Self
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from .checkpoint import HeadShape
+from .config import HiFICLConfig
+from .functional import VirtualPairs, concatenate_pairs, select_rows
+
+
+class HiFICLLayer(nn.Module, BaseTunerLayer):
+    """Virtual key-value pairs of one attention module, for any number of adapters.
+
+    Per adapter, with H query heads, n pairs, rank r and head dimensions d (keys) and e (values):
+
+        K_D = K_A K_B    hificl_K_A (H, n, r), hificl_K_B (H, r, d)    or whole: hificl_K (H, n, d)
+        V_D = V_A V_B    hificl_V_A (H, n, r), hificl_V_B (H, r, e)    or whole: hificl_V (H, n, e)
+
+    The layer does not wrap the attention module: it is a leaf *inside* it (``self_attn.virtual_pairs``).  No module of
+    the base model is renamed, so base checkpoints, disk offload and other adapters (a LoRA on q_proj, before or after)
+    see the base model as it always was.  The attention function that this package registers finds the layer on the
+    attention module it is handed; see `attention`.
+
+    Calling the layer returns the pairs that an attention call mixes in, or None if it is to run as the base model's.
+
+    Args:
+        base_config: the configuration object of the attention module as it was; stays the live source of the
+            attention implementation.
+        head_shape: query heads, head dimension of keys, head dimension of values.
+        like: a tensor whose device and dtype new adapters take (PEFT may cast them to float32 afterwards).
+    """
+
+    adapter_layer_names = ("hificl_K_A", "hificl_K_B", "hificl_V_A", "hificl_V_B", "hificl_K", "hificl_V")
+    other_param_names = ("n", "r", "scale_self_attention")
+
+    def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape, like: Tensor) -> None:
+        super().__init__()
+        self.base_config = base_config
+        self.head_shape = head_shape
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.n: dict[str, int] = {}
+        self.r: dict[str, int] = {}
+        self.scale_self_attention: dict[str, bool] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._active_adapter: str | list[str] = []
+        self.cast_input_dtype_enabled = True  # PEFT's helpers look for it; queries meet the adapter in its own dtype
+        self.in_features, self.out_features = head_shape[0] * head_shape[1], head_shape[0] * head_shape[2]
+        self._like = like.detach().new_empty(0)
+
+    def update_layer(self, adapter_name: str, config: HiFICLConfig) -> None:
+        """Create the parameters of an adapter; its name must be new to this layer."""
+        for name, shape in config.parameter_shapes(*self.head_shape).items():
+            getattr(self, name)[adapter_name] = nn.Parameter(torch.empty(shape))
+        self.n[adapter_name] = config.n
+        self.r[adapter_name] = config.r
+        self.scale_self_attention[adapter_name] = config.scale_self_attention
+        self.reset_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """Initialise an adapter: the paper's way, or (``init_weights=False``) all factors random.
+
+        A whole K_D starts with the spread that K_A K_B has (0.01 sqrt(r)), a whole V_D at zero.
+        """
+        whole_std = 0.01 * self.r[adapter_name] ** 0.5 if init_weights else 1.0
+        paper = {"hificl_K_B": 0.01, "hificl_V_B": 0.0, "hificl_K": whole_std, "hificl_V": 0.0}
+        for name in self.adapter_layer_names:
+            if adapter_name in getattr(self, name):
+                nn.init.normal_(getattr(self, name)[adapter_name], std=paper.get(name, 1.0) if init_weights else 1.0)
+
+    def forward(self, batch_size: int, adapter_names: list[str] | None = None) -> VirtualPairs | None:
+        """The virtual pairs for one attention call.
+
+        Args:
+            batch_size: rows of the call.
+            adapter_names: one adapter per row ("__base__": none) instead of the active adapters.
+
+        Raises:
+            ValueError: ``adapter_names`` is not one name per row.
+        """
+        if self.disable_adapters:
+            return None
+        if any(hasattr(parameters, "_hf_hook") for parameters in self.children()):
+            # accelerate keeps the parameters elsewhere and brings them in for modules that are called; a
+            # ParameterDict is not.
+            with onload_layer(self):
+                return self._select(batch_size, adapter_names)
+        return self._select(batch_size, adapter_names)
+
+    def _select(self, batch_size: int, adapter_names: list[str] | None) -> VirtualPairs | None:
+        if adapter_names is not None:
+            if len(adapter_names) != batch_size:
+                raise ValueError(
+                    f"adapter_names has {len(adapter_names)} entries for a batch of {batch_size} rows: give one per "
+                    "row."
+                )
+            names = sorted(set(adapter_names))
+            choices = [self._pairs(name) if name in self.n else None for name in names]
+            return select_rows(choices, [names.index(name) for name in adapter_names])
+        active = [self._pairs(name) for name in self.active_adapters if name in self.n]
+        return concatenate_pairs(active) if active else None
+
+    def _pairs(self, adapter_name: str) -> VirtualPairs:
+        return VirtualPairs(
+            keys=self._product("hificl_K", adapter_name),
+            values=self._product("hificl_V", adapter_name),
+            scale_self_attention=self.scale_self_attention[adapter_name],
+        )
+
+    def _product(self, name: str, adapter_name: str) -> Tensor:
+        whole: nn.ParameterDict = getattr(self, name)
+        if adapter_name in whole:
+            return whole[adapter_name][None]  # (1, H, n, d)
+        left, right = getattr(self, f"{name}_A")[adapter_name], getattr(self, f"{name}_B")[adapter_name]
+        return torch.bmm(left, right)[None]  # (1, H, n, d)
+
+    # -- what PEFT asks of a tuner layer -------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters; several of them share one softmax.
+
+        Raises:
+            ValueError: the adapters disagree about scale_self_attention.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        flags = {name: self.scale_self_attention[name] for name in names if name in self.scale_self_attention}
+        if len(set(flags.values())) > 1:
+            raise ValueError(
+                f"These adapters cannot be active together, they disagree about scale_self_attention: {flags}. It "
+                "belongs to the softmax that they would share; activate adapters that agree."
+            )
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        raise NotImplementedError(CANNOT_MERGE)
+
+    def unmerge(self) -> NoReturn:
+        raise NotImplementedError(CANNOT_MERGE)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        return self._like.device, self._like.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # The base model moves: adapters that are added later learn its device and dtype from here.  Not a buffer, as
+        # tools that offload buffers would look for it in the base model's checkpoint.
+        self._like = fn(self._like)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        heads, key_dim, value_dim = self.head_shape
+        return f"heads={heads}, key_dim={key_dim}, value_dim={value_dim}, n={self.n}, r={self.r}"
+
+    # BaseTunerLayer would look for them on the module it wraps; this layer wraps none.
+    weight: Any = None
+    bias: Any = None
+
+
+CANNOT_MERGE = (
+    "A HiFICL adapter cannot be merged: its virtual key-value pairs add columns to the attention's softmax, which no "
+    "change of the base weights can express. Use `unload()` to get the base model back, or keep the adapter attached."
+)

@@ -1,0 +1,199 @@
+"""The HiFICL tuner: attaches adapters to the attention modules of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NoReturn
+
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from . import attention, checkpoint, targets
+from .config import HiFICLConfig
+from .layer import CANNOT_MERGE, HiFICLLayer
+
+
+class HiFICLModel(BaseTuner):
+    """Learns n virtual key-value pairs per attention head of a frozen model (HiFICL, arXiv 2603.12760).
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model to adapt.
+        config ([`HiFICLConfig`]): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter, `"default"` if PEFT is not told otherwise.
+        low_cpu_mem_usage (`bool`): Create the adapter's weights on the meta device, to be loaded.
+
+    Raises:
+        ValueError: nothing to adapt, an adapter name that is taken, or a stored adapter of another base model.
+        TypeError: a target that is not attention, or an attention that HiFICL cannot adapt.
+
+    The model is checked before it is changed: after an error it is as it was.
+
+    Example:
+
+        >>> from peft import get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from peft_hificl import HiFICLConfig
+        >>> base = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        ...                                     num_attention_heads=4, num_key_value_heads=2, vocab_size=99))
+        >>> model = get_peft_model(base, HiFICLConfig(task_type="CAUSAL_LM", n=8, r=8))
+        >>> model.print_trainable_parameters()
+        trainable params: 3,072 || all params: 65,216 || trainable%: 4.7105
+    """
+
+    prefix = checkpoint.PREFIX
+    tuner_layer_cls = HiFICLLayer
+    target_module_mapping: dict[str, list[str]] = {}  # targets are found by structure
+
+    # -- attaching ------------------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        config = self._prepare_adapter_config(self.peft_config[adapter_name], self.get_model_config(model))
+        if state_dict is None:
+            names = {name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)}
+        else:
+            # PEFT takes whatever stands before ".hificl_" in a key for the target: that is to be the attention.
+            state_dict = {key.replace(f".{checkpoint.MODULE}.", "."): value for key, value in state_dict.items()}
+            names = {name for key in state_dict if (name := checkpoint.module_of(key))}
+        self._check_before_change(model, adapter_name, config, names)
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        if type(model).__module__.startswith("transformers."):
+            config._base_model_class = type(model).__name__
+
+    def _check_before_change(self, model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[str]) -> None:
+        """Find whatever can be wrong with an adapter before the first module is changed."""
+        # The first two cannot be a key of a ParameterDict; the third names the layer itself in a state dict's keys.
+        if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name) or adapter_name == checkpoint.MODULE:
+            raise ValueError(f"An adapter cannot be named {adapter_name!r}: choose a plain word, without dots.")
+        if (getattr(model, "_tp_size", None) or 1) > 1:
+            raise ValueError(
+                "The base model is sharded by tensor parallelism, which HiFICL does not support: load it without "
+                "tp_plan (device_map='auto' splits it by layers, which works)."
+            )
+        if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+            raise ValueError(
+                "The base model is partly offloaded to disk, where PEFT has no place for a HiFICL adapter: give "
+                "from_pretrained a device_map (or max_memory) that needs no disk."
+            )
+        shapes = {}
+        for name, module in model.named_modules():
+            if isinstance(module, HiFICLLayer) and adapter_name in module.n:
+                raise ValueError(
+                    f"An adapter named {adapter_name!r} is already attached to {name.rpartition('.')[0]!r}: choose "
+                    "another adapter_name, or delete_adapter() it first."
+                )
+            if name in names and checkpoint.MODULE not in name.split("."):
+                reason = attention.why_unsupported(module)
+                if reason:
+                    raise TypeError(
+                        f"HiFICL cannot adapt module {name!r} of type {type(module).__name__}: {reason}. Choose "
+                        "attention modules as target_modules, or leave target_modules=None to have them found."
+                    )
+                shapes[name] = attention.head_shape_of(module)
+        if config._stored_shapes is not None and shapes:
+            checkpoint.check_fits(config._stored_shapes, shapes)
+            config._stored_shapes = None
+
+    def _prepare_adapter_config(self, peft_config: HiFICLConfig, model_config: dict[str, Any]) -> HiFICLConfig:
+        if peft_config.target_modules is None:
+            names = targets.find_self_attention(self.model)
+            # exclude_modules and layers_to_transform are PEFT's to apply, to names that match by their end.
+            leaves = {name.rpartition(".")[2] for name in names}
+            by_leaf = dataclasses.replace(peft_config, target_modules=list(leaves))
+            peft_config.target_modules = {n for n in names if check_target_module_exists(by_leaf, n)} or leaves  # type: ignore[assignment]
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: HiFICLConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, HiFICLLayer):  # matched by a wide pattern when a second adapter is added
+            return
+        layer = getattr(target, checkpoint.MODULE, None)
+        if layer is None:
+            layer = attention.attach(target, attention.head_shape_of(target))
+        layer.update_layer(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.set_requires_grad(adapter_name, False)
+
+    # -- detaching ------------------------------------------------------------------------------------------------
+
+    def _check_merge_allowed(self) -> NoReturn:
+        raise NotImplementedError(CANNOT_MERGE)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            self._check_merge_allowed()
+        for module in list(self.model.modules()):
+            if isinstance(getattr(module, checkpoint.MODULE, None), HiFICLLayer):
+                attention.detach(module)
+        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+
+    # -- loading --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: HiFICLConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        expected = {
+            f"{name.removeprefix('_fsdp_wrapped_module.')}.{parameter}.{adapter_name}": tensors[adapter_name].shape
+            for name, module in model.named_modules()
+            if isinstance(module, HiFICLLayer)
+            for parameter in module.adapter_layer_names
+            if adapter_name in (tensors := getattr(module, parameter))
+        }
+        checkpoint.check_state_dict(remapped, expected)
+        return remapped
+
+    # -- one adapter per row ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names=[...]`, one per row, to every layer for the duration of one forward or generate."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first.")
+        unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}; there are "
+                f"{', '.join(sorted(self.peft_config))} and __base__."
+            )
+        thread = threading.get_ident()
+        # `generate` repeats each row, but not inside an encoder.
+        repeats = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
+
+        def hand_down(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if threading.get_ident() != thread:
+                return None  # another thread's forward, which has rows of its own
+            batch_size = args[0] if isinstance(module, HiFICLLayer) else len(args[0])
+            repeated = repeats if batch_size == repeats * len(adapter_names) else 1
+            return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(repeated)]}
+
+        with ExitStack() as hooks:
+            for module in self.modules():
+                if isinstance(module, (HiFICLLayer, AuxiliaryTrainingWrapper)):
+                    hooks.callback(module.register_forward_pre_hook(hand_down, with_kwargs=True).remove)
+            yield

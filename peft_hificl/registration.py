@@ -1,0 +1,39 @@
+"""Makes HiFICL a method of PEFT: the one file that knows PEFT's registry."""
+
+from __future__ import annotations
+
+import enum
+import warnings
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
+
+NAME = "HIFICL"
+
+
+def add_peft_type() -> None:
+    """Add the member ``HIFICL`` to `peft.PeftType`, unless PEFT has one already.
+
+    `register_peft_method` refuses a method whose name the enum lacks, and PEFT has no public way to extend it.  The
+    standard library's own member machinery makes a true member: it can be looked up by name and value, iterated,
+    pickled, copied and written to JSON.
+    """
+    if NAME not in PeftType.__members__:
+        member = enum._proto_member(NAME)  # type: ignore[attr-defined]
+        type.__setattr__(PeftType, NAME, member)
+        member.__set_name__(PeftType, NAME)
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Register HiFICL's classes with PEFT.  Classes that PEFT itself may have under this name are never replaced."""
+    known = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType[NAME])
+    if known is None:
+        register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)
+    elif known is not model_cls:
+        warnings.warn(
+            f"PEFT already has a method {NAME}, served by {known.__module__}.{known.__qualname__} and "
+            f"{PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[NAME]].__qualname__}; peft_hificl leaves it in place, so PEFT's "
+            "own classes are used. Uninstall peft-hificl, or import its functions directly.",
+            stacklevel=3,
+        )

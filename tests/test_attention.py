@@ -1,0 +1,372 @@
+"""The adapter inside real models: implementations, masks, caches, generation, compilation, threads."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from peft_hificl import HiFICLConfig, attention
+
+from . import oracle
+from .conftest import VOCAB, build, inputs_for, llama, logits
+from .test_peft_api import adapted, config, hificl_layers
+
+
+def gpt_oss() -> tf.PreTrainedModel:  # attention sinks, sliding and full layers
+    return tf.GptOssForCausalLM(
+        tf.GptOssConfig(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=4,
+            initializer_range=0.2, pad_token_id=0, attn_implementation="eager",
+        )
+    )  # fmt: skip
+
+
+def gemma2() -> tf.PreTrainedModel:  # soft-cap, sliding and full layers, head_dim != hidden / heads
+    return tf.Gemma2ForCausalLM(
+        tf.Gemma2Config(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=1, head_dim=16, attn_logit_softcapping=0.5, sliding_window=4, initializer_range=0.2,
+            pad_token_id=0, attn_implementation="eager",
+        )
+    )  # fmt: skip
+
+
+def t5() -> tf.PreTrainedModel:  # position bias
+    return tf.T5ForConditionalGeneration(
+        tf.T5Config(
+            vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0,
+            initializer_factor=1.0,
+        )
+    )  # fmt: skip
+
+
+def deepseek() -> tf.PreTrainedModel:  # value head dim != key head dim
+    return tf.DeepseekV3ForCausalLM(
+        tf.DeepseekV3Config(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4, n_routed_experts=2, num_experts_per_tok=1, n_group=1,
+            topk_group=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, v_head_dim=12, qk_nope_head_dim=8,
+            first_k_dense_replace=2, initializer_range=0.2, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+ODD = {"sinks": gpt_oss, "softcap": gemma2, "position-bias": t5, "value-dim": deepseek, "mqa": lambda: llama(1)}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_every_call_inside_a_model_equals_the_definition(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model hands to its attention, recomputed head by head from the formula, in float64."""
+    torch.manual_seed(0)
+    model = get_peft_model(ODD[case]().eval(), config())
+    calls = 0
+
+    def recorded(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: object):
+        nonlocal calls
+        calls += 1
+        output, weights = attention.hificl_attention_forward(module, q, k, v, mask, **kwargs)
+        if mask is None and q.shape[2] > 1 and getattr(module, "is_causal", True):
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()[None, None]
+        pairs = module.virtual_pairs(len(q))
+        scaling = kwargs["scaling"]
+        want, alpha = oracle.hificl(
+            *(t.double() for t in (q, k, v, pairs.keys, pairs.values)),
+            scaling=q.shape[-1] ** -0.5 if scaling is None else scaling,
+            mask=mask if mask is None or mask.dtype == torch.bool else mask.double(),
+            bias=kwargs.get("position_bias"), softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"),
+        )  # fmt: skip
+        torch.testing.assert_close(output.double(), want.transpose(1, 2), rtol=1e-4, atol=1e-5)
+        if kwargs.get("s_aux") is None and weights is not None:
+            torch.testing.assert_close(weights.sum(-1).double(), alpha, rtol=1e-4, atol=1e-5)
+        return output, weights
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "hificl", recorded)
+    inputs = inputs_for("gqa", length=7)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if case == "position-bias":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    else:
+        inputs["attention_mask"][1, :2] = 0
+    with torch.no_grad():
+        model(**inputs)
+        assert calls == 2
+        model.generate(**inputs_for("gqa"), max_new_tokens=3, do_sample=False, pad_token_id=0)  # queries of length 1
+    assert calls == 2 + 2 * 3
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "left-padded"])
+def test_implementations_agree_and_switch_live(kind: str, padded: bool) -> None:
+    model, inputs = adapted(kind), inputs_for(kind)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    start = 0
+    if padded and kind != "vlm":
+        start = 3
+        inputs["attention_mask"][:, :start] = 0
+    want = logits(model, **inputs)[:, start:]
+    for implementation in ("eager", "flex_attention", "sdpa"):
+        model.get_base_model().set_attn_implementation(implementation)
+        torch.testing.assert_close(logits(model, **inputs)[:, start:], want, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(model, **inputs)[:, start:], want)
+
+
+def test_the_implementation_is_never_the_base_models_business() -> None:
+    base = build("gqa")
+    model = get_peft_model(base, config())
+    assert base.config._attn_implementation == "sdpa"
+    assert base.model.layers[0].self_attn.config._attn_implementation == "hificl"
+    assert "hificl" not in base.config.to_json_string()
+    model.unload()
+    assert base.model.layers[0].self_attn.config is base.config
+
+
+def test_an_unsupported_implementation_is_refused_with_the_list() -> None:
+    model, inputs = adapted("gqa"), inputs_for("gqa")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="flash_attention_2.*eager, sdpa, flex_attention"):
+        attention.hificl_attention_forward(
+            model.base_model.model.model.layers[0].self_attn, *torch.randn(3, 1, 4, 5, 16), None
+        )
+    base = build("gqa")
+    want = logits(base, **inputs)
+    base.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises((TypeError, ValueError), match="flash_attention_2.*eager, sdpa, flex_attention"):
+        get_peft_model(base, config())
+    base.config._attn_implementation_internal = "sdpa"
+    assert torch.equal(logits(base, **inputs), want)
+
+
+def test_the_name_hificl_without_an_adapter_is_refused() -> None:
+    base = build("gqa")
+    base.set_attn_implementation("hificl")
+    with pytest.raises(ValueError, match="no HiFICL adapter"):
+        base(**inputs_for("gqa"))
+
+
+def test_output_attentions_keeps_meaning_and_shape() -> None:
+    """The weight with which each context value enters the output: rows sum to alpha, the rest is the virtual pairs'."""
+    base, inputs = build("gqa"), inputs_for("gqa")
+    base.set_attn_implementation("eager")
+    with torch.no_grad():
+        plain = base(**inputs, output_attentions=True).attentions
+        model = get_peft_model(base, config()).eval()
+        got = model(**inputs, output_attentions=True).attentions
+    assert [a.shape for a in got] == [a.shape for a in plain]
+    for weights in got:
+        alpha = weights.sum(-1)
+        assert (alpha > 0).all() and (alpha < 1).all() and not weights.triu(1).any()
+    # In the first layer the queries and keys are the base model's: the same weights, scaled by alpha.
+    torch.testing.assert_close(got[0] / got[0].sum(-1, keepdim=True), plain[0], rtol=1e-4, atol=1e-5)
+
+
+# -- generation ------------------------------------------------------------------------------------------------------
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+
+
+def test_greedy_with_cache_equals_without(kind: str) -> None:
+    model, inputs = adapted(kind), inputs_for(kind)
+    cached = model.generate(**inputs, **GREEDY)
+    assert torch.equal(cached, model.generate(**inputs, **GREEDY, use_cache=False))
+    with model.disable_adapter():
+        assert not torch.equal(cached, model.generate(**inputs, **GREEDY))
+
+
+def test_logits_step_by_step_equal_the_full_forward(kind: str) -> None:
+    model, inputs = adapted(kind), inputs_for(kind)
+    ids = inputs.pop("input_ids")
+    full = logits(model, input_ids=ids, **inputs)
+    with torch.no_grad():
+        out = model(input_ids=ids[:, :5], **inputs, use_cache=True)
+        steps = [out.logits]
+        for t in range(5, ids.shape[1]):
+            out = model(input_ids=ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+            steps.append(out.logits)
+        assert out.past_key_values.get_seq_length() == ids.shape[1]  # virtual pairs occupy no position
+    torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-4, atol=1e-4)
+
+
+def test_static_cache_beams_and_assisted_decoding() -> None:
+    model, inputs = adapted("gqa"), inputs_for("gqa", rows=1)
+    want = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation="static"), want)
+    assert torch.equal(model.generate(**inputs, **GREEDY, assistant_model=build("gqa")), want)
+    beams = {**GREEDY, "num_beams": 3}
+    assert torch.equal(model.generate(**inputs, **beams), model.generate(**inputs, **beams, use_cache=False))
+
+
+def test_left_padded_batch_equals_each_row_alone() -> None:
+    model = adapted("gqa")
+    short, long = inputs_for("gqa", rows=1, length=4)["input_ids"], inputs_for("gqa", rows=1, length=9)["input_ids"]
+    ids = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.long), short], 1), long])
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    got = model.generate(input_ids=ids, attention_mask=mask, **GREEDY)[:, 9:]
+    for row, alone in enumerate((short, long)):
+        want = model.generate(input_ids=alone, attention_mask=torch.ones_like(alone), **GREEDY)
+        assert torch.equal(got[row], want[0, alone.shape[1] :])
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def gradients(model: PeftModel, kind: str) -> dict[str, Tensor]:
+    model.zero_grad()
+    inputs = inputs_for(kind)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_gradient_checkpointing_changes_no_gradient(kind: str, reentrant: bool) -> None:
+    model = adapted(kind).train()
+    want = gradients(model, kind)
+    assert len(want) == 8 and all(g.any() for g in want.values())
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    got = gradients(model, kind)
+    for name, gradient in want.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_base_with_float32_adapter(kind: str, dtype: torch.dtype) -> None:
+    base = build(kind).to(dtype)
+    torch.manual_seed(1)
+    model = get_peft_model(base, config())
+    adapter = {name: p for name, p in model.named_parameters() if "hificl_" in name}
+    assert all(p.dtype == torch.float32 for p in adapter.values())
+    assert all(p.dtype == dtype for name, p in model.named_parameters() if name not in adapter)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs_for(kind).items()}
+    out = model(**inputs, labels=inputs["input_ids"])
+    out.loss.backward()
+    assert out.logits.dtype == dtype and all(torch.isfinite(p.grad).all() for p in adapter.values())
+    without = get_peft_model(build(kind).to(dtype), config(), autocast_adapter_dtype=False)
+    assert all(p.dtype == dtype for name, p in without.named_parameters())
+    without(**inputs)
+
+
+def test_autocast_and_moving_the_model() -> None:
+    model, inputs = adapted("gqa"), inputs_for("gqa")
+    want = logits(model, **inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(logits(model, **inputs).float(), want, rtol=0.2, atol=0.5)
+    model.double()
+    torch.testing.assert_close(logits(model, **inputs), want.double(), rtol=1e-4, atol=1e-4)
+    model.add_adapter("late", config(), autocast_adapter_dtype=False)
+    assert hificl_layers(model)[0].hificl_K_A["late"].dtype == torch.float64
+
+
+def test_dropout_is_part_of_training_only() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(llama(attention_dropout=0.5).eval(), config())
+    inputs = inputs_for("gqa")
+    assert torch.equal(logits(model.eval(), **inputs), logits(model, **inputs))
+    model.train()
+    assert not torch.equal(logits(model, **inputs), logits(model, **inputs))
+
+
+# -- compilation and threads -----------------------------------------------------------------------------------------
+
+
+def test_compiles_whole_and_does_not_recompile_when_weights_are_swapped(kind: str) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model, other, inputs = adapted(kind), adapted(kind, seed=2), inputs_for(kind)
+    want = [logits(m, **inputs) for m in (model, other)]
+    counter = CompileCounter()
+    compiled = torch.compile(model.get_base_model(), backend=counter, fullgraph=True)
+    torch.testing.assert_close(logits(compiled, **inputs), want[0], rtol=1e-5, atol=1e-5)
+    frames = counter.frame_count
+    set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+    torch.testing.assert_close(logits(compiled, **inputs), want[1], rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == frames
+
+
+def test_a_compiled_model_sees_an_adapter_that_comes_and_goes() -> None:
+    torch._dynamo.reset()
+    base, inputs = build("gqa"), inputs_for("gqa")
+    bare = logits(base, **inputs)
+    compiled = torch.compile(base, backend="eager", fullgraph=True)
+    logits(compiled, **inputs)
+    torch.manual_seed(1)
+    model = get_peft_model(base, config()).eval()
+    want = logits(model, **inputs)
+    assert not torch.equal(want, bare)
+    torch.testing.assert_close(logits(compiled, **inputs), want, rtol=1e-5, atol=1e-5)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(compiled, **inputs), bare, rtol=1e-5, atol=1e-5)
+    torch.manual_seed(2)
+    model.add_adapter("b", config())
+    model.set_adapter("b")
+    torch.testing.assert_close(logits(compiled, **inputs), logits(model, **inputs), rtol=1e-5, atol=1e-5)
+    model.unload()
+    torch.testing.assert_close(logits(compiled, **inputs), bare, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_model_sees_adapter_names() -> None:
+    torch._dynamo.reset()
+    model, inputs = adapted("gqa", name="a"), inputs_for("gqa")
+    torch.manual_seed(2)
+    model.add_adapter("b", config())
+    want = logits(model, **inputs, adapter_names=["b", "a"])
+    compiled = torch.compile(model, backend="eager")
+    logits(compiled, **inputs)
+    torch.testing.assert_close(logits(compiled, **inputs, adapter_names=["b", "a"]), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_inductor_equals_eager(kind: str) -> None:
+    torch._dynamo.reset()
+    model, inputs = adapted(kind), inputs_for(kind)
+    want = logits(model, **inputs)
+    compiled = torch.compile(model.get_base_model(), fullgraph=True)
+    torch.testing.assert_close(logits(compiled, **inputs), want, rtol=1e-4, atol=1e-4)
+
+
+def test_threads_do_not_meet() -> None:
+    model = adapted("gqa", name="a")
+    torch.manual_seed(2)
+    model.add_adapter("b", config())
+    jobs = [
+        (inputs_for("gqa", rows=2, length=4 + i), names) for i, names in enumerate([None, ["a", "b"], ["b", "b"]] * 3)
+    ]
+
+    def run(job: tuple[dict[str, Tensor], list[str] | None]) -> Tensor:
+        inputs, names = job
+        return logits(model, **inputs, **({} if names is None else {"adapter_names": names}))
+
+    want = [run(job) for job in jobs]
+    got: dict[int, list[Tensor]] = {i: [] for i in range(len(jobs))}
+    start = threading.Barrier(len(jobs))
+
+    def work(i: int) -> None:
+        start.wait()
+        got[i] = [run(jobs[i]) for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, expected in enumerate(want):
+        assert len(got[i]) == 5
+        for result in got[i]:
+            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_meta_base_counts_parameters() -> None:
+    with torch.device("meta"):
+        base = llama()
+    model = get_peft_model(base, HiFICLConfig(n=8, r=8))
+    trainable, _ = model.get_nb_trainable_parameters()
+    assert trainable == 2 * 2 * 4 * 8 * (8 + 16)
+    assert all(p.is_meta for p in model.parameters())

@@ -1,0 +1,492 @@
+"""What people do with LoRA, done with HiFICL: on a GQA decoder, an MHA decoder and a vision-language model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file
+from torch import nn
+
+from peft_hificl import HiFICLConfig, HiFICLLayer
+
+from .conftest import build, inputs_for, logits
+
+
+def config(**kwargs: object) -> HiFICLConfig:
+    """All factors random, so that every adapter has an effect; no task type: one config for all three models."""
+    return HiFICLConfig(**{"n": 3, "r": 2, "init_weights": False, **kwargs})
+
+
+def adapted(kind: str, seed: int = 1, name: str = "default", **kwargs: object) -> PeftModel:
+    model = build(kind)
+    torch.manual_seed(seed)
+    return get_peft_model(model, config(**kwargs), adapter_name=name).eval()
+
+
+def hificl_layers(model: nn.Module) -> list[HiFICLLayer]:
+    return [m for m in model.modules() if isinstance(m, HiFICLLayer)]
+
+
+def train(model: nn.Module, kind: str, steps: int = 2) -> list[float]:
+    inputs = inputs_for(kind)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+# -- attach and train ------------------------------------------------------------------------------------------------
+
+
+def test_parameter_count_is_the_papers() -> None:
+    shapes = HiFICLConfig(n=8, r=8).parameter_shapes(heads=32, key_dim=128, value_dim=128)
+    per_layer = sum(a * b * c for a, b, c in shapes.values())
+    assert per_layer == 69_632 and 32 * per_layer == 2_228_224  # 2.2M on a 7B model
+    shapes = HiFICLConfig(n=8, r=16).parameter_shapes(heads=32, key_dim=128, value_dim=128)
+    assert 32 * sum(a * b * c for a, b, c in shapes.values()) == 4_456_448
+
+
+def test_default_targets_are_the_text_decoders(kind: str) -> None:
+    model = adapted(kind)
+    where = "model.language_model.layers" if kind == "vlm" else "model.layers"
+    assert sorted(model.targeted_module_names) == [f"{where}.{i}.self_attn" for i in (0, 1)]
+    assert model.peft_config["default"].target_modules == set(model.targeted_module_names)
+
+
+def test_only_the_adapter_learns(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(build(kind), HiFICLConfig(n=8, r=8, modules_to_save=["lm_head"]))
+    model.print_trainable_parameters()
+    assert "trainable params" in capsys.readouterr().out
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = train(model, kind, steps=8)
+    assert losses[-1] < losses[0]
+    for name, parameter in model.named_parameters():
+        moved = not torch.equal(parameter, before[name])
+        assert moved == ("hificl_" in name or "modules_to_save" in name), name
+
+
+def test_paper_init_is_not_the_identity() -> None:
+    """V_B = 0 makes the virtual values zero, but the virtual keys take part in the softmax: alpha < 1."""
+    base = build("gqa")
+    want = logits(base, **inputs_for("gqa"))
+    model = get_peft_model(base, HiFICLConfig(n=8, r=8)).eval()
+    for layer in hificl_layers(model):
+        assert not layer.hificl_V_B["default"].any() and layer.hificl_K_A["default"].any()
+        assert 0.005 < layer.hificl_K_B["default"].std() < 0.02
+        assert not layer(2).values.any()
+    difference = (logits(model, **inputs_for("gqa")) - want).abs()
+    assert difference.max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("ablation", "names"),
+    [
+        ({}, {"K_A", "K_B", "V_A", "V_B"}),
+        ({"factorize_keys": False}, {"K", "V_A", "V_B"}),
+        ({"factorize_values": False}, {"K_A", "K_B", "V"}),
+        ({"factorize_keys": False, "factorize_values": False}, {"K", "V"}),
+        ({"scale_self_attention": False}, {"K_A", "K_B", "V_A", "V_B"}),
+    ],
+    ids=["full", "dense-K", "dense-V", "dense", "alpha-1"],
+)
+def test_ablations_train_save_and_load(ablation: dict[str, bool], names: set[str], tmp_path: Path) -> None:
+    model = adapted("gqa", **ablation)
+    train(model, "gqa")
+    keys = get_peft_model_state_dict(model)
+    assert {k.rpartition("hificl_")[2] for k in keys} == names
+    want = logits(model, **inputs_for("gqa"))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(want, logits(PeftModel.from_pretrained(build("gqa"), tmp_path), **inputs_for("gqa")))
+
+
+def test_alpha_one_at_paper_init_is_the_identity() -> None:
+    base = build("gqa")
+    want = logits(base, **inputs_for("gqa"))
+    model = get_peft_model(base, HiFICLConfig(scale_self_attention=False)).eval()
+    torch.testing.assert_close(logits(model, **inputs_for("gqa")), want)
+
+
+# -- save and load ---------------------------------------------------------------------------------------------------
+
+FRESH = """
+import sys, torch, transformers, peft_hificl
+from tests.conftest import build, inputs_for, logits
+from peft import PeftModel, {auto}
+kind, folder = sys.argv[1:]
+model = {load}
+print(type(model).__name__)
+torch.save(logits(model.eval(), **inputs_for(kind)), folder + "/got.pt")
+"""
+
+
+@pytest.mark.parametrize("route", ["PeftModel", "AutoPeftModel"])
+def test_reload_in_a_fresh_process_is_bit_equal(kind: str, route: str, tmp_path: Path) -> None:
+    base = build(kind)
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base").eval()
+    task = {} if kind == "vlm" else {"task_type": "CAUSAL_LM"}
+    torch.manual_seed(1)
+    model = get_peft_model(base, config(**task))
+    train(model, kind)
+    model.save_pretrained(tmp_path)
+    load = "PeftModel.from_pretrained(build(kind), folder)"
+    auto = "AutoPeftModel" if kind == "vlm" else "AutoPeftModelForCausalLM"
+    if route == "AutoPeftModel":
+        load = f"{auto}.from_pretrained(folder)"
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FRESH.format(load=load, auto=auto), kind, str(tmp_path)],
+        check=True, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert torch.equal(torch.load(tmp_path / "got.pt"), logits(model, **inputs_for(kind)))
+
+
+def test_the_file_holds_the_adapter_alone_and_names_its_targets(kind: str, tmp_path: Path) -> None:
+    model = adapted(kind)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(stored) == 2 * 4 and all(".virtual_pairs.hificl_" in key for key in stored)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert set(saved["target_modules"]) == set(model.targeted_module_names) and saved["peft_type"] == "HIFICL"
+    assert type(PeftConfig.from_pretrained(tmp_path)) is HiFICLConfig
+
+
+def test_reload_needs_no_detection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("vlm")
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("peft_hificl.targets.find_self_attention", lambda model: pytest.fail("searched"))
+    reloaded = PeftModel.from_pretrained(build("vlm"), tmp_path)
+    assert torch.equal(logits(reloaded, **inputs_for("vlm")), logits(model, **inputs_for("vlm")))
+
+
+def test_without_the_import_loading_says_which_name_is_missing(tmp_path: Path) -> None:
+    adapted("gqa").save_pretrained(tmp_path)
+    code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "KeyError: 'HIFICL'" in done.stderr  # README tells what to do
+
+
+@pytest.mark.parametrize("name", ["default", "task-a"])
+def test_the_model_cards_snippet_runs_as_written(name: str, tmp_path: Path) -> None:
+    base = build("vlm")
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(type(base).from_pretrained(tmp_path / "base"), config(), adapter_name=name)
+    model.save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert card.count("How to use this HiFICL adapter") == 1 and "library_name: peft" in card
+    snippet = card.split("```python")[1].split("```")[0]
+    assert "import peft_hificl" in snippet
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", snippet + "\nprint(type(model).__name__, model.active_adapters)"],
+        cwd=tmp_path / "adapter", capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "PeftModel" in done.stdout
+    model.save_pretrained(tmp_path / "adapter")  # again: the section is not repeated
+    assert (tmp_path / "adapter" / "README.md").read_text().count("How to use this HiFICL adapter") == 1
+
+
+def test_a_readme_that_is_not_pefts_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# My project\n")
+    HiFICLConfig().save_pretrained(tmp_path / "configs")
+    HiFICLConfig().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low-cpu-mem"])
+def test_load_adapter_and_switch(kind: str, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    inputs, want = inputs_for(kind), {}
+    for seed, name in ((1, "a"), (2, "b")):
+        model = adapted(kind, seed)
+        want[name] = logits(model, **inputs)
+        model.save_pretrained(tmp_path / name)
+    base = build(kind)
+    bare = logits(base, **inputs)
+    model = PeftModel.from_pretrained(base, tmp_path / "a", adapter_name="a", low_cpu_mem_usage=low_cpu_mem_usage)
+    model.load_adapter(tmp_path / "b", "b", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not any(p.is_meta for p in model.parameters())
+    for name in ("a", "b", "a"):
+        model.set_adapter(name)
+        assert torch.equal(logits(model, **inputs), want[name])
+    with model.disable_adapter():
+        assert torch.equal(logits(model, **inputs), bare)
+    model.delete_adapter("a")
+    assert list(model.peft_config) == ["b"] and torch.equal(logits(model, **inputs), want["b"])
+    assert not any(name.endswith(".a") for name, _ in model.named_parameters())
+
+
+def test_several_active_adapters_are_the_union_of_their_pairs(kind: str) -> None:
+    model = adapted(kind, name="a")
+    torch.manual_seed(2)
+    model.add_adapter("b", config(n=2))
+    model.base_model.set_adapter(["a", "b"])
+    got = logits(model, **inputs_for(kind))
+    # One adapter that holds both sets of pairs, learned whole.
+    both = get_peft_model(build(kind), config(n=5, factorize_keys=False, factorize_values=False)).eval()
+    for mine, theirs in zip(hificl_layers(both), hificl_layers(model), strict=True):
+        mine.hificl_K["default"].data = theirs(2).keys[0]
+        mine.hificl_V["default"].data = theirs(2).values[0]
+    torch.testing.assert_close(got, logits(both, **inputs_for(kind)), rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_that_disagree_about_alpha_cannot_be_active_together() -> None:
+    model = adapted("gqa", name="a")
+    model.add_adapter("b", config(scale_self_attention=False))
+    before = logits(model, **inputs_for("gqa"))
+    with pytest.raises(ValueError, match="scale_self_attention"):
+        model.base_model.set_adapter(["a", "b"])
+    assert model.active_adapters == ["a"] and torch.equal(logits(model, **inputs_for("gqa")), before)
+
+
+def test_a_second_adapter_leaves_the_first_ones_requires_grad_alone() -> None:
+    model = adapted("gqa", name="a")
+    model.add_adapter("b", config())
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable and all(name.endswith(".a") for name in trainable)
+
+
+def test_unload_restores_the_base_model(kind: str) -> None:
+    base = build(kind)
+    configs = {name: m.config for name, m in base.named_modules() if hasattr(m, "config")}
+    classes = {name: type(m) for name, m in base.named_modules()}
+    keys, want = list(base.state_dict()), logits(base, **inputs_for(kind))
+    model = get_peft_model(base, config(modules_to_save=["lm_head"]))
+    got = model.unload()
+    assert got is base and list(got.state_dict()) == keys and not hasattr(got, "peft_config")
+    assert {name: type(m) for name, m in got.named_modules()} == classes
+    assert all(m.config is configs[name] for name, m in got.named_modules() if name in configs)
+    assert torch.equal(logits(got, **inputs_for(kind)), want)
+
+
+def test_merging_is_refused_in_one_sentence(kind: str) -> None:
+    model = adapted(kind)
+    want = logits(model, **inputs_for(kind))
+    for call in (model.merge_and_unload, model.merge_adapter, model.unmerge_adapter):
+        with pytest.raises(NotImplementedError, match=r"cannot be merged.*unload"):
+            call()
+    assert torch.equal(logits(model, **inputs_for(kind)), want)
+
+
+def test_base_state_dict_keys_never_change(kind: str) -> None:
+    base = build(kind)
+    keys = set(base.state_dict())
+    get_peft_model(base, config())
+    assert {key for key in base.state_dict() if "hificl_" not in key} == keys
+
+
+# -- transformers' own integration -----------------------------------------------------------------------------------
+
+
+def test_transformers_add_set_disable_delete(kind: str) -> None:
+    model, inputs = build(kind), inputs_for(kind)
+    bare = logits(model, **inputs)
+    outputs = {}
+    for seed, name in ((1, "a"), (2, "b")):
+        torch.manual_seed(seed)
+        model.add_adapter(config(), name)
+        outputs[name] = logits(model, **inputs)
+    assert len({bare.sum().item(), *(o.sum().item() for o in outputs.values())}) == 3
+    model.set_adapter("a")
+    assert torch.equal(logits(model, **inputs), outputs["a"])
+    model.disable_adapters()
+    assert torch.equal(logits(model, **inputs), bare)
+    model.enable_adapters()
+    assert torch.equal(logits(model, **inputs), outputs["a"])
+    model.delete_adapter("a")
+    model.set_adapter("b")
+    assert torch.equal(logits(model, **inputs), outputs["b"])
+
+
+def test_transformers_loads_what_peft_saved_and_back(kind: str, tmp_path: Path) -> None:
+    saved = adapted(kind)
+    want = logits(saved, **inputs_for(kind))
+    saved.save_pretrained(tmp_path / "peft")
+    model = build(kind)
+    model.load_adapter(tmp_path / "peft")
+    assert torch.equal(logits(model, **inputs_for(kind)), want)
+    model.save_pretrained(tmp_path / "transformers")
+    again = PeftModel.from_pretrained(build(kind), tmp_path / "transformers")
+    assert torch.equal(logits(again, **inputs_for(kind)), want)
+
+
+def test_injection_and_state_dicts(kind: str) -> None:
+    inputs = inputs_for(kind)
+    torch.manual_seed(1)
+    one = inject_adapter_in_model(config(), build(kind), "x")
+    want, state = logits(one, **inputs), get_peft_model_state_dict(one, adapter_name="x")
+    two = inject_adapter_in_model(config(), build(kind), "y")
+    assert not set_peft_model_state_dict(two, state, adapter_name="y").unexpected_keys
+    assert torch.equal(logits(two, **inputs), want)
+    # Injection that takes its targets from the keys of a state dict.
+    three = inject_adapter_in_model(config(), build(kind), "z", state_dict=state, low_cpu_mem_usage=True)
+    set_peft_model_state_dict(three, state, adapter_name="z", low_cpu_mem_usage=True)
+    assert torch.equal(logits(three, **inputs), want)
+
+
+def test_weights_are_replaced_in_place(tmp_path: Path) -> None:
+    adapted("gqa", seed=2).save_pretrained(tmp_path)
+    model = adapted("gqa", seed=1)
+    parameters = {name: p for name, p in model.named_parameters() if "hificl_" in name}
+    set_peft_model_state_dict(model, load_peft_weights(tmp_path, device="cpu"))
+    assert all(dict(model.named_parameters())[name] is p for name, p in parameters.items())
+    assert torch.equal(logits(model, **inputs_for("gqa")), logits(adapted("gqa", seed=2), **inputs_for("gqa")))
+
+
+# -- beside other adapters -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["lora-first", "hificl-first"])
+def test_lora_beside_hificl_in_either_order(kind: str, order: str, tmp_path: Path) -> None:
+    lora = LoraConfig(target_modules=r".*language_model.*q_proj|model\.layers.*q_proj", init_lora_weights=False)
+    alone = build(kind)
+    alone.add_adapter(lora, "lora")
+    keys = set(alone.get_adapter_state_dict("lora"))
+    assert keys
+    model, inputs = build(kind), inputs_for(kind)
+    torch.manual_seed(1)
+    for name in ("lora", "hificl") if order == "lora-first" else ("hificl", "lora"):
+        model.add_adapter(lora if name == "lora" else config(), name)
+    assert set(model.get_adapter_state_dict("lora")) == keys  # none lost, none renamed
+    outputs = []
+    for active in ("lora", "hificl", ["lora", "hificl"]):
+        model.set_adapter(active)
+        outputs.append(logits(model, **inputs))
+    assert len({o.sum().item() for o in outputs}) == 3
+    hificl_alone = build(kind)
+    inject_adapter_in_model(config(), hificl_alone, "hificl")
+    set_peft_model_state_dict(hificl_alone, model.get_adapter_state_dict("hificl"), adapter_name="hificl")
+    torch.testing.assert_close(logits(hificl_alone, **inputs), outputs[1], rtol=1e-5, atol=1e-5)
+
+
+def test_mixed_model_is_a_closed_list() -> None:
+    with pytest.raises(ValueError, match="HIFICL"):
+        get_peft_model(build("gqa"), config(), mixed=True)
+
+
+def test_trainable_tokens_and_excluded_layers(tmp_path: Path) -> None:
+    model = adapted("gqa", trainable_token_indices=[7, 9], exclude_modules=["layers.0.self_attn"])
+    assert model.targeted_module_names == ["model.layers.1.self_attn"]
+    train(model, "gqa")
+    want = logits(model, **inputs_for("gqa"))
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(build("gqa"), tmp_path), **inputs_for("gqa")), want, rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("choice", "layers"),
+    [
+        ({"target_modules": ["self_attn"]}, [0, 1]),
+        ({"target_modules": r".*layers\.1\.self_attn"}, [1]),
+        ({"target_modules": ["model.layers.0.self_attn"]}, [0]),
+        ({"target_modules": ["self_attn"], "layers_to_transform": 1}, [1]),
+        ({"layers_to_transform": [0]}, [0]),
+        ({"layers_to_transform": [1], "layers_pattern": "layers"}, [1]),
+        ({"exclude_modules": r".*layers\.1\..*"}, [0]),
+    ],
+    ids=["names", "regex", "full-name", "names+layers", "default+layers", "default+pattern", "default+exclude"],
+)
+def test_forms_of_targets(choice: dict[str, object], layers: list[int], tmp_path: Path) -> None:
+    model = adapted("gqa", **choice)
+    names = [f"model.layers.{i}.self_attn" for i in layers]
+    assert model.targeted_module_names == names
+    model.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(build("gqa"), tmp_path).targeted_module_names == names
+
+
+# -- one adapter per row ---------------------------------------------------------------------------------------------
+
+
+def test_mixed_batch_equals_each_row_alone(kind: str) -> None:
+    inputs = inputs_for(kind, rows=3)
+    model = adapted(kind, name="a")
+    torch.manual_seed(2)
+    model.add_adapter("b", config(n=5))
+    alone = {"a": logits(model, **inputs)}
+    model.set_adapter("b")
+    alone["b"] = logits(model, **inputs)
+    with model.disable_adapter():
+        alone["__base__"] = logits(model, **inputs)
+    names = ["b", "__base__", "a"]
+    got = logits(model, **inputs, adapter_names=names)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(got[row], alone[name][row], rtol=1e-4, atol=1e-5)
+    assert not any(m._forward_pre_hooks for m in hificl_layers(model))
+    kwargs = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    beams = model.generate(**inputs, adapter_names=names, **kwargs)
+    for row, name in enumerate(names):
+        one = {key: value[row : row + 1] for key, value in inputs.items()}
+        assert torch.equal(beams[row : row + 1], model.generate(**one, adapter_names=[name], **kwargs))
+
+
+def test_mixed_batch_errors() -> None:
+    model, inputs = adapted("gqa", name="a"), inputs_for("gqa", rows=2)
+    for names, message in (
+        (["a"], r"1 entries for a batch of 2 rows"),
+        (["a", "nope"], r"non-existing adapter\(s\): nope"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**inputs, adapter_names=names)
+    with pytest.raises(ValueError, match="training mode"):
+        model.train()(**inputs, adapter_names=["a", "a"])
+    assert not any(m._forward_pre_hooks for m in hificl_layers(model))
+
+
+# -- copies ----------------------------------------------------------------------------------------------------------
+
+
+def test_copies_are_independent(kind: str) -> None:
+    model, inputs = adapted(kind), inputs_for(kind)
+    pickled = pickle.dumps(model)  # before its first forward, after which transformers' own hooks cannot be pickled
+    want = logits(model, **inputs)
+    name = model.targeted_module_names[0]
+    for clone in (copy.deepcopy(model), pickle.loads(pickled)):
+        assert torch.equal(logits(clone, **inputs), want)
+        for layer in hificl_layers(clone):
+            layer.hificl_V_B["default"].data.zero_()
+        mine, its = (m.get_base_model().get_submodule(name).virtual_pairs for m in (model, clone))
+        assert mine.base_config is not its.base_config
+        clone.base_model.model.set_attn_implementation("eager")
+        assert not torch.equal(logits(clone, **inputs), want)
+        assert torch.equal(logits(model, **inputs), want)
+        assert model.config._attn_implementation == "sdpa"
+
+
+def test_two_models_sharing_one_config_object() -> None:
+    one = build("gqa")
+    two = type(one)(one.config).eval()
+    two.load_state_dict(one.state_dict())
+    assert one.config is two.config
+    inputs = inputs_for("gqa")
+    bare = logits(two, **inputs)
+    adapted_one = get_peft_model(one, config())
+    assert torch.equal(logits(two, **inputs), bare)
+    adapted_two = get_peft_model(two, config())
+    assert not torch.equal(logits(adapted_one, **inputs), logits(adapted_two, **inputs))
+    adapted_one.unload()
+    assert torch.equal(logits(one, **inputs), bare)
+    assert not torch.equal(logits(adapted_two, **inputs), bare)
