@@ -95,6 +95,11 @@ def hificl_attention_forward(
             f"{type(module).__name__} attends with (query heads, key dim, value dim) = {found}, but its HiFICL adapter "
             f"was made for {layer.head_shape}: this attention is not supported; please report it."
         )
+    if pairs.keys.device != query.device:
+        raise ValueError(
+            f"{type(module).__name__} runs on {query.device}, but its HiFICL adapter is on {pairs.keys.device}: move the "
+            "whole model, adapter included, with model.to(...)."
+        )
     if kwargs.get("cache") is not None:
         raise ValueError("HiFICL does not support paged caches (continuous batching): use `generate` as usual.")
     if is_causal is None:

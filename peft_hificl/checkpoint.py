@@ -68,13 +68,28 @@ def stored_shapes(tensors: Mapping[str, Tensor], config: HiFICLConfig) -> dict[s
             f"The adapter file holds no {PREFIX}* tensors, found {_some(tensors)}: it is not a HiFICL adapter, or its "
             "adapter_config.json belongs to another file."
         )
+    for field, present in (
+        ("modules_to_save", any(module_of(key) is None for key in tensors)),
+        ("trainable_token_indices", any("trainable_tokens" in key for key in tensors)),
+    ):
+        if getattr(config, field) and not present:
+            raise ValueError(
+                f"adapter_config.json says {field}={getattr(config, field)!r}, but the adapter file holds no tensors "
+                "for it: the two files do not belong together."
+            )
     found = {}
     for module, shapes in modules.items():
         expected_names = set(config.parameter_shapes(1, 1, 1))
         check_names(f"Module {module!r} of the adapter file", expected_names, shapes, "adapter_config.json")
+        for name, shape in shapes.items():
+            if len(shape) != 3:
+                raise ValueError(
+                    f"Tensor {name} of module {module!r} in the adapter file has shape {shape}, expected three "
+                    "dimensions: the file is damaged or not a HiFICL adapter."
+                )
         keys = shapes["hificl_K_B" if config.factorize_keys else "hificl_K"]
         values = shapes["hificl_V_B" if config.factorize_values else "hificl_V"]
-        heads, key_dim, value_dim = (keys[0], keys[-1], values[-1]) if keys and values else (0, 0, 0)
+        heads, key_dim, value_dim = keys[0], keys[2], values[2]
         for name, expected in config.parameter_shapes(heads, key_dim, value_dim).items():
             if shapes[name] != expected:
                 raise ValueError(

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, Optional, Union
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
 from . import checkpoint, model_card
+
+_NUMBER = ((int,), "an int of at least 1")
+_SWITCH = ((bool,), "True or False")
+_NAMES = ((str, list, tuple, set, NoneType), "a list of names, a regex or None")
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "n": _NUMBER,
+    "r": _NUMBER,
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "layers_to_transform": ((int, list, tuple, NoneType), "an index, a list of indices or None"),
+    "layers_pattern": ((str, list, tuple, NoneType), "a name, a list of names or None"),
+    "modules_to_save": ((list, tuple, set, NoneType), "a list of names or None"),
+    "trainable_token_indices": ((list, tuple, dict, NoneType), "a list of indices, a dict of such lists or None"),
+    "init_weights": _SWITCH,
+    "factorize_keys": _SWITCH,
+    "factorize_values": _SWITCH,
+    "scale_self_attention": _SWITCH,
+}
 
 
 @dataclass
@@ -97,21 +116,17 @@ class HiFICLConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["HIFICL"]
+        for name, (types, words) in _TYPES.items():
+            value = getattr(self, name)
+            # True is an int to Python, but not a number of pairs.
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                raise TypeError(f"HiFICLConfig.{name} must be {words}, found {value!r}.")
         for name in ("n", "r"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"HiFICLConfig.{name} must be an int of at least 1, found {value!r}.")
-            if value < 1:
-                raise ValueError(f"HiFICLConfig.{name} must be at least 1, found {value}.")
-        for name in ("init_weights", "factorize_keys", "factorize_values", "scale_self_attention"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"HiFICLConfig.{name} must be True or False, found {getattr(self, name)!r}.")
+            if getattr(self, name) < 1:
+                raise ValueError(f"HiFICLConfig.{name} must be {_TYPES[name][1]}, found {getattr(self, name)}.")
         for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, (str, list, tuple, set)):
-                raise TypeError(f"HiFICLConfig.{name} must be a list of names or a regex, found {value!r}.")
-            if isinstance(value, (list, tuple)):
-                setattr(self, name, set(value))
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"HiFICLConfig.layers_pattern={self.layers_pattern!r} needs layers_to_transform: set it to the "

@@ -66,7 +66,19 @@ class HiFICLModel(BaseTuner):
             state_dict = {key.replace(f".{checkpoint.MODULE}.", "."): value for key, value in state_dict.items()}
             names = {name for key in state_dict if (name := checkpoint.module_of(key))}
         self._check_before_change(model, adapter_name, config, names)
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except Exception:  # PEFT has checks of its own, some of them after the change
+            for module in list(model.modules()):
+                layer = getattr(module, checkpoint.MODULE, None)
+                if isinstance(layer, HiFICLLayer) and adapter_name in layer.n:
+                    layer.delete_adapter(adapter_name)
+                    if not layer.n:
+                        attention.detach(module)
+            for parameter, value in requires_grad.items():
+                parameter.requires_grad = value
+            raise
         if type(model).__module__.startswith("transformers."):
             config._base_model_class = type(model).__name__
 

@@ -1,0 +1,395 @@
+"""Wrong input: an error that names what, found, expected and the remedy; the model stays as it was."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from peft_hificl import HiFICLConfig
+
+from .conftest import VOCAB, build, inputs_for, llama, logits
+from .test_peft_api import adapted, config, hificl_layers
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Structure, parameters, configuration objects, trainability and output are the same afterwards."""
+
+    def state() -> tuple[object, ...]:
+        return (
+            [(name, type(m), id(getattr(m, "config", None))) for name, m in model.named_modules()],
+            [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
+            sorted(getattr(model, "peft_config", {})),
+        )
+
+    before, output = state(), logits(model, **inputs_for("gqa"))
+    yield
+    assert state() == before
+    assert torch.equal(logits(model, **inputs_for("gqa")), output)
+
+
+# -- the configuration -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["n", "r"])
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (-3, ValueError), (1.5, TypeError), ("8", TypeError), (True, TypeError)]
+)
+def test_numbers(name: str, value: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match=rf"HiFICLConfig\.{name} must be .*at least 1, found {value!r}"):
+        HiFICLConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "init_weights", "factorize_keys", "factorize_values", "scale_self_attention", "target_modules",
+        "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices",
+    ],
+)  # fmt: skip
+def test_fields_of_the_wrong_type(field: str) -> None:
+    with pytest.raises(TypeError, match=rf"HiFICLConfig\.{field} must be .*found 1.5"):
+        HiFICLConfig(**{field: 1.5})
+
+
+def test_a_pattern_without_indices() -> None:
+    with pytest.raises(ValueError, match="layers_pattern='layers' needs layers_to_transform"):
+        HiFICLConfig(layers_pattern="layers")
+
+
+# -- targets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"target_modules": ["no_such_module"]}, "no_such_module.*not found"),
+        ({"target_modules": ["mlp"]}, "'model.layers.0.mlp' of type LlamaMLP.*attention interface.*target_modules"),
+        ({"target_modules": ["q_proj"]}, "'model.layers.0.self_attn.q_proj' of type Linear"),
+        ({"target_modules": r".*layers\.1.*"}, "cannot adapt module 'model.layers.1'"),
+        ({"target_modules": ["self_attn", "lm_head"]}, "'lm_head' of type Linear"),  # found wrong before any change
+        ({"layers_to_transform": [7]}, "not found"),
+        ({"exclude_modules": ["self_attn"]}, "excluded"),
+    ],
+)
+@pytest.mark.parametrize("route", ["get_peft_model", "inject"])
+def test_targets(choice: dict[str, object], message: str, route: str) -> None:
+    base = build("gqa")
+    attach = get_peft_model if route == "get_peft_model" else lambda model, cfg: inject_adapter_in_model(cfg, model)
+    with unchanged(base), pytest.raises((ValueError, TypeError), match=message):
+        attach(base, config(**choice))
+
+
+def test_models_without_attention_that_dispatches() -> None:
+    bloom = tf.BloomForCausalLM(tf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)).eval()
+    with unchanged(bloom), pytest.raises(ValueError, match=r"BloomAttention does not .*attention interface"):
+        get_peft_model(bloom, config())
+    with unchanged(bloom), pytest.raises(TypeError, match=r"'transformer.h.0.self_attention' of type BloomAttention"):
+        get_peft_model(bloom, config(target_modules=["self_attention"]))
+    with pytest.raises(ValueError, match="specify `target_modules`"):
+        get_peft_model(nn.Sequential(nn.Linear(2, 2)), config())
+
+
+def test_attention_that_depends_on_the_implementations_name_is_refused() -> None:
+    """It would leave out its sparse mask if it saw a name that it does not know."""
+    from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Attention
+
+    from peft_hificl.attention import dispatch_of
+
+    with pytest.raises(TypeError, match="depending on the attention implementation's name"):
+        dispatch_of(DeepseekV32Attention)
+
+
+@pytest.mark.parametrize("name", ["a.b", "keys", "virtual_pairs"])
+def test_adapter_names_that_cannot_be(name: str) -> None:
+    base = build("gqa")
+    with unchanged(base), pytest.raises(ValueError, match=f"cannot be named '{name}'"):
+        get_peft_model(base, config(), adapter_name=name)
+
+
+def test_adapter_names_that_are_taken() -> None:
+    model = adapted("gqa", name="a")
+    with unchanged(model), pytest.raises(ValueError, match="'a' already exists"):
+        model.add_adapter("a", config())
+    base = model.get_base_model()
+    with unchanged(base), pytest.raises(ValueError, match="'a' is already attached to 'model.layers.0.self_attn'"):
+        inject_adapter_in_model(config(), base, "a")
+
+
+def test_a_model_with_parts_on_disk_or_in_parallel_is_refused() -> None:
+    for attribute, value in (("hf_device_map", {"model.layers.1": "disk"}), ("_tp_size", 2)):
+        base = build("gqa")
+        setattr(base, attribute, value)
+        with unchanged(base), pytest.raises(ValueError, match=r"disk|tensor parallelism"):
+            get_peft_model(base, config())
+
+
+def test_an_adapter_on_another_device() -> None:
+    model = adapted("gqa")
+    hificl_layers(model)[1].to("meta")
+    with pytest.raises(ValueError, match=r"LlamaAttention runs on cpu, but its HiFICL adapter is on meta.*model\.to"):
+        model(**inputs_for("gqa"))
+
+
+def test_heads_that_differ_at_run_time() -> None:
+    model = adapted("gqa")
+    hificl_layers(model)[0].head_shape = (8, 16, 16)
+    with pytest.raises(ValueError, match=r"\(4, 16, 16\).*was made for \(8, 16, 16\)"):
+        model(**inputs_for("gqa"))
+
+
+# -- stored adapters -------------------------------------------------------------------------------------------------
+
+Tensors = dict[str, Tensor]
+
+
+def drop_one(tensors: Tensors) -> None:
+    del tensors[next(k for k in tensors if "V_B" in k)]
+
+
+def drop_a_layer(tensors: Tensors) -> None:
+    for key in [k for k in tensors if ".layers.1." in k]:
+        del tensors[key]
+
+
+def drop_all(tensors: Tensors) -> None:
+    tensors.clear()
+    tensors["base_model.model.something"] = torch.zeros(1)
+
+
+def add_one(tensors: Tensors) -> None:
+    tensors["base_model.model.model.layers.0.self_attn.virtual_pairs.hificl_K"] = torch.zeros(4, 3, 16)
+
+
+def add_a_layer(tensors: Tensors) -> None:
+    tensors |= {k.replace(".layers.1.", ".layers.2."): v.clone() for k, v in tensors.items() if ".layers.1." in k}
+
+
+def transpose(tensors: Tensors) -> None:
+    key = next(k for k in tensors if "K_A" in k)
+    tensors[key] = tensors[key].mT.contiguous()
+
+
+def flatten(tensors: Tensors) -> None:
+    key = next(k for k in tensors if "K_B" in k)
+    tensors[key] = tensors[key].flatten()
+
+
+def scalar(tensors: Tensors) -> None:
+    tensors[next(k for k in tensors if "V_B" in k)] = torch.tensor(1.0)
+
+
+def not_a_number(tensors: Tensors) -> None:
+    next(v for k, v in tensors.items() if "V_A" in k)[0, 0, 0] = float("nan")
+
+
+def infinite(tensors: Tensors) -> None:
+    next(v for k, v in tensors.items() if "K_B" in k)[0, 0, 0] = float("inf")
+
+
+def integers(tensors: Tensors) -> None:
+    key = next(k for k in tensors if "K_A" in k)
+    tensors[key] = tensors[key].int()
+
+
+DAMAGES: dict[Callable[[Tensors], None], str] = {
+    drop_one: r"lacks '\S*hificl_V_B",
+    drop_a_layer: r"lacks|base model has unexpected 'model.layers.1.self_attn'",
+    drop_all: r"holds no hificl_\* tensors|lacks",
+    add_one: r"has unexpected '.*hificl_K'",
+    add_a_layer: r"lacks 'model.layers.2.self_attn'|has unexpected",
+    transpose: r"hificl_K_A.* has shape \(4, 2, 3\).*\(4, 3, 2\)",
+    flatten: r"hificl_K_B.* has shape \(128,\)",
+    scalar: r"hificl_V_B.* has shape \(\)",
+    not_a_number: r"hificl_V_A\S* holds values that are not finite.*earlier checkpoint",
+    infinite: r"hificl_K_B\S* holds values that are not finite",
+    integers: r"hificl_K_A\S* holds values that are not finite numbers \(dtype torch.int32\)",
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    base = build("gqa")
+    base.save_pretrained(folder / "base")
+    model = get_peft_model(llama().from_pretrained(folder / "base"), config(task_type="CAUSAL_LM"))
+    model.save_pretrained(folder)
+    return folder
+
+
+def copy_of(saved: Path, folder: Path) -> Path:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(saved / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("route", ["from_pretrained", "load_adapter", "auto", "set_state_dict"])
+def test_files_that_do_not_fit(damage: Callable[[Tensors], None], route: str, saved: Path, tmp_path: Path) -> None:
+    folder = copy_of(saved, tmp_path)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    damage(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if route == "auto":
+        with pytest.raises(ValueError, match=DAMAGES[damage]):
+            AutoPeftModelForCausalLM.from_pretrained(folder)
+        return
+    model = build("gqa") if route == "from_pretrained" else adapted("gqa", name="a")
+    with unchanged(model), pytest.raises(ValueError, match=DAMAGES[damage]):
+        if route == "from_pretrained":
+            PeftModel.from_pretrained(model, folder)
+        elif route == "load_adapter":
+            model.load_adapter(folder, "b")
+        else:
+            set_peft_model_state_dict(model, tensors, adapter_name="a")
+
+
+OTHER_BASES = {
+    "heads": (lambda: llama_like(num_attention_heads=8), r"has 8 query heads.*was made for 4 query heads"),
+    "head-dim": (lambda: llama_like(head_dim=8), r"head dimension 8.*head dimension 16"),
+    "fewer-layers": (lambda: llama_like(num_hidden_layers=1), r"lacks 'model.layers.1.self_attn'"),
+    "another-family": (
+        lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_head=4, n_layer=2)),
+        r"not found in the base model",
+    ),
+}
+
+
+def llama_like(**kwargs: int) -> tf.PreTrainedModel:
+    fields = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, **kwargs}
+    return tf.LlamaForCausalLM(
+        tf.LlamaConfig(**{"vocab_size": VOCAB, "intermediate_size": 32, "num_hidden_layers": 2, **fields})
+    )
+
+
+@pytest.mark.parametrize("case", OTHER_BASES)
+def test_the_wrong_base_model(case: str, saved: Path) -> None:
+    make, message = OTHER_BASES[case]
+    base = make().eval()
+    with unchanged(base), pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(base, saved)
+
+
+def test_n_and_r_that_are_not_the_files(saved: Path, tmp_path: Path) -> None:
+    folder = copy_of(saved, tmp_path)
+    stored = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**stored, "n": 10**12}))
+    base = build("gqa")
+    with unchanged(base), pytest.raises(ValueError, match=r"adapter_config.json \(n=1000000000000, r=2\)"):
+        PeftModel.from_pretrained(base, folder)
+
+
+def test_a_stored_configuration_is_not_a_recipe_for_another_shape(saved: Path) -> None:
+    stored = HiFICLConfig.from_pretrained(saved)
+    with pytest.raises(ValueError, match="write a new HiFICLConfig"):
+        get_peft_model(llama_like(head_dim=8).eval(), stored)
+    same = get_peft_model(build("gqa"), HiFICLConfig.from_pretrained(saved))
+    assert len(hificl_layers(same)) == 2
+
+
+def test_a_partial_state_dict_changes_nothing() -> None:
+    model = adapted("gqa")
+    state = {key: torch.zeros_like(value) for key, value in get_peft_model_state_dict(model).items()}
+    state.popitem()
+    with unchanged(model), pytest.raises(ValueError, match="lacks"):
+        set_peft_model_state_dict(model, state)
+
+
+def test_transformers_own_loader_refuses_shapes_and_reports_what_is_missing(saved: Path, tmp_path: Path) -> None:
+    """`model.load_adapter` never hands the file to PEFT: what it checks is its own. Documented in docs/limits.md."""
+    with pytest.raises(RuntimeError, match="mismatch"):
+        llama_like(num_attention_heads=8).load_adapter(saved)
+    folder = copy_of(saved, tmp_path)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    drop_one(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    report = build("gqa").load_adapter(folder)
+    assert len(report.missing_keys) == 1
+
+
+# -- fuzzing ---------------------------------------------------------------------------------------------------------
+
+
+def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
+    data = bytearray(data)
+    kind = rng.choice(["truncate", "flip", "zero", "insert", "remove", "header", "repeat", "empty"])
+    at = rng.randrange(len(data))
+    if kind == "truncate":
+        del data[at:]
+    elif kind == "flip":
+        for _ in range(rng.randint(1, 8)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif kind == "zero":
+        data[at : at + rng.randint(1, 64)] = bytes(min(64, len(data) - at))
+    elif kind == "insert":
+        data[at:at] = rng.randbytes(rng.randint(1, 16))
+    elif kind == "remove":
+        del data[at : at + rng.randint(1, 64)]
+    elif kind == "header":
+        data[rng.randrange(min(900, len(data)))] = rng.randrange(256)
+    elif kind == "repeat":
+        data += data[at:]
+    else:
+        data.clear()
+    return bytes(data)
+
+
+def mutate_json(text: str, rng: random.Random) -> bytes:
+    if rng.random() < 0.3:
+        return mutate_bytes(text.encode(), rng)
+    stored = json.loads(text)
+    key = rng.choice(sorted(stored))
+    values = [None, 0, -1, 3, 10**9, 1.5, "", "x", [], ["x"], {}, {"x": 1}, True, "HIFICL", "LORA", "CAUSAL_LM", [7, 9]]
+    if rng.random() < 0.2:
+        del stored[key]
+    else:
+        stored[key] = rng.choice(values)
+    return json.dumps(stored).encode()
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_fuzzed_files_never_leave_half_an_adapter(part: int, saved: Path, tmp_path: Path) -> None:
+    """60 damaged copies per part: each loads whole, or fails with a message and leaves the base model as it was."""
+    rng = random.Random(part)
+    base = build("gqa")
+    loaded = 0
+    for case in range(60):
+        folder = copy_of(saved, tmp_path)
+        if rng.random() < 0.6:
+            path = folder / "adapter_model.safetensors"
+            path.write_bytes(mutate_bytes(path.read_bytes(), rng))
+        else:
+            path = folder / "adapter_config.json"
+            path.write_bytes(mutate_json(path.read_text(), rng))
+        try:
+            with unchanged(base):
+                try:
+                    model = PeftModel.from_pretrained(base, folder)
+                except Exception as error:
+                    assert str(error), f"case {case}: {type(error).__name__} without a message"
+                    continue
+                loaded += 1
+                assert torch.isfinite(logits(model, **inputs_for("gqa"))).all(), f"case {case}"
+                model.unload()
+                base.requires_grad_(True)
+        except AssertionError as error:
+            raise AssertionError(f"part {part}, case {case}, {path.name}: {path.read_bytes()[:900]!r}") from error
+    assert loaded < 50

@@ -1,0 +1,114 @@
+"""Training with the usual loops: Trainer on a vision-language model, and plain accelerate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from peft_hificl import HiFICLConfig
+
+from .conftest import IMAGE, build, inputs_for, logits
+from .test_peft_api import config, hificl_layers
+
+
+def picture_data(rows: int = 16) -> Dataset:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(5, 90, (rows, 9), generator=generator)
+    ids[:, 1:5] = IMAGE
+    labels = ids.clone()
+    labels[:, :7] = -100  # the answer alone
+    pictures = torch.randn(rows, 3, 8, 8, generator=generator)
+    data = Dataset.from_dict({"input_ids": ids, "labels": labels, "pixel_values": pictures})
+    return data.with_format("torch")
+
+
+def trainer(folder: Path, model: PeftModel, **kwargs: object) -> Trainer:
+    args = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=4, learning_rate=5e-3, lr_scheduler_type="cosine",
+        warmup_steps=1, weight_decay=1e-3, max_grad_norm=1.0, logging_steps=1, report_to=[], seed=0,
+        use_cpu=True, disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
+        **{"save_strategy": "no", "num_train_epochs": 2, **kwargs},
+    )  # fmt: skip
+    return Trainer(model, args, train_dataset=picture_data(), eval_dataset=picture_data(8))
+
+
+def fresh() -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(build("vlm"), HiFICLConfig(n=4, r=4))
+
+
+def adapter_of(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "hificl_" in name}
+
+
+def test_trainer_trains_and_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    whole = fresh()
+    start = adapter_of(whole)
+    log = trainer(tmp_path / "whole", whole, save_strategy="steps", save_steps=4)
+    log.train()
+    losses = [entry["loss"] for entry in log.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert any(not torch.equal(start[name], p) for name, p in adapter_of(whole).items())
+    resumed = fresh()
+    trainer(tmp_path / "whole", resumed).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    for name, parameter in adapter_of(resumed).items():
+        torch.testing.assert_close(parameter, adapter_of(whole)[name], rtol=1e-5, atol=1e-6, msg=name)
+    stored = tmp_path / "whole" / "checkpoint-8"
+    reloaded = PeftModel.from_pretrained(build("vlm"), stored)
+    inputs = inputs_for("vlm")
+    assert torch.equal(logits(reloaded, **inputs), logits(whole.eval(), **inputs))
+
+
+def test_load_best_model_at_end(tmp_path: Path) -> None:
+    model = fresh()
+    run = trainer(
+        tmp_path, model, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True, num_train_epochs=2,
+    )  # fmt: skip
+    run.train()
+    best = run.state.best_model_checkpoint  # the worst loss is "best" here, so that it is not the last one
+    assert best is not None and not best.endswith(str(run.state.global_step))
+    want = logits(PeftModel.from_pretrained(build("vlm"), best), **inputs_for("vlm"))
+    assert torch.equal(logits(model.eval(), **inputs_for("vlm")), want)
+
+
+def test_trainer_in_bf16(tmp_path: Path) -> None:
+    model = fresh()
+    trainer(tmp_path, model, bf16=True, num_train_epochs=1, gradient_checkpointing=True).train()
+    assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in adapter_of(model).values())
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_plain_accelerate_loop(mixed_precision: str) -> None:
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision=mixed_precision)
+    model = fresh()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(picture_data(), batch_size=8))
+    losses = []
+    for _ in range(4):
+        for batch in loader:
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_parameters_offloaded_by_accelerate() -> None:
+    torch.manual_seed(1)
+    model = get_peft_model(build("gqa"), config()).eval()
+    want = logits(model, **inputs_for("gqa"))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(layer.hificl_K_A["default"].is_meta for layer in hificl_layers(model))
+    torch.testing.assert_close(logits(model, **inputs_for("gqa")), want)
