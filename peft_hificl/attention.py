@@ -97,8 +97,8 @@ def hificl_attention_forward(
         )
     if pairs.keys.device != query.device:
         raise ValueError(
-            f"{type(module).__name__} runs on {query.device}, but its HiFICL adapter is on {pairs.keys.device}: move the "
-            "whole model, adapter included, with model.to(...)."
+            f"{type(module).__name__} runs on {query.device}, but its HiFICL adapter is on {pairs.keys.device}: move "
+            "the whole model, adapter included, with model.to(...)."
         )
     if kwargs.get("cache") is not None:
         raise ValueError("HiFICL does not support paged caches (continuous batching): use `generate` as usual.")

@@ -33,8 +33,8 @@ def read(path: str, **hub_kwargs: Any) -> dict[str, Tensor] | None:
     try:
         return dict(load_peft_weights(path, device="cpu", **hub_kwargs))
     except Exception as error:
-        if not local:  # absent, or the Hub is out of reach: the load that follows says so itself
-            return None
+        if not local and isinstance(error, (OSError, ValueError)):
+            return None  # not on the Hub, or the Hub is out of reach: the load that follows says so itself
         raise ValueError(
             f"The adapter weights in {folder!r} cannot be read ({type(error).__name__}: {error}). The file is "
             "damaged or incomplete: copy or download it again."

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -96,6 +97,11 @@ class HiFICLModel(BaseTuner):
             raise ValueError(
                 "The base model is partly offloaded to disk, where PEFT has no place for a HiFICL adapter: give "
                 "from_pretrained a device_map (or max_memory) that needs no disk."
+            )
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            raise ValueError(
+                f"target_modules={config.target_modules!r} means linear layers, but HiFICL adapts attention modules: "
+                "leave target_modules=None to have them found."
             )
         shapes = {}
         for name, module in model.named_modules():
@@ -200,7 +206,8 @@ class HiFICLModel(BaseTuner):
         def hand_down(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if threading.get_ident() != thread:
                 return None  # another thread's forward, which has rows of its own
-            batch_size = args[0] if isinstance(module, HiFICLLayer) else len(args[0])
+            first = args[0] if args else next(iter(kwargs.values()))
+            batch_size = first if isinstance(module, HiFICLLayer) else len(first)
             repeated = repeats if batch_size == repeats * len(adapter_names) else 1
             return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(repeated)]}
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import ModelCard
-
 if TYPE_CHECKING:
     from .config import HiFICLConfig
 
@@ -22,10 +20,9 @@ def add_usage(save_directory: str, config: HiFICLConfig) -> None:
     folder = Path(save_directory)
     for path, adapter in ((folder / "README.md", "."), (folder.parent / "README.md", folder.name)):
         if path.is_file():
-            card = ModelCard.load(path, ignore_metadata_errors=True)
-            if card.data.get("library_name") == "peft" and HEADING not in card.text:
-                card.text = f"{card.text.rstrip()}\n\n{_usage(config, adapter)}"
-                card.save(path)
+            card = path.read_text(encoding="utf-8")
+            if "library_name: peft" in card and HEADING not in card:
+                path.write_text(f"{card.rstrip()}\n\n{_usage(config, adapter)}", encoding="utf-8")
             return
 
 

@@ -291,6 +291,21 @@ def test_compiles_whole_and_does_not_recompile_when_weights_are_swapped(kind: st
     assert counter.frame_count == frames
 
 
+def test_switching_by_name_traces_once_per_adapter() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model, inputs = adapted("gqa", name="a"), inputs_for("gqa")
+    model.add_adapter("b", config())
+    model.requires_grad_(False)
+    counter = CompileCounter()
+    compiled = torch.compile(model.get_base_model(), backend=counter, fullgraph=True)
+    for name in ("a", "b", "a", "b"):
+        model.set_adapter(name, inference_mode=True)
+        torch.testing.assert_close(logits(compiled, **inputs), logits(model, **inputs), rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 2
+
+
 def test_a_compiled_model_sees_an_adapter_that_comes_and_goes() -> None:
     torch._dynamo.reset()
     base, inputs = build("gqa"), inputs_for("gqa")

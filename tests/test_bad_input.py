@@ -85,6 +85,7 @@ def test_a_pattern_without_indices() -> None:
         ({"target_modules": ["mlp"]}, "'model.layers.0.mlp' of type LlamaMLP.*attention interface.*target_modules"),
         ({"target_modules": ["q_proj"]}, "'model.layers.0.self_attn.q_proj' of type Linear"),
         ({"target_modules": r".*layers\.1.*"}, "cannot adapt module 'model.layers.1'"),
+        ({"target_modules": "all-linear"}, "'all-linear' means linear layers"),
         ({"target_modules": ["self_attn", "lm_head"]}, "'lm_head' of type Linear"),  # found wrong before any change
         ({"layers_to_transform": [7]}, "not found"),
         ({"exclude_modules": ["self_attn"]}, "excluded"),

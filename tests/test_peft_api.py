@@ -183,6 +183,45 @@ def test_reload_needs_no_detection(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert torch.equal(logits(reloaded, **inputs_for("vlm")), logits(model, **inputs_for("vlm")))
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a repository `someone/adapter` in a Hub cache of our own; returns where its files belong."""
+    repository = tmp_path / "models--someone--adapter"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    return snapshot
+
+
+def test_an_adapter_from_the_hub(hub: Path, tmp_path: Path) -> None:
+    model = adapted("gqa")
+    want = logits(model, **inputs_for("gqa"))
+    model.save_pretrained(hub)
+    loaded = PeftModel.from_pretrained(build("gqa"), "someone/adapter", cache_dir=tmp_path)
+    assert torch.equal(logits(loaded, **inputs_for("gqa")), want)
+    (hub / "adapter_model.safetensors").write_bytes(b"damaged")
+    base = build("gqa")
+    with pytest.raises(ValueError, match=r"'someone/adapter.*cannot be read.*download it again"):
+        PeftModel.from_pretrained(base, "someone/adapter", cache_dir=tmp_path)
+    assert not hificl_layers(base)
+    (hub / "adapter_model.safetensors").unlink()
+    assert HiFICLConfig.from_pretrained("someone/adapter", cache_dir=tmp_path).n == 3  # a configuration alone
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["float32-adapter", "bfloat16-adapter"])
+def test_dtype_policy_survives_the_reload(autocast: bool, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    base = build("gqa").to(torch.bfloat16)
+    model = get_peft_model(base, config(), autocast_adapter_dtype=autocast).eval()
+    want = logits(model, **inputs_for("gqa"))
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(build("gqa").to(torch.bfloat16), tmp_path, autocast_adapter_dtype=autocast)
+    dtypes = {p.dtype for name, p in reloaded.named_parameters() if "hificl_" in name}
+    assert dtypes == {torch.float32 if autocast else torch.bfloat16}
+    assert torch.equal(logits(reloaded, **inputs_for("gqa")), want)
+
+
 def test_without_the_import_loading_says_which_name_is_missing(tmp_path: Path) -> None:
     adapted("gqa").save_pretrained(tmp_path)
     code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path)!r})"
@@ -441,6 +480,20 @@ def test_mixed_batch_equals_each_row_alone(kind: str) -> None:
     for row, name in enumerate(names):
         one = {key: value[row : row + 1] for key, value in inputs.items()}
         assert torch.equal(beams[row : row + 1], model.generate(**one, adapter_names=[name], **kwargs))
+
+
+def test_mixed_batch_with_a_head_of_each_adapters_own() -> None:
+    model, inputs = adapted("gqa", name="a", modules_to_save=["lm_head"]), inputs_for("gqa")
+    model.add_adapter("b", config(modules_to_save=["lm_head"]))
+    for name in ("a", "b"):
+        torch.nn.init.normal_(model.get_base_model().lm_head.modules_to_save[name].weight)
+    alone = []
+    for name in ("b", "a"):
+        model.set_adapter(name)
+        alone.append(logits(model, **inputs))
+    got = logits(model, **inputs, adapter_names=["b", "a"])
+    for row in (0, 1):
+        torch.testing.assert_close(got[row], alone[row][row], rtol=1e-4, atol=1e-5)
 
 
 def test_mixed_batch_errors() -> None:

@@ -1,0 +1,49 @@
+# Every target sets up what it needs, in .venv, with the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup quality test test-slow quickstart architectures peer-suite clean
+setup: .venv/ready
+
+.venv/ready: constraints.txt setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,bench]'
+	touch $@
+
+quality: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: setup
+	$(BIN)/python -m pytest -n 2 -m 'not slow' --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+quickstart: setup
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.quickstart --out out/quickstart
+
+architectures: setup  ## rewrite docs/architectures.md from the tests' own table
+	$(BIN)/python -m tests.architectures
+
+# PEFT's own tests with HiFICLConfig in the place of LoRA's. docs/peer-suite.md says what is left out and why.
+PEFT_VERSION := 0.21.2
+PEER_SUITE ?= ../shared/tools/run_peft_suite.py
+PEER := $(BIN)/python $(PEER_SUITE) --checkout $(CURDIR)/.peer-suite/peft-$(PEFT_VERSION) --models .peer-suite/models \
+	--config peft_hificl:HiFICLConfig --mixed-batches --no-merge --more-decoders
+peer-suite: setup .peer-suite/peft-$(PEFT_VERSION)
+	$(PEER) --suites decoder,encdec,feature,seqcls,tokqa,custom,config -k 'not GPTJ and not Deberta and not deberta'
+	$(PEER) --suites extra --declare fresh_process_without_import,hotswap,mixed_model,disk_offload
+
+.peer-suite/peft-$(PEFT_VERSION):
+	mkdir -p .peer-suite
+	$(BIN)/python -m pip install --quiet setuptools wheel
+	$(BIN)/python -m pip download --quiet --no-binary :all: --no-deps --no-build-isolation --dest .peer-suite peft==$(PEFT_VERSION)
+	tar -xzf $@.tar.gz -C .peer-suite
+
+clean:
+	rm -rf .venv .peer-suite out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
