@@ -102,12 +102,13 @@ def hificl_attention_forward(
         )
     if kwargs.get("cache") is not None:
         raise ValueError("HiFICL does not support paged caches (continuous batching): use `generate` as usual.")
+    bias = kwargs.get("position_bias")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if implementation == "sdpa" and attention_mask is None and is_causal and query.shape[2] > 1:
         # As in transformers' sdpa: without a mask, the context is the first T keys, causally.
         size = query.shape[2]
-        key, value = key[:, :, :size], value[:, :, :size]
+        key, value, bias = key[:, :, :size], value[:, :, :size], None if bias is None else bias[..., :size]
         attention_mask = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
     elif attention_mask is not None and not isinstance(attention_mask, Tensor):
         attention_mask = _dense(attention_mask, query, key)
@@ -121,7 +122,7 @@ def hificl_attention_forward(
         pairs,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         mask=attention_mask,
-        bias=kwargs.get("position_bias"),
+        bias=bias,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
         dropout=dropout if module.training else 0.0,
@@ -199,9 +200,10 @@ def dispatch_of(cls: type[nn.Module]) -> Dispatch:
 def _read_dispatch(cls: type[nn.Module]) -> Dispatch:
     forward = inspect.unwrap(cls.forward)
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+        tree = _source_of(forward)
+        bases = [_source_of(base) for base in cls.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
     except (OSError, TypeError, SyntaxError):
-        raise TypeError(f"the source of {cls.__name__}.forward cannot be read") from None
+        raise TypeError(f"the source of {cls.__name__} cannot be read") from None
     lookups = [
         node
         for node in ast.walk(tree)
@@ -212,7 +214,13 @@ def _read_dispatch(cls: type[nn.Module]) -> Dispatch:
             f"{cls.__name__} does not compute its attention through transformers' attention interface "
             "(ALL_ATTENTION_FUNCTIONS.get_interface)"
         )
-    for node in ast.walk(tree):
+    assigned = [ast.unparse(t) for n in ast.walk(tree) if isinstance(n, ast.Assign) for t in n.targets]
+    looked_up = [
+        ast.unparse(n.targets[0]) for n in ast.walk(tree) if isinstance(n, ast.Assign) and n.value is lookups[0]
+    ]
+    if any(assigned.count(name) > 1 for name in looked_up):
+        raise TypeError(f"{cls.__name__} may exchange the attention function that it has looked up")
+    for node in (node for base in bases for node in ast.walk(base)):
         # With "hificl" in the place of "sdpa", such a module would take another path (a sparse mask left out, say).
         if isinstance(node, ast.Compare) and "_attn_implementation" in ast.unparse(node):
             literals = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
@@ -226,6 +234,10 @@ def _read_dispatch(cls: type[nn.Module]) -> Dispatch:
     if unknown:
         raise TypeError(f"the attention function of {cls.__name__} takes {sorted(unknown)}, which HiFICL does not know")
     return Dispatch(eager, interface)
+
+
+def _source_of(thing: Callable[..., Any]) -> ast.Module:
+    return ast.parse(textwrap.dedent(inspect.getsource(thing)))
 
 
 def head_shape_of(module: nn.Module) -> HeadShape:

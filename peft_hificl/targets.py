@@ -29,7 +29,10 @@ def find_self_attention(model: nn.Module) -> list[str]:
             "please specify `target_modules` in the HiFICLConfig."
         )
     decoder = _text_decoder(model)
-    towers = {model.get_encoder(kind) for kind in ("image", "video", "audio")} - {model, decoder, None}
+    # A model within the model may have towers of its own.
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    found_towers = [(part, part.get_encoder(kind)) for part in parts for kind in ("image", "video", "audio")]
+    towers = {tower for part, tower in found_towers if tower is not part and tower is not None} - {decoder}
     outside = {m for tower in towers for m in tower.modules() if m is not decoder}
     inside = set(decoder.modules()) - outside
     candidates = [

@@ -1,0 +1,1 @@
+"""Benchmarks of peft_hificl; each is run as `python -m benchmarks.<name>`."""
