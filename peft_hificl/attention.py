@@ -183,27 +183,30 @@ def check_implementation(implementation: str | None, where: str) -> None:
         )
 
 
-_dispatches: dict[type[nn.Module], Dispatch] = {}  # a plain dict: torch.compile reads it, and cannot read sources
+# What was read, or the reason why not.  A plain dict: torch.compile looks things up in it, and cannot read sources.
+_dispatches: dict[type[nn.Module], Dispatch | str] = {}
 
 
 def dispatch_of(cls: type[nn.Module]) -> Dispatch:
-    """Read from a class's forward how it dispatches.
+    """Read from a class's source how it dispatches.
 
     Raises:
         TypeError: it does not dispatch, or does so in a way that HiFICL could get wrong; the message says how.
     """
     if cls not in _dispatches:
-        _dispatches[cls] = _read_dispatch(cls)
-    return _dispatches[cls]
+        try:
+            _dispatches[cls] = _read_dispatch(cls)
+        except TypeError as error:
+            _dispatches[cls] = str(error)
+    dispatch = _dispatches[cls]
+    if isinstance(dispatch, str):
+        raise TypeError(dispatch)
+    return dispatch
 
 
 def _read_dispatch(cls: type[nn.Module]) -> Dispatch:
     forward = inspect.unwrap(cls.forward)
-    try:
-        tree = _source_of(forward)
-        bases = [_source_of(base) for base in cls.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
-    except (OSError, TypeError, SyntaxError):
-        raise TypeError(f"the source of {cls.__name__} cannot be read") from None
+    tree = _source_of(forward)
     lookups = [
         node
         for node in ast.walk(tree)
@@ -214,18 +217,19 @@ def _read_dispatch(cls: type[nn.Module]) -> Dispatch:
             f"{cls.__name__} does not compute its attention through transformers' attention interface "
             "(ALL_ATTENTION_FUNCTIONS.get_interface)"
         )
-    assigned = [ast.unparse(t) for n in ast.walk(tree) if isinstance(n, ast.Assign) for t in n.targets]
-    looked_up = [
-        ast.unparse(n.targets[0]) for n in ast.walk(tree) if isinstance(n, ast.Assign) and n.value is lookups[0]
-    ]
-    if any(assigned.count(name) > 1 for name in looked_up):
+    assignments = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    holder = [ast.unparse(node.targets[0]) for node in assignments if node.value is lookups[0]]
+    if sum(ast.unparse(node.targets[0]) in holder for node in assignments) > 1:
         raise TypeError(f"{cls.__name__} may exchange the attention function that it has looked up")
-    for node in (node for base in bases for node in ast.walk(base)):
-        # With "hificl" in the place of "sdpa", such a module would take another path (a sparse mask left out, say).
-        if isinstance(node, ast.Compare) and "_attn_implementation" in ast.unparse(node):
-            literals = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
-            if literals & {"sdpa", "flex_attention"}:
-                raise TypeError(f"{cls.__name__} behaves differently depending on the attention implementation's name")
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for node in ast.walk(_source_of(base)):
+            # With "hificl" in the place of "sdpa", it would take another path (leave out a sparse mask, say).
+            if isinstance(node, ast.Compare) and "_attn_implementation" in ast.unparse(node):
+                literals = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+                if literals & {"sdpa", "flex_attention"}:
+                    raise TypeError(
+                        f"{cls.__name__} behaves differently depending on the attention implementation's name"
+                    )
     eager = forward.__globals__.get(ast.unparse(lookups[0].args[1]))
     interface = forward.__globals__.get(ast.unparse(lookups[0].func.value))  # type: ignore[attr-defined]
     if eager is None or interface is None:
@@ -237,7 +241,10 @@ def _read_dispatch(cls: type[nn.Module]) -> Dispatch:
 
 
 def _source_of(thing: Callable[..., Any]) -> ast.Module:
-    return ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    except (OSError, TypeError, SyntaxError):
+        raise TypeError(f"the source of {thing.__qualname__} cannot be read") from None
 
 
 def head_shape_of(module: nn.Module) -> HeadShape:
