@@ -43,11 +43,11 @@ def find_self_attention(model: nn.Module) -> list[str]:
     reasons = {name: reason for name, module in candidates if (reason := attention.why_unsupported(module))}
     found = [name for name, _ in candidates if name not in reasons]
     if not found:
-        likely = [f"{name} ({reason})" for name, reason in reasons.items() if "attention" in _kind(model, name)]
+        likely = {reasons[name]: name for name, module in candidates if "attention" in type(module).__name__.lower()}
         raise ValueError(
             f"{type(model).__name__} has no self-attention that HiFICL can adapt: "
-            + ("; ".join(likely[:2]) or f"nothing in {type(decoder).__name__} is an attention module")
-            + ". HiFICL needs attention that dispatches through transformers' attention interface."
+            + ("; ".join(f"{name}: {reason}" for reason, name in likely.items()) or f"nothing in {type(decoder).__name__} is an attention module")
+            + ". HiFICL needs attention that goes through transformers' attention interface."
         )
     return found
 
@@ -69,7 +69,3 @@ def _is_other_kind(name: str, module: nn.Module) -> bool:
         or _CROSS_NAME.search(name)
         or getattr(module, "is_cross_attention", False)
     )
-
-
-def _kind(model: nn.Module, name: str) -> str:
-    return type(model.get_submodule(name)).__name__.lower()

@@ -65,7 +65,10 @@ ODD = {"sinks": gpt_oss, "softcap": gemma2, "position-bias": t5, "value-dim": de
 def test_every_call_inside_a_model_equals_the_definition(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the model hands to its attention, recomputed head by head from the formula, in float64."""
     torch.manual_seed(0)
-    model = get_peft_model(ODD[case]().eval(), config())
+    base = ODD[case]().eval()
+    if case == "position-bias" and attention.why_unsupported(base.decoder.block[0].layer[0].SelfAttention):
+        pytest.skip("T5 does not dispatch in this transformers")
+    model = get_peft_model(base, config())
     calls = 0
 
     def recorded(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: object):

@@ -54,7 +54,7 @@ def test_trainer_trains_and_resumes_to_the_same_weights(tmp_path: Path) -> None:
     log = trainer(tmp_path / "whole", whole, save_strategy="steps", save_steps=4)
     log.train()
     losses = [entry["loss"] for entry in log.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
+    assert sum(losses[4:]) < sum(losses[:4])  # the second epoch's four batches against the first's
     assert any(not torch.equal(start[name], p) for name, p in adapter_of(whole).items())
     resumed = fresh()
     trainer(tmp_path / "whole", resumed).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
