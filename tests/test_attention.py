@@ -145,6 +145,12 @@ def test_an_unsupported_implementation_is_refused_with_the_list() -> None:
     assert torch.equal(logits(base, **inputs), want)
 
 
+def test_paged_caches_are_refused() -> None:
+    module = adapted("gqa").get_base_model().model.layers[0].self_attn
+    with pytest.raises(ValueError, match="paged caches"):
+        attention.hificl_attention_forward(module, *torch.randn(3, 1, 4, 5, 16), None, cache=object())
+
+
 def test_the_name_hificl_without_an_adapter_is_refused() -> None:
     base = build("gqa")
     base.set_attn_implementation("hificl")

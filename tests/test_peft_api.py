@@ -394,6 +394,15 @@ def test_weights_are_replaced_in_place(tmp_path: Path) -> None:
     assert torch.equal(logits(model, **inputs_for("gqa")), logits(adapted("gqa", seed=2), **inputs_for("gqa")))
 
 
+def test_pefts_hotswap_knows_lora_alone(tmp_path: Path) -> None:
+    from peft.utils.hotswap import hotswap_adapter
+
+    model = adapted("gqa")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="HIFICL"):
+        hotswap_adapter(model, tmp_path, adapter_name="default", torch_device="cpu")
+
+
 # -- beside other adapters -------------------------------------------------------------------------------------------
 
 
