@@ -101,7 +101,7 @@ def test_plain_accelerate_loop(mixed_precision: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    assert sum(losses[-2:]) < sum(losses[:2])  # the last epoch's two batches against the first's
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
