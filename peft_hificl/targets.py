@@ -44,10 +44,11 @@ def find_self_attention(model: nn.Module) -> list[str]:
     found = [name for name, _ in candidates if name not in reasons]
     if not found:
         likely = {reasons[name]: name for name, module in candidates if "attention" in type(module).__name__.lower()}
+        why = "; ".join(f"{name}: {reason}" for reason, name in likely.items())
         raise ValueError(
             f"{type(model).__name__} has no self-attention that HiFICL can adapt: "
-            + ("; ".join(f"{name}: {reason}" for reason, name in likely.items()) or f"nothing in {type(decoder).__name__} is an attention module")
-            + ". HiFICL needs attention that goes through transformers' attention interface."
+            f"{why or f'nothing in {type(decoder).__name__} is an attention module'}. HiFICL needs attention that goes "
+            "through transformers' attention interface."
         )
     return found
 
