@@ -20,6 +20,7 @@ Predictions = dict[str, dict[str, list[str]]]  # answers by model (a key of TITL
 
 TITLES = {"commonest": "commonest", "base": "zero-shot"} | {name: m.title for name, m in METHODS.items()}
 COLORS = {"commonest": "#dddddd", "base": "#9a9a9a", "hificl": "#1f6fb4", "lora": "#e08a1e"}
+ARROW, WRONG = "\N{RIGHTWARDS ARROW}", "\N{BALLOT X}"
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,10 @@ def make_table(rows: Sequence[Row], title: str) -> Table:
 
 def draw(path: Path, rows: Sequence[Row], predictions: Predictions, test: Dataset) -> None:
     """The first test image of each digit with the answers to it, and the accuracies beside them."""
-    figure = Figure(figsize=(13, 5.4), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.4, 1))
+    figure = Figure(figsize=(14, 5.4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.7, 1))
 
-    left.suptitle(
-        "First test image of each digit: answers of the base model \N{RIGHTWARDS ARROW} of the HiFICL adapter"
-    )
+    left.suptitle(f"First test image of each digit: answer of the base model {ARROW} with HiFICL ({WRONG}: wrong)")
     digits = test["digit"][:]
     for digit, axes in enumerate(left.subplots(2, 5).flat):
         index = digits.index(digit)
@@ -65,9 +64,8 @@ def draw(path: Path, rows: Sequence[Row], predictions: Predictions, test: Datase
         lines = [f"digit: {predictions['base']['naming'][index].removesuffix(END)}"]
         for name, task in NEW_TASKS.items():
             before, after = (predictions[model][name][index] for model in ("base", "hificl"))
-            right_answer = after == f"{task.answers[digit]} {END}"
-            arrow = f"{before.removesuffix(END)}\N{RIGHTWARDS ARROW} {after.removesuffix(END)}"
-            lines.append(f"{name}: {arrow}{'' if right_answer else '(wrong)'}")
+            mark = "" if after == f"{task.answers[digit]} {END}" else WRONG
+            lines.append(f"{name}: {before.removesuffix(END)}{ARROW} {after.removesuffix(END)}{mark}")
         axes.set_xlabel("\n".join(lines), fontsize=9, linespacing=1.4)
 
     axes = right.subplots()
