@@ -35,9 +35,10 @@ PEFT_VERSION := 0.21.2
 PEER_SUITE ?= ../shared/tools/run_peft_suite.py
 PEER := $(BIN)/python $(PEER_SUITE) --checkout $(CURDIR)/.peer-suite/peft-$(PEFT_VERSION) --models .peer-suite/models \
 	--config peft_hificl:HiFICLConfig --mixed-batches --no-merge --more-decoders
+PEER_WITHOUT := not GPTJ and not Deberta and not deberta and not test_disable_adapters \
+	and not test_set_adapter_non_overlapping_modules and not test_set_requires_grad
 peer-suite: setup .peer-suite/peft-$(PEFT_VERSION)
-	$(PEER) --suites decoder,encdec,feature,seqcls,tokqa,custom,config -k 'not GPTJ and not Deberta and not deberta \
-		and not test_disable_adapters and not test_set_adapter_non_overlapping_modules and not test_set_requires_grad'
+	$(PEER) --suites decoder,encdec,feature,seqcls,tokqa,custom,config -k '$(PEER_WITHOUT)'
 	$(PEER) --suites custom -k test_disable_adapters --kwargs '{"scale_self_attention": false}'
 	$(PEER) --suites extra --declare fresh_process_without_import,hotswap,mixed_model,disk_offload
 
