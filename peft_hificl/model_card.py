@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,9 @@ def add_usage(save_directory: str, config: HiFICLConfig) -> None:
 
 def _usage(config: HiFICLConfig, adapter: str) -> str:
     base_class = config._base_model_class or "AutoModel"
+    base = config.base_model_name_or_path
+    if base is not None and os.path.isdir(base):
+        base = os.path.abspath(base)  # the snippet runs in the adapter's folder
     return f"""{HEADING}
 
 {config.n} virtual key-value pairs per attention head, rank {config.r} ([HiFICL](https://arxiv.org/abs/2603.12760)).
@@ -41,7 +45,7 @@ import peft_hificl  # registers HiFICL with PEFT; without it, loading fails with
 from peft import PeftModel
 from transformers import {base_class}
 
-base = {base_class}.from_pretrained({config.base_model_name_or_path!r})
+base = {base_class}.from_pretrained({base!r})
 model = PeftModel.from_pretrained(base, "{adapter}")  # this folder, or its id on the Hub
 ```
 """

@@ -230,10 +230,11 @@ def test_without_the_import_loading_says_which_name_is_missing(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["default", "task-a"])
-def test_the_model_cards_snippet_runs_as_written(name: str, tmp_path: Path) -> None:
+def test_the_model_cards_snippet_runs_as_written(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the base model is known by a relative path
     base = build("vlm")
-    base.save_pretrained(tmp_path / "base")
-    model = get_peft_model(type(base).from_pretrained(tmp_path / "base"), config(), adapter_name=name)
+    base.save_pretrained("base")
+    model = get_peft_model(type(base).from_pretrained("base"), config(), adapter_name=name)
     model.save_pretrained(tmp_path / "adapter")
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert card.count("How to use this HiFICL adapter") == 1 and "library_name: peft" in card
