@@ -80,7 +80,6 @@ def hificl_attention_forward(
             f"name is set by attaching an adapter; load the base model with one of {', '.join(SUPPORTED)}."
         )
     implementation = layer.base_config._attn_implementation
-    check_implementation(implementation, type(module).__name__)
     pairs = layer(query.shape[0])
     if pairs is None:
         dispatch = dispatch_of(type(module))
@@ -89,6 +88,12 @@ def hificl_attention_forward(
             kwargs["is_causal"] = is_causal
         return attend(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
+    check_implementation(implementation, type(module).__name__)
+    if kwargs.get("adapter_names") is not None:
+        raise ValueError(
+            "adapter_names needs a PeftModel (get_peft_model, PeftModel.from_pretrained), which hands each row its "
+            "adapter; a model with adapters added by its own add_adapter() runs the active adapters for every row."
+        )
     found = (query.shape[1], query.shape[3], value.shape[3])
     if found != layer.head_shape:
         raise ValueError(
@@ -156,6 +161,10 @@ def detach(module: nn.Module) -> None:
 
 def why_unsupported(module: nn.Module) -> str | None:
     """Why HiFICL cannot adapt this module; None if it can."""
+    # accelerate's hooks put a forward on the instance, too, and keep the one they call.
+    own = vars(module).get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
+    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+        return "its forward has been replaced, and HiFICL cannot see what the new one does"
     try:
         dispatch = dispatch_of(type(module))
     except TypeError as error:
@@ -184,21 +193,22 @@ def check_implementation(implementation: str | None, where: str) -> None:
 
 
 # What was read, or the reason why not.  A plain dict: torch.compile looks things up in it, and cannot read sources.
-_dispatches: dict[type[nn.Module], Dispatch | str] = {}
+_dispatches: dict[tuple[type[nn.Module], Callable[..., Any]], Dispatch | str] = {}
 
 
 def dispatch_of(cls: type[nn.Module]) -> Dispatch:
-    """Read from a class's source how it dispatches.
+    """Read from the source of a class how it dispatches.
 
     Raises:
         TypeError: it does not dispatch, or does so in a way that HiFICL could get wrong; the message says how.
     """
-    if cls not in _dispatches:
+    key = cls, cls.forward  # somebody may put another forward on the class
+    if key not in _dispatches:
         try:
-            _dispatches[cls] = _read_dispatch(cls)
+            _dispatches[key] = _read_dispatch(cls)
         except TypeError as error:
-            _dispatches[cls] = str(error)
-    dispatch = _dispatches[cls]
+            _dispatches[key] = str(error)
+    dispatch = _dispatches[key]
     if isinstance(dispatch, str):
         raise TypeError(dispatch)
     return dispatch
@@ -272,16 +282,21 @@ def head_shape_of(module: nn.Module) -> HeadShape:
 
 
 def _reference_tensor(module: nn.Module) -> Tensor:
-    """A tensor with the device and compute dtype of a module whose weights may be quantised."""
-    parameters = list(module.parameters())
-    if not parameters:
-        return torch.empty(0)
+    """A tensor with the device and dtype that a module computes in; its weights may be quantised or kept elsewhere."""
+    reference = torch.empty(0)
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            reference = parameter.detach()
+            break
+        reference = torch.empty(0, device=parameter.device)
     for submodule in module.modules():
         dtype = getattr(submodule, "compute_dtype", None)  # bitsandbytes' 4-bit linear layers
         if isinstance(dtype, torch.dtype):
-            return torch.empty(0, dtype=dtype, device=parameters[0].device)
-    floating = [p for p in parameters if p.is_floating_point()]
-    return floating[0] if floating else torch.empty(0, device=parameters[0].device)
+            reference = torch.empty(0, dtype=dtype, device=reference.device)
+        device = getattr(getattr(submodule, "_hf_hook", None), "execution_device", None)  # accelerate's offloading
+        if reference.is_meta and device is not None:
+            reference = torch.empty(0, dtype=reference.dtype, device=device)
+    return reference
 
 
 AttentionInterface.register(IMPLEMENTATION, hificl_attention_forward)

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
-from torch import Tensor
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .config import HiFICLConfig
 
 PREFIX = "hificl_"
 MODULE = "virtual_pairs"  # the name under which an attention module holds its HiFICLLayer
+TOKENS = ".token_adapter.trainable_tokens_delta"  # PEFT's name for the rows that trainable_token_indices trains
+_WRAPPERS = re.compile(r"\.(original_module|token_adapter|base_layer)(?=\.)")
 
 HeadShape = tuple[int, int, int]  # query heads, head dimension of keys, head dimension of values
+
+
+class Stored(NamedTuple):
+    """What an adapter file holds: the head shape of each adapted module, and the shapes of all other tensors."""
+
+    modules: dict[str, HeadShape]
+    others: dict[str, tuple[int, ...]]
 
 
 def read(path: str, **hub_kwargs: Any) -> dict[str, Tensor] | None:
@@ -51,8 +62,8 @@ def module_of(key: str) -> str | None:
     return module.removeprefix("base_model.model.").removesuffix(f".{MODULE}") if dot else None
 
 
-def stored_shapes(tensors: Mapping[str, Tensor], config: HiFICLConfig) -> dict[str, HeadShape]:
-    """Check stored tensors against their configuration; return the head shape of each adapted module.
+def stored_shapes(tensors: Mapping[str, Tensor], config: HiFICLConfig) -> Stored:
+    """Check stored tensors against their configuration.
 
     Raises:
         ValueError: tensors that are missing, superfluous, misshapen or not finite.
@@ -98,22 +109,66 @@ def stored_shapes(tensors: Mapping[str, Tensor], config: HiFICLConfig) -> dict[s
                     "together."
                 )
         found[module] = (heads, key_dim, value_dim)
-    return found
+    others = {
+        key.removeprefix("base_model.model."): tuple(tensor.shape)
+        for key, tensor in tensors.items()
+        if module_of(key) is None
+    }
+    return Stored(found, others)
 
 
-def check_fits(stored: Mapping[str, HeadShape], targeted: Mapping[str, HeadShape]) -> None:
+def check_fits(stored: Stored, targeted: Mapping[str, HeadShape], model: nn.Module, config: HiFICLConfig) -> None:
     """Compare what a file holds with what a model has.
 
     Raises:
         ValueError: the adapter was made for another base model.
     """
-    check_names("The base model", set(stored), targeted, "the adapter file", what="adapted modules")
-    for module, shape in stored.items():
+    check_names("The base model", set(stored.modules), targeted, "the adapter file", what="adapted modules")
+    for module, shape in stored.modules.items():
         if shape != targeted[module]:
             raise ValueError(
                 f"Module {module!r} of the base model has {_words(targeted[module])}, but the adapter was made for "
                 f"{_words(shape)}: load it onto the base model it was trained on, or, to train a fresh adapter on "
                 "this model, write a new HiFICLConfig instead of loading one."
+            )
+    _check_others(stored.others, model, config)
+
+
+def _check_others(stored: Mapping[str, tuple[int, ...]], model: nn.Module, config: HiFICLConfig) -> None:
+    """Modules saved whole, trained tokens and embeddings that PEFT saves after the vocabulary was resized."""
+    whole = {
+        f"{name}.{key}": tuple(tensor.shape)
+        for name, module in model.named_modules()
+        if config.modules_to_save and name.endswith(tuple(config.modules_to_save))
+        for key, tensor in (module.original_module if isinstance(module, ModulesToSaveWrapper) else module)
+        .state_dict()
+        .items()
+    }
+    tokens = {key for key in stored if key.endswith(TOKENS) and config.trainable_token_indices is not None}
+    getters = [getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output")]
+    embeddings = [get() for get in getters if get is not None]
+    resized = {f"{name}.weight" for name, module in model.named_modules() if any(module is e for e in embeddings)}
+    # PEFT's wrappers may stand around a module of the base model already.
+    base = {_WRAPPERS.sub("", key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    check_names(
+        "The adapter file",
+        set(whole),
+        set(stored) - tokens - (resized - set(whole)),
+        "the base model",
+        what="tensors beside HiFICL's",
+    )
+    for key, shape in stored.items():
+        expected = whole.get(key) or base.get(key)
+        if key in tokens:
+            indices = config.trainable_token_indices
+            layer = key.removesuffix(TOKENS)
+            if isinstance(indices, dict):
+                indices = next((listed for name, listed in indices.items() if layer.endswith(name)), [])
+            expected = (len(indices or []), *base.get(f"{layer}.weight", shape)[1:])
+        if shape != expected:
+            raise ValueError(
+                f"Tensor {key!r} of the adapter file has shape {shape}, but the base model asks for {expected}: load "
+                "the adapter onto the base model it was trained on (resize_token_embeddings() first, if that was done)."
             )
 
 
@@ -131,12 +186,13 @@ def check_state_dict(state_dict: Mapping[str, Tensor], expected: Mapping[str, to
                 f"Tensor {key!r} has shape {tuple(state_dict[key].shape)}, but the adapter in the model has "
                 f"{tuple(expected[key])}: load it with the HiFICLConfig (n, r) and the base model it was trained with."
             )
-    check_finite({key: state_dict[key] for key in found})
+    check_finite(state_dict)
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
-        if f".{PREFIX}" in key and not (tensor.is_floating_point() and bool(torch.isfinite(tensor).all())):
+        is_number = tensor.is_floating_point() or f".{PREFIX}" not in key
+        if not is_number or not bool(torch.isfinite(tensor).all()):
             raise ValueError(
                 f"Tensor {key!r} holds values that are not finite numbers (dtype {tensor.dtype}): the training that "
                 "made it diverged, or the file is damaged. Use an earlier checkpoint."
@@ -152,7 +208,8 @@ def check_names(
         parts = ([f"lacks {_some(missing)}"] if missing else []) + ([f"has unexpected {_some(extra)}"] if extra else [])
         raise ValueError(
             f"{holder} {' and '.join(parts)}: its {what} are not those of {source} ({len(expected)} expected, "
-            f"{len(found)} found). Use the files and the base model that belong together."
+            f"{len(found)} found). Use the files and the base model that belong together; to train a fresh adapter, "
+            "write a new HiFICLConfig."
         )
 
 

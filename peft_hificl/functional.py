@@ -16,6 +16,7 @@ n virtual pairs, d head dimension of queries and keys, e head dimension of value
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -117,7 +118,7 @@ def virtual_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the context and the virtual pairs: ``alpha * SA(q, K, V) + sum_i beta_i V_D,i``.
 
-    Scores, softmax and mixing are done in at least float32.  Key/value heads are never expanded.
+    Scores, softmax and mixing are done in at least float32, under autocast too.  Key/value heads are never expanded.
 
     Args:
         query: ``(B, H, T, d)``, after rotary embedding and any norm.
@@ -148,19 +149,25 @@ def virtual_attention(
         >>> output.shape, bool((weights.sum(-1) < 1).all())
         (torch.Size([1, 4, 5, 8]), True)
     """
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    output_dtype = value.dtype
+    dtype = torch.promote_types(torch.promote_types(query.dtype, pairs.keys.dtype), torch.float32)
+    query, key, value = query.to(dtype) * scaling, key.to(dtype), value.to(dtype)
 
-    context = _scores(query, key).to(dtype) * scaling  # (B, H, T, S)
-    virtual = _scores(query.to(pairs.keys.dtype), pairs.keys).to(dtype) * scaling  # (B, H, T, n)
+    context = _grouped_matmul(query, key.mT)  # (B, H, T, S)
+    virtual = _grouped_matmul(query, pairs.keys.to(dtype).mT)  # (B, H, T, n)
     if softcap is not None:
         context, virtual = (softcap * torch.tanh(s / softcap) for s in (context, virtual))
     if bias is not None:
-        context = context + bias
+        context = context + bias.to(dtype)
     if mask is not None:
         # The finite minimum, not -inf: a row that sees nothing must not become NaN when alpha = 1.
-        context = context.masked_fill(~mask, torch.finfo(dtype).min) if mask.dtype == torch.bool else context + mask
+        minimum = torch.finfo(dtype).min
+        if mask.dtype == torch.bool:
+            context = context.masked_fill(~mask, minimum)
+        else:
+            context = context + mask.to(dtype).clamp_min(minimum)
     if pairs.log_weights is not None:
-        virtual = virtual + pairs.log_weights[:, :, None]
+        virtual = virtual + pairs.log_weights.to(dtype)[:, :, None]
     self_attention = [context]
     if sinks is not None:
         self_attention.append(sinks.to(dtype).reshape(1, -1, 1, 1).expand(*context.shape[:-1], 1))
@@ -174,24 +181,23 @@ def virtual_attention(
         context_weights = torch.nn.functional.dropout(context_weights, dropout)
         beta = torch.nn.functional.dropout(beta, dropout)
 
-    output = _weighted_sum(context_weights.to(value.dtype), value).to(dtype)  # (B, H, T, e)
-    output = output + _weighted_sum(beta.to(pairs.values.dtype), pairs.values).to(dtype)
-    return output.to(value.dtype), context_weights
+    output = _grouped_matmul(context_weights, value) + _grouped_matmul(beta, pairs.values.to(dtype))  # (B, H, T, e)
+    return output.to(output_dtype), context_weights
 
 
-def _scores(query: Tensor, key: Tensor) -> Tensor:
-    """``(B, H, T, d)``, ``(B or 1, G, S, d)`` -> ``(B, H, T, S)``; query head h uses key head h // (H / G)."""
-    batch, heads, length, dim = query.shape
-    # Queries of one group are stacked along T, so that no key is ever repeated.
-    folded = query.reshape(batch, key.shape[1], -1, dim)  # (B, G, H/G * T, d)
-    return (folded @ key.transpose(-1, -2)).reshape(batch, heads, length, -1)
+def _grouped_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """``(B, H, T, x)``, ``(B or 1, G, x, y)`` -> ``(B, H, T, y)``; head h of left meets head h // (H / G) of right."""
+    batch, heads, length, inner = left.shape
+    # The heads of one group are stacked along T, so that nothing of `right` is ever repeated.
+    folded = left.reshape(batch, right.shape[1], -1, inner)  # (B, G, H/G * T, x)
+    with _without_autocast(left.device):
+        return (folded @ right).reshape(batch, heads, length, -1)
 
 
-def _weighted_sum(weights: Tensor, value: Tensor) -> Tensor:
-    """``(B, H, T, S)``, ``(B or 1, G, S, e)`` -> ``(B, H, T, e)``."""
-    batch, heads, length, size = weights.shape
-    folded = weights.reshape(batch, value.shape[1], -1, size)  # (B, G, H/G * T, S)
-    return (folded @ value).reshape(batch, heads, length, -1)
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast would compute a float32 product in half precision."""
+    enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 def _log_weights(pairs: VirtualPairs) -> Tensor:

@@ -133,14 +133,17 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: the adapters disagree about scale_self_attention.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.check_together([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def check_together(self, names: list[str]) -> None:
+        """Raise a ValueError if these adapters cannot share one softmax."""
         flags = {name: self.scale_self_attention[name] for name in names if name in self.scale_self_attention}
         if len(set(flags.values())) > 1:
             raise ValueError(
                 f"These adapters cannot be active together, they disagree about scale_self_attention: {flags}. It "
                 "belongs to the softmax that they would share; activate adapters that agree."
             )
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         raise NotImplementedError(CANNOT_MERGE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,13 @@ from torch import Tensor, nn
 from . import attention, checkpoint, targets
 from .config import HiFICLConfig
 from .layer import CANNOT_MERGE, HiFICLLayer
+
+# Heads that PEFT adds to modules_to_save, whether a model has them or not.
+_CLASSIFIERS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 class HiFICLModel(BaseTuner):
@@ -59,27 +65,24 @@ class HiFICLModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        config = self._prepare_adapter_config(self.peft_config[adapter_name], self.get_model_config(model))
-        if state_dict is None:
-            names = {name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)}
-        else:
-            # PEFT takes whatever stands before ".hificl_" in a key for the target: that is to be the attention.
-            state_dict = {key.replace(f".{checkpoint.MODULE}.", "."): value for key, value in state_dict.items()}
-            names = {name for key in state_dict if (name := checkpoint.module_of(key))}
-        self._check_before_change(model, adapter_name, config, names)
-        requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        config = self.peft_config[adapter_name]
+        asked = config.target_modules
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        except Exception:  # PEFT has checks of its own, some of them after the change
-            for module in list(model.modules()):
-                layer = getattr(module, checkpoint.MODULE, None)
-                if isinstance(layer, HiFICLLayer) and adapter_name in layer.n:
-                    layer.delete_adapter(adapter_name)
-                    if not layer.n:
-                        attention.detach(module)
-            for parameter, value in requires_grad.items():
-                parameter.requires_grad = value
+            self._prepare_adapter_config(config, self.get_model_config(model))
+            if state_dict is None:
+                names = {name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)}
+            else:
+                # PEFT takes whatever stands before ".hificl_" in a key for the target: that is to be the attention.
+                state_dict = {key.replace(f".{checkpoint.MODULE}.", "."): value for key, value in state_dict.items()}
+                names = {name for key in state_dict if (name := checkpoint.module_of(key))}
+            self._check_before_change(model, adapter_name, config, names)
+            with _undone_on_error(model, adapter_name):
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except Exception:
+            config.target_modules = asked
             raise
+        if asked is None or asked == config._found_targets:
+            config._found_targets = config.target_modules
         if type(model).__module__.startswith("transformers."):
             config._base_model_class = type(model).__name__
 
@@ -118,17 +121,21 @@ class HiFICLModel(BaseTuner):
                         "attention modules as target_modules, or leave target_modules=None to have them found."
                     )
                 shapes[name] = attention.head_shape_of(module)
-        if config._stored_shapes is not None and shapes:
-            checkpoint.check_fits(config._stored_shapes, shapes)
-            config._stored_shapes = None
+        modules = [name for name, _ in model.named_modules()]
+        wanted = set(config.modules_to_save or ()).difference(_CLASSIFIERS.get(config.task_type or "", ()))
+        absent = sorted(end for end in wanted if not any(name.endswith(end) for name in modules))
+        if absent:
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save!r}: {', '.join(map(repr, absent))} not found in "
+                f"{type(model).__name__}; give names of its modules, or their ends."
+            )
+        if config._stored is not None and shapes:
+            checkpoint.check_fits(config._stored, shapes, model, config)
+            config._stored = None
 
     def _prepare_adapter_config(self, peft_config: HiFICLConfig, model_config: dict[str, Any]) -> HiFICLConfig:
-        if peft_config.target_modules is None:
-            names = targets.find_self_attention(self.model)
-            # exclude_modules and layers_to_transform are PEFT's to apply, to names that match by their end.
-            leaves = {name.rpartition(".")[2] for name in names}
-            by_leaf = dataclasses.replace(peft_config, target_modules=list(leaves))
-            peft_config.target_modules = {n for n in names if check_target_module_exists(by_leaf, n)} or leaves  # type: ignore[assignment]
+        if peft_config.target_modules is None or peft_config.target_modules == peft_config._found_targets:
+            peft_config.target_modules = targets.default_targets(self.model, peft_config)  # type: ignore[assignment]
         return peft_config
 
     def _create_and_replace(
@@ -149,6 +156,18 @@ class HiFICLModel(BaseTuner):
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters; several of them share one softmax.
+
+        Raises:
+            ValueError: the adapters disagree about scale_self_attention.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for module in self.modules():
+            if isinstance(module, HiFICLLayer):
+                module.check_together(names)  # all of them before the first one is switched
+        super().set_adapter(adapter_name, inference_mode)
 
     # -- detaching ------------------------------------------------------------------------------------------------
 
@@ -216,3 +235,21 @@ class HiFICLModel(BaseTuner):
                 if isinstance(module, (HiFICLLayer, AuxiliaryTrainingWrapper)):
                     hooks.callback(module.register_forward_pre_hook(hand_down, with_kwargs=True).remove)
             yield
+
+
+@contextmanager
+def _undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """PEFT has checks of its own, some of them after the change: after an error, take the new adapter off again."""
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    except Exception:
+        for module in list(model.modules()):
+            layer = getattr(module, checkpoint.MODULE, None)
+            if isinstance(layer, HiFICLLayer) and adapter_name in layer.n:
+                layer.delete_adapter(adapter_name)
+                if not layer.n:
+                    attention.detach(module)
+        for parameter, value in requires_grad.items():
+            parameter.requires_grad = value
+        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,10 @@ def add_usage(save_directory: str, config: HiFICLConfig) -> None:
     for path, adapter in ((folder / "README.md", "."), (folder.parent / "README.md", folder.name)):
         if path.is_file():
             card = path.read_text(encoding="utf-8")
-            if "library_name: peft" in card and HEADING not in card:
-                path.write_text(f"{card.rstrip()}\n\n{_usage(config, adapter)}", encoding="utf-8")
+            if "library_name: peft" in card:
+                # A section of an adapter that was saved here before ends at the next heading.
+                others = re.sub(rf"\n*{HEADING}\n.*?(?=\n## |\Z)", "", card, flags=re.DOTALL)
+                path.write_text(f"{others.rstrip()}\n\n{_usage(config, adapter)}", encoding="utf-8")
             return
 
 

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
 from . import attention
+from .config import HiFICLConfig
 
 # Classes and names by which transformers' models tell apart what is not self-attention over text.
 _OTHER_KIND = re.compile(r"Cross|Vision|Visual|Image|Video|Audio|Perceiver|Resampler|QFormer|Pooler|Pooling")
 _CROSS_NAME = re.compile(r"cross|enc(oder)?_?dec|encoder_attn", re.IGNORECASE)
+
+
+def default_targets(model: nn.Module, config: HiFICLConfig) -> str | set[str]:
+    """What `target_modules=None` stands for in a model: a regular expression for its self-attentions, or their names.
+
+    The expression does not count the layers, so that a configuration used again means all of them in a deeper model.
+
+    Raises:
+        ValueError: there is none that HiFICL can adapt, or `exclude_modules` and `layers_to_transform` leave none.
+    """
+    found = find_self_attention(model)
+    # exclude_modules and layers_to_transform are PEFT's to apply, to names that match by their end.
+    by_end = dataclasses.replace(config, target_modules=list({name.rpartition(".")[2] for name in found}))
+    names = {name for name in found if check_target_module_exists(by_end, name)}
+    if not names:
+        raise ValueError(
+            f"None of the {len(found)} self-attentions of {type(model).__name__} ({found[0]!r}, ...) is left to adapt: "
+            f"excluded by exclude_modules={config.exclude_modules!r}, or not found at "
+            f"layers_to_transform={config.layers_to_transform!r}, layers_pattern={config.layers_pattern!r}."
+        )
+    pattern = "|".join(sorted({re.sub(r"(?<=\.)\d+(?=\\|$)", r"\\d+", re.escape(name)) for name in names}))
+    matched = {name for name, _ in model.named_modules() if re.fullmatch(pattern, name)}
+    return pattern if matched == names and config.layers_to_transform is None else names
 
 
 def find_self_attention(model: nn.Module) -> list[str]:
@@ -42,6 +68,12 @@ def find_self_attention(model: nn.Module) -> list[str]:
     ]
     reasons = {name: reason for name, module in candidates if (reason := attention.why_unsupported(module))}
     found = [name for name, _ in candidates if name not in reasons]
+    kinds = {type(module) for name, module in candidates if name not in reasons}
+    for name, module in candidates:
+        if name in reasons and type(module) in kinds:  # never some of the layers in silence
+            raise ValueError(
+                f"HiFICL can adapt other {type(module).__name__} modules, but not {name!r}: {reasons[name]}."
+            )
     if not found:
         likely = {reasons[name]: name for name, module in candidates if "attention" in type(module).__name__.lower()}
         why = "; ".join(f"{name}: {reason}" for reason, name in likely.items())

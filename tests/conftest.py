@@ -19,9 +19,9 @@ VOCAB = 99
 IMAGE = 98  # the id that stands for one image patch
 
 
-def llama(kv_heads: int = 2, **kwargs: object) -> tf.PreTrainedModel:
+def llama(kv_heads: int = 2, layers: int = 2, **kwargs: object) -> tf.PreTrainedModel:
     config = tf.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=kv_heads, head_dim=16, max_position_embeddings=128, initializer_range=0.2,
         pad_token_id=0, bos_token_id=None, eos_token_id=None, **kwargs,
     )  # fmt: skip

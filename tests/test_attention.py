@@ -151,6 +151,93 @@ def test_paged_caches_are_refused() -> None:
         attention.hificl_attention_forward(module, *torch.randn(3, 1, 4, 5, 16), None, cache=object())
 
 
+def test_row_by_row_adapters_need_a_peft_model() -> None:
+    """transformers' own add_adapter has nobody to hand the names to each row: never the active adapter in silence."""
+    model, inputs = build("gqa"), inputs_for("gqa")
+    model.add_adapter(config(), "a")
+    with pytest.raises(ValueError, match="adapter_names needs a PeftModel"):
+        model(**inputs, adapter_names=["a", "__base__"])
+
+
+def test_a_forward_that_was_replaced_is_refused() -> None:
+    """On the instance, or on the class after HiFICL has read it: it might not come by the adapter."""
+    base = build("gqa")
+    module = base.model.layers[1].self_attn
+    module.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn.*forward has been replaced"):
+        get_peft_model(base, config())
+    with pytest.raises(TypeError, match=r"'model\.layers\.1\.self_attn'.*forward has been replaced"):
+        get_peft_model(base, config(target_modules=["self_attn"]))
+    with pytest.MonkeyPatch.context() as patch:
+        get_peft_model(build("gqa"), config())
+        patch.setattr(type(module), "forward", lambda self, hidden_states, **kwargs: (hidden_states, None))
+        with pytest.raises(ValueError, match="LlamaAttention"):
+            get_peft_model(build("gqa"), config())
+    get_peft_model(build("gqa"), config())
+
+
+def test_without_adapters_the_module_runs_as_the_base_models() -> None:
+    """Whatever its implementation is then, and with every argument that it was given."""
+    model = build("gqa")
+    model.add_adapter(config(), "a")
+    module = model.model.layers[0].self_attn
+    query, key, value = torch.randn(3, 1, 4, 5, 16)
+    model.delete_adapter("a")
+    got, _ = attention.hificl_attention_forward(module, query, key, value, None, is_causal=False)
+    want = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(got, want.transpose(1, 2))
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(AttentionInterface._global_mapping, "flash_attention_2", lambda *args, **kwargs: ("flash", None))
+        assert attention.hificl_attention_forward(module, query, key, value, None) == ("flash", None)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+def test_a_cache_longer_than_what_is_visible(implementation: str) -> None:
+    """A static cache hands over more keys than queries; what transformers' own function ignores is ignored here."""
+    model = adapted("gqa")
+    model.get_base_model().set_attn_implementation(implementation)
+    module = model.get_base_model().model.layers[0].self_attn
+    query, key, value = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
+    bias = torch.randn(1, 4, 3, 5)
+    pairs = module.virtual_pairs(1)
+    if implementation == "sdpa":  # causal from the first key on, as sdpa's is_causal
+        mask, visible = None, torch.ones(3, 5, dtype=torch.bool).tril()
+    else:  # a mask for a longer cache than this one
+        mask, visible = torch.zeros(1, 1, 3, 9), None
+        mask[..., 5:] = -1.0
+    got, _ = attention.hificl_attention_forward(module, query, key, value, mask, position_bias=bias)
+    want, _ = oracle.hificl(query, key, value, pairs.keys, pairs.values, scaling=0.25, mask=visible, bias=bias)
+    torch.testing.assert_close(got, want.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_the_modules_business() -> None:
+    module = adapted("gqa").get_base_model().model.layers[0].self_attn
+    args = torch.randn(3, 1, 4, 5, 16)
+    plain = attention.hificl_attention_forward(module, *args, None)[0]
+    assert torch.equal(attention.hificl_attention_forward(module, *args, None, dropout=0.5)[0], plain)
+    module.train()
+    assert not torch.equal(attention.hificl_attention_forward(module, *args, None, dropout=0.5)[0], plain)
+
+
+def test_a_4_bit_base_gives_its_compute_dtype() -> None:
+    """bitsandbytes keeps 4-bit weights as uint8, or in another dtype than it computes in."""
+
+    class Linear4bit(nn.Linear):
+        compute_dtype = torch.bfloat16
+
+        def __init__(self, dtype: torch.dtype) -> None:
+            super().__init__(32, 64, bias=False)
+            self.weight = nn.Parameter(torch.zeros(1024, 1, dtype=dtype), requires_grad=False)
+
+    for stored in (torch.uint8, torch.float16):
+        base = build("gqa")
+        for layer in base.model.layers:
+            layer.self_attn.q_proj = Linear4bit(stored)
+        model = get_peft_model(base, config(), autocast_adapter_dtype=False)
+        assert {p.dtype for layer in hificl_layers(model) for p in layer.parameters()} == {torch.bfloat16}
+
+
 def test_the_name_hificl_without_an_adapter_is_refused() -> None:
     base = build("gqa")
     base.set_attn_implementation("hificl")

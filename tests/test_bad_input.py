@@ -23,7 +23,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_hificl import HiFICLConfig
+from peft_hificl import HiFICLConfig, HiFICLLayer
 
 from .conftest import VOCAB, build, inputs_for, llama, logits
 from .test_peft_api import adapted, config, hificl_layers
@@ -286,6 +286,89 @@ def test_the_wrong_base_model(case: str, saved: Path) -> None:
     base = make().eval()
     with unchanged(base), pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(base, saved)
+
+
+def with_a_head(folder: Path, **kwargs: object) -> Path:
+    model = adapted("gqa", modules_to_save=["lm_head"], **kwargs)
+    model.save_pretrained(folder)
+    return folder
+
+
+HEAD = "base_model.model.lm_head.weight"
+TOKENS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+OTHER_DAMAGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    "missing": (lambda t: t.pop(HEAD), r"lacks 'lm_head.weight'"),
+    "misshapen": (lambda t: t.update({HEAD: t[HEAD][:7]}), r"'lm_head.weight'.*\(7, 32\).*\(99, 32\)"),
+    "nan": (lambda t: t[HEAD].fill_(float("nan")), "lm_head.weight' holds values that are not finite"),
+    "foreign": (lambda t: t.update({"base_model.model.nose": torch.zeros(3)}), "unexpected 'nose'"),
+    "tokens": (lambda t: t.update({TOKENS: t[TOKENS][:1]}), r"trainable_tokens_delta'.*\(1, 32\).*\(2, 32\)"),
+}
+
+
+@pytest.mark.parametrize("route", ["from_pretrained", "load_adapter"])
+@pytest.mark.parametrize("damage", OTHER_DAMAGES)
+def test_other_tensors_that_do_not_fit(damage: str, route: str, tmp_path: Path) -> None:
+    """Whole modules and trained tokens, saved beside the pairs."""
+    with_a_head(tmp_path, trainable_token_indices=[7, 9])
+    intact = PeftModel.from_pretrained(build("gqa"), tmp_path)
+    intact.load_adapter(tmp_path, "again")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    damage_file, message = OTHER_DAMAGES[damage]
+    damage_file(tensors)
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    model = build("gqa") if route == "from_pretrained" else adapted("gqa", name="a", modules_to_save=["lm_head"])
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        if route == "from_pretrained":
+            PeftModel.from_pretrained(model, tmp_path)
+        else:
+            model.load_adapter(tmp_path, "b")
+
+
+def test_embeddings_saved_after_the_vocabulary_grew(tmp_path: Path) -> None:
+    base = build("gqa")
+    base.resize_token_embeddings(VOCAB + 8)
+    model = get_peft_model(base, config()).eval()
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    grown = build("gqa")
+    with unchanged(grown), pytest.raises(ValueError, match="resize_token_embeddings"):
+        PeftModel.from_pretrained(grown, tmp_path)
+    grown.resize_token_embeddings(VOCAB + 8)
+    loaded = PeftModel.from_pretrained(grown, tmp_path)
+    assert torch.equal(loaded.get_input_embeddings().weight, base.get_input_embeddings().weight)
+
+
+def test_a_module_to_save_that_the_model_lacks() -> None:
+    base = build("gqa")
+    with unchanged(base), pytest.raises(ValueError, match="modules_to_save.*'nope' not found in LlamaForCausalLM"):
+        get_peft_model(base, config(modules_to_save=["lm_head", "nope"]))
+
+
+@pytest.mark.parametrize("choice", [{"layers_to_transform": [7]}, {"exclude_modules": ["self_attn"]}, {"n": 4}])
+def test_a_failed_attach_leaves_the_config_as_it_was(choice: dict[str, object]) -> None:
+    cfg = config(**choice)
+    with pytest.raises(ValueError):
+        get_peft_model(build("gqa"), cfg, adapter_name="no.dots")
+    assert cfg.target_modules is None
+
+
+def test_an_error_half_way_takes_the_adapter_off_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT has checks of its own after the change; a first adapter and what was trainable must survive them."""
+    update_layer, calls = HiFICLLayer.update_layer, 0
+
+    def fails_the_second_time(layer: HiFICLLayer, name: str, cfg: HiFICLConfig) -> None:
+        nonlocal calls
+        calls += 1
+        update_layer(layer, name, cfg)
+        if calls % 2 == 0:
+            raise RuntimeError("half-way")
+
+    fresh, model = build("gqa"), adapted("gqa", name="a")
+    fresh.lm_head.requires_grad_(False)
+    monkeypatch.setattr(HiFICLLayer, "update_layer", fails_the_second_time)
+    with unchanged(fresh), pytest.raises(RuntimeError, match="half-way"):
+        get_peft_model(fresh, config())
+    with unchanged(model), pytest.raises(RuntimeError, match="half-way"):
+        model.add_adapter("b", config())
 
 
 def test_n_and_r_that_are_not_the_files(saved: Path, tmp_path: Path) -> None:

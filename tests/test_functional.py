@@ -231,6 +231,24 @@ def test_half_precision_mixes_in_float32(dtype: torch.dtype) -> None:
     assert (got.double() - want).abs().max() < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_scores_are_float32(dtype: torch.dtype, autocast: bool) -> None:
+    """Scores beyond the range of fp16, and differences between them finer than bf16's steps."""
+    torch.manual_seed(9)
+    x = {name: tensor.to(dtype) for name, tensor in tensors(4, 2, 6, 6, 64, 64, 3).items()}
+    x["query"], x["key"] = x["query"] * 64, x["key"] * 64
+    x["virtual_keys"] = x["virtual_keys"] * 64
+    assert (x["query"].float() @ x["key"].float().repeat_interleave(2, 1).mT).max() > torch.finfo(torch.float16).max
+    pairs = VirtualPairs(x["virtual_keys"], x["virtual_values"])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got, weights = virtual_attention(x["query"], x["key"], x["value"], pairs, scaling=2e-5)
+    want, alpha = oracle.hificl(**{name: tensor.double() for name, tensor in x.items()}, scaling=2e-5)
+    assert got.dtype == dtype
+    assert (got.double() - want).abs().max() < 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(weights.sum(-1).double(), alpha, rtol=1e-5, atol=1e-6)
+
+
 def test_dropout_drops_virtual_and_context_weights_alike() -> None:
     torch.manual_seed(8)
     q, k, v = torch.randn(3, 1, 2, 64, 8)

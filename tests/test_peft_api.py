@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import nn
 
 from peft_hificl import HiFICLConfig, HiFICLLayer
 
-from .conftest import build, inputs_for, logits
+from .conftest import build, inputs_for, llama, logits
 
 
 def config(**kwargs: object) -> HiFICLConfig:
@@ -74,7 +75,27 @@ def test_default_targets_are_the_text_decoders(kind: str) -> None:
     model = adapted(kind)
     where = "model.language_model.layers" if kind == "vlm" else "model.layers"
     assert sorted(model.targeted_module_names) == [f"{where}.{i}.self_attn" for i in (0, 1)]
-    assert model.peft_config["default"].target_modules == set(model.targeted_module_names)
+    pattern = model.peft_config["default"].target_modules
+    assert pattern == where.replace(".", r"\.") + r"\.\d+\.self_attn"
+
+
+@pytest.mark.parametrize(
+    ("choice", "layers"),
+    [
+        ({}, range(4)),
+        ({"exclude_modules": ["layers.0.self_attn"]}, range(1, 4)),
+        ({"layers_to_transform": [0, 1]}, [0, 1]),
+    ],
+    ids=["default", "exclude", "layers"],
+)
+def test_one_config_on_a_deeper_model_means_all_of_its_layers(choice: dict[str, object], layers: list[int]) -> None:
+    shared = config(**choice)
+    get_peft_model(build("gqa"), shared)
+    names = [f"model.layers.{i}.self_attn" for i in layers]
+    again = [shared, HiFICLConfig(**shared.to_dict())] if not choice else [shared]  # a copy names what was found
+    for cfg in again:
+        assert get_peft_model(llama(layers=4), cfg).targeted_module_names == names
+    assert get_peft_model(build("vlm"), shared).targeted_module_names[0].startswith("model.language_model.layers")
 
 
 def test_only_the_adapter_learns(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,7 +192,8 @@ def test_the_file_holds_the_adapter_alone_and_names_its_targets(kind: str, tmp_p
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert len(stored) == 2 * 4 and all(".virtual_pairs.hificl_" in key for key in stored)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert set(saved["target_modules"]) == set(model.targeted_module_names) and saved["peft_type"] == "HIFICL"
+    names = [name for name, _ in build(kind).named_modules() if re.fullmatch(saved["target_modules"], name)]
+    assert names == model.targeted_module_names and saved["peft_type"] == "HIFICL"
     assert type(PeftConfig.from_pretrained(tmp_path)) is HiFICLConfig
 
 
@@ -245,8 +267,13 @@ def test_the_model_cards_snippet_runs_as_written(name: str, tmp_path: Path, monk
         cwd=tmp_path / "adapter", capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "PeftModel" in done.stdout
-    model.save_pretrained(tmp_path / "adapter")  # again: the section is not repeated
-    assert (tmp_path / "adapter" / "README.md").read_text().count("How to use this HiFICL adapter") == 1
+    # Another adapter is saved over it: its section takes the place of the old one, what the user wrote stays.
+    readme = tmp_path / "adapter" / "README.md"
+    readme.write_text(card + "\n## Results\n\nGood.\n")
+    get_peft_model(type(base).from_pretrained("base"), config(n=7), adapter_name=name).save_pretrained("adapter")
+    card = readme.read_text()
+    assert card.count("How to use this HiFICL adapter") == 1 and "## Results\n\nGood.\n" in card
+    assert "7 virtual key-value pairs" in card and "3 virtual key-value pairs" not in card
 
 
 def test_a_readme_that_is_not_pefts_is_left_alone(tmp_path: Path) -> None:
@@ -299,6 +326,18 @@ def test_adapters_that_disagree_about_alpha_cannot_be_active_together() -> None:
     with pytest.raises(ValueError, match="scale_self_attention"):
         model.base_model.set_adapter(["a", "b"])
     assert model.active_adapters == ["a"] and torch.equal(logits(model, **inputs_for("gqa")), before)
+
+
+def test_a_refused_union_switches_nothing() -> None:
+    model = adapted("gqa", name="a")
+    model.add_adapter("b", config(scale_self_attention=False, layers_to_transform=[1]))  # they meet in layer 1 alone
+    model.add_adapter("c", config())
+    model.set_adapter("c")
+    before = logits(model, **inputs_for("gqa"))
+    with pytest.raises(ValueError, match="scale_self_attention"):
+        model.base_model.set_adapter(["a", "b"])
+    assert [layer.active_adapters for layer in hificl_layers(model)] == [["c"], ["c"]]
+    assert torch.equal(logits(model, **inputs_for("gqa")), before)
 
 
 def test_a_second_adapter_leaves_the_first_ones_requires_grad_alone() -> None:
@@ -384,6 +423,21 @@ def test_injection_and_state_dicts(kind: str) -> None:
     three = inject_adapter_in_model(config(), build(kind), "z", state_dict=state, low_cpu_mem_usage=True)
     set_peft_model_state_dict(three, state, adapter_name="z", low_cpu_mem_usage=True)
     assert torch.equal(logits(three, **inputs), want)
+
+
+def test_state_dicts_load_through_fsdps_wrapper() -> None:
+    """FSDP puts a module of this name around the model, which PEFT looks through."""
+    state = get_peft_model_state_dict(adapted("gqa", seed=2))
+    model = adapted("gqa", seed=1)
+    wrapper = nn.Module()
+    wrapper.add_module("_fsdp_wrapped_module", model)
+    wrapper.peft_config = model.peft_config
+    for name in ("state_dict", "load_state_dict", "named_parameters"):  # in FSDP's the wrapper does not show
+        setattr(wrapper, name, getattr(model, name))
+    with pytest.raises(ValueError, match="lacks"):
+        set_peft_model_state_dict(wrapper, dict(list(state.items())[1:]))
+    set_peft_model_state_dict(wrapper, state)
+    assert torch.equal(logits(model, **inputs_for("gqa")), logits(adapted("gqa", seed=2), **inputs_for("gqa")))
 
 
 def test_weights_are_replaced_in_place(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from peft_hificl import HiFICLConfig
 
 from .conftest import IMAGE, build, inputs_for, logits
-from .test_peft_api import config, hificl_layers
+from .test_peft_api import adapted, config, hificl_layers
 
 
 def picture_data(rows: int = 16) -> Dataset:
@@ -112,3 +112,16 @@ def test_parameters_offloaded_by_accelerate() -> None:
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert all(layer.hificl_K_A["default"].is_meta for layer in hificl_layers(model))
     torch.testing.assert_close(logits(model, **inputs_for("gqa")), want)
+
+
+def test_a_base_that_accelerate_has_offloaded_already() -> None:
+    """Its weights are on the meta device until they are used; the adapter is where they are used."""
+    want = logits(adapted("gqa"), **inputs_for("gqa"))
+    base = build("gqa")
+    accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
+    assert base.model.layers[0].self_attn.q_proj.weight.is_meta
+    torch.manual_seed(1)
+    model = get_peft_model(base, config()).eval()
+    torch.testing.assert_close(logits(model, **inputs_for("gqa")), want)
+    model.unload()
+    assert not any("virtual_pairs" in name for name, _ in base.named_modules())
