@@ -6,6 +6,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -145,8 +146,10 @@ def _check_others(stored: Mapping[str, tuple[int, ...]], model: nn.Module, confi
         .items()
     }
     tokens = {key for key in stored if key.endswith(TOKENS) and config.trainable_token_indices is not None}
-    getters = [getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output")]
-    embeddings = [get() for get in getters if get is not None]
+    embeddings = []
+    for side in ("input", "output"):
+        with suppress(AttributeError, NotImplementedError):  # not every model has them
+            embeddings.append(getattr(model, f"get_{side}_embeddings")())
     resized = {f"{name}.weight" for name, module in model.named_modules() if any(module is e for e in embeddings)}
     # PEFT's wrappers may stand around a module of the base model already.
     base = {_WRAPPERS.sub("", key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
