@@ -265,6 +265,7 @@ def test_files_that_do_not_fit(damage: Callable[[Tensors], None], route: str, sa
 OTHER_BASES = {
     "heads": (lambda: llama_like(num_attention_heads=8), r"has 8 query heads.*was made for 4 query heads"),
     "head-dim": (lambda: llama_like(head_dim=8), r"head dimension 8.*head dimension 16"),
+    "more-layers": (lambda: llama_like(num_hidden_layers=3), r"unexpected 'model.layers.2.self_attn'"),
     "fewer-layers": (lambda: llama_like(num_hidden_layers=1), r"lacks 'model.layers.1.self_attn'"),
     "another-family": (
         lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_head=4, n_layer=2)),
