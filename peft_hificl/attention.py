@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -161,9 +162,10 @@ def detach(module: nn.Module) -> None:
 
 def why_unsupported(module: nn.Module) -> str | None:
     """Why HiFICL cannot adapt this module; None if it can."""
-    # accelerate's hooks put a forward on the instance, too, and keep the one they call.
-    own = vars(module).get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
-    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+    forward = vars(module).get("forward")
+    if isinstance(forward, functools.partial) and forward.func.__module__ == "accelerate.hooks":
+        forward = vars(module).get("_old_forward")  # which accelerate calls
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         return "its forward has been replaced, and HiFICL cannot see what the new one does"
     try:
         dispatch = dispatch_of(type(module))
@@ -215,7 +217,12 @@ def dispatch_of(cls: type[nn.Module]) -> Dispatch:
 
 
 def _read_dispatch(cls: type[nn.Module]) -> Dispatch:
-    forward = inspect.unwrap(cls.forward)
+    forward: Any = cls.forward
+    while hasattr(forward, "__wrapped__"):
+        # functools.wraps copies __module__, but not this.
+        if forward.__globals__["__name__"].partition(".")[0] not in ("transformers", "torch"):
+            raise TypeError(f"the forward of {cls.__name__} has been wrapped, and HiFICL cannot see what that does")
+        forward = forward.__wrapped__
     tree = _source_of(forward)
     lookups = [
         node

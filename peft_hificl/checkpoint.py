@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PREFIX = "hificl_"
 MODULE = "virtual_pairs"  # the name under which an attention module holds its HiFICLLayer
 TOKENS = ".token_adapter.trainable_tokens_delta"  # PEFT's name for the rows that trainable_token_indices trains
-_WRAPPERS = re.compile(r"\.(original_module|token_adapter|base_layer)(?=\.)")
+_WRAPPERS = re.compile(r"\.(original_module|modules_to_save(\.\w+(?=\.))?|token_adapter|base_layer)(?=\.|$)")
 
 HeadShape = tuple[int, int, int]  # query heads, head dimension of keys, head dimension of values
 
@@ -29,7 +29,7 @@ class Stored(NamedTuple):
     """What an adapter file holds: the head shape of each adapted module, and the shapes of all other tensors."""
 
     modules: dict[str, HeadShape]
-    others: dict[str, tuple[int, ...]]
+    others: dict[str, tuple[int, ...]] | None  # None: shapes that differ are to be ignored
 
 
 def read(path: str, **hub_kwargs: Any) -> dict[str, Tensor] | None:
@@ -132,11 +132,12 @@ def check_fits(stored: Stored, targeted: Mapping[str, HeadShape], model: nn.Modu
                 f"{_words(shape)}: load it onto the base model it was trained on, or, to train a fresh adapter on "
                 "this model, write a new HiFICLConfig instead of loading one."
             )
-    _check_others(stored.others, model, config)
+    if stored.others is not None:
+        _check_others(stored.others, model, config)
 
 
 def _check_others(stored: Mapping[str, tuple[int, ...]], model: nn.Module, config: HiFICLConfig) -> None:
-    """Modules saved whole, trained tokens and embeddings that PEFT saves after the vocabulary was resized."""
+    """Modules saved whole, trained tokens, and embeddings, which PEFT saves too after the vocabulary was resized."""
     whole = {
         f"{name}.{key}": tuple(tensor.shape)
         for name, module in model.named_modules()
@@ -145,33 +146,34 @@ def _check_others(stored: Mapping[str, tuple[int, ...]], model: nn.Module, confi
         .state_dict()
         .items()
     }
-    tokens = {key for key in stored if key.endswith(TOKENS) and config.trainable_token_indices is not None}
     embeddings = []
     for side in ("input", "output"):
         with suppress(AttributeError, NotImplementedError):  # not every model has them
             embeddings.append(getattr(model, f"get_{side}_embeddings")())
-    resized = {f"{name}.weight" for name, module in model.named_modules() if any(module is e for e in embeddings)}
-    # PEFT's wrappers may stand around a module of the base model already.
+    names = {_WRAPPERS.sub("", name) for name, module in model.named_modules() if any(module is e for e in embeddings)}
+    # PEFT's wrappers may stand around a module of the base model, and save it under their own names besides.
     base = {_WRAPPERS.sub("", key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    tokens = {key for key in stored if key.endswith(TOKENS) and config.trainable_token_indices is not None}
+    resized = {key for key in stored if _WRAPPERS.sub("", key).rpartition(".")[0] in names} - tokens
     check_names(
-        "The adapter file",
-        set(whole),
-        set(stored) - tokens - (resized - set(whole)),
-        "the base model",
+        "The adapter file", set(whole), set(stored) - tokens - (resized - set(whole)), "the base model",
         what="tensors beside HiFICL's",
-    )
-    for key, shape in stored.items():
-        expected = whole.get(key) or base.get(key)
-        if key in tokens:
-            indices = config.trainable_token_indices
-            layer = key.removesuffix(TOKENS)
-            if isinstance(indices, dict):
-                indices = next((listed for name, listed in indices.items() if layer.endswith(name)), [])
-            expected = (len(indices or []), *base.get(f"{layer}.weight", shape)[1:])
-        if shape != expected:
+    )  # fmt: skip
+    for key in set(stored) - tokens:
+        expected = base.get(_WRAPPERS.sub("", key))
+        if stored[key] != expected:
             raise ValueError(
-                f"Tensor {key!r} of the adapter file has shape {shape}, but the base model asks for {expected}: load "
-                "the adapter onto the base model it was trained on (resize_token_embeddings() first, if that was done)."
+                f"Tensor {key!r} of the adapter file has shape {stored[key]}, but the base model asks for {expected}: "
+                "load the adapter onto the base model it was trained on (resize_token_embeddings() first, if that was "
+                "done), or give PeftModel.from_pretrained ignore_mismatched_sizes=True to leave such tensors out."
+            )
+    indices = config.trainable_token_indices
+    counts = {len(i) for i in (indices.values() if isinstance(indices, dict) else [indices or []])}
+    for key in tokens:
+        if stored[key][0] not in counts:
+            raise ValueError(
+                f"Tensor {key!r} of the adapter file has {stored[key][0]} rows, but adapter_config.json says "
+                f"trainable_token_indices={indices!r}: the two files do not belong together."
             )
 
 

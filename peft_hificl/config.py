@@ -42,8 +42,9 @@ class HiFICLConfig(PeftConfig):
         r (`int`): Rank of the factorisation ``K_D = K_A K_B``, ``V_D = V_A V_B``.
         target_modules (`Optional[Union[List[str], str]]`): Attention modules to adapt, as names or a regular
             expression.  None: every self-attention of the text decoder (of the encoder, where there is no decoder),
-            found by structure.  What was found is stored here, and so in the saved configuration, as a regular
-            expression that holds for any number of layers (or as names, where none fits).
+            found by structure.  What was found is stored in the model's copy of the configuration
+            (`model.peft_config`), and so saved: as a regular expression that holds for any number of layers, or as
+            names where no expression says the same.
         exclude_modules (`Optional[Union[List[str], str]]`): Modules to leave out, as names or a regular expression.
         layers_to_transform (`Optional[Union[List[int], int]]`): Adapt only the layers with these indices.
         layers_pattern (`Optional[Union[List[str], str]]`): Name of the list of layers that the indices count in.
@@ -135,8 +136,6 @@ class HiFICLConfig(PeftConfig):
             )
         # Set by `from_pretrained`: what the file beside the configuration holds.  Not a field, never saved.
         self._stored: checkpoint.Stored | None = None
-        # The target_modules that were found for a model.  Another model is searched anew.
-        self._found_targets: str | set[str] | None = None
         # Set when the adapter is attached, for the model card.
         self._base_model_class: str | None = None
 
@@ -166,6 +165,8 @@ class HiFICLConfig(PeftConfig):
             tensors = checkpoint.read(os.fspath(pretrained_model_name_or_path), **hub_kwargs)
             if tensors is not None:
                 config._stored = checkpoint.stored_shapes(tensors, config)
+                if kwargs.get("ignore_mismatched_sizes"):  # PeftModel.from_pretrained hands down what it is given
+                    config._stored = config._stored._replace(others=None)
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -190,11 +190,11 @@ def _grouped_matmul(left: Tensor, right: Tensor) -> Tensor:
     batch, heads, length, inner = left.shape
     # The heads of one group are stacked along T, so that nothing of `right` is ever repeated.
     folded = left.reshape(batch, right.shape[1], -1, inner)  # (B, G, H/G * T, x)
-    with _without_autocast(left.device):
+    with without_autocast(left.device):
         return (folded @ right).reshape(batch, heads, length, -1)
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast would compute a float32 product in half precision."""
     enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if enabled else nullcontext()

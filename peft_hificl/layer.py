@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from .checkpoint import HeadShape
 from .config import HiFICLConfig
-from .functional import VirtualPairs, concatenate_pairs, select_rows
+from .functional import VirtualPairs, concatenate_pairs, select_rows, without_autocast
 
 
 class HiFICLLayer(nn.Module, BaseTunerLayer):
@@ -58,6 +58,13 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: HiFICLConfig) -> None:
         """Create the parameters of an adapter; its name must be new to this layer."""
+        for parameters in self.children():
+            if hook := getattr(parameters, "_hf_hook", None):
+                from accelerate.hooks import remove_hook_from_module  # noqa: PLC0415 - it is there, it made the hook
+
+                # It offloaded the adapters that were here and does not know the new one: let them stay where they run.
+                remove_hook_from_module(parameters)
+                parameters.to(device=hook.execution_device)
         for name, shape in config.parameter_shapes(*self.head_shape).items():
             getattr(self, name)[adapter_name] = nn.Parameter(torch.empty(shape))
         self.n[adapter_name] = config.n
@@ -123,7 +130,8 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         if adapter_name in whole:
             return whole[adapter_name][None]  # (1, H, n, d)
         left, right = getattr(self, f"{name}_A")[adapter_name], getattr(self, f"{name}_B")[adapter_name]
-        return torch.bmm(left, right)[None]  # (1, H, n, d)
+        with without_autocast(left.device):
+            return torch.bmm(left, right)[None]  # (1, H, n, d)
 
     # -- what PEFT asks of a tuner layer -------------------------------------------------------------------------
 

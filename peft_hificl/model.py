@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,11 +18,7 @@ from .config import HiFICLConfig
 from .layer import CANNOT_MERGE, HiFICLLayer
 
 # Heads that PEFT adds to modules_to_save, whether a model has them or not.
-_CLASSIFIERS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
+_CLASSIFIERS = {"classifier", "score", "qa_outputs"}
 
 
 class HiFICLModel(BaseTuner):
@@ -65,24 +62,18 @@ class HiFICLModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        config = self.peft_config[adapter_name]
-        asked = config.target_modules
-        try:
-            self._prepare_adapter_config(config, self.get_model_config(model))
-            if state_dict is None:
-                names = {name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)}
-            else:
-                # PEFT takes whatever stands before ".hificl_" in a key for the target: that is to be the attention.
-                state_dict = {key.replace(f".{checkpoint.MODULE}.", "."): value for key, value in state_dict.items()}
-                names = {name for key in state_dict if (name := checkpoint.module_of(key))}
-            self._check_before_change(model, adapter_name, config, names)
-            with _undone_on_error(model, adapter_name):
-                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        except Exception:
-            config.target_modules = asked
-            raise
-        if asked is None or asked == config._found_targets:
-            config._found_targets = config.target_modules
+        # A configuration of the model's own: what is found for this model must not be said of another one.
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        self._prepare_adapter_config(config, self.get_model_config(model))
+        if state_dict is None:
+            names = {name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)}
+        else:
+            # PEFT takes whatever stands before ".hificl_" in a key for the target: that is to be the attention.
+            state_dict = {key.replace(f".{checkpoint.MODULE}.", "."): value for key, value in state_dict.items()}
+            names = {name for key in state_dict if (name := checkpoint.module_of(key))}
+        self._check_before_change(model, adapter_name, config, names)
+        with _undone_on_error(model, adapter_name):
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         if type(model).__module__.startswith("transformers."):
             config._base_model_class = type(model).__name__
 
@@ -122,7 +113,7 @@ class HiFICLModel(BaseTuner):
                     )
                 shapes[name] = attention.head_shape_of(module)
         modules = [name for name, _ in model.named_modules()]
-        wanted = set(config.modules_to_save or ()).difference(_CLASSIFIERS.get(config.task_type or "", ()))
+        wanted = set(config.modules_to_save or ()) - _CLASSIFIERS
         absent = sorted(end for end in wanted if not any(name.endswith(end) for name in modules))
         if absent:
             raise ValueError(
@@ -134,7 +125,7 @@ class HiFICLModel(BaseTuner):
             config._stored = None
 
     def _prepare_adapter_config(self, peft_config: HiFICLConfig, model_config: dict[str, Any]) -> HiFICLConfig:
-        if peft_config.target_modules is None or peft_config.target_modules == peft_config._found_targets:
+        if peft_config.target_modules is None:
             peft_config.target_modules = targets.default_targets(self.model, peft_config)  # type: ignore[assignment]
         return peft_config
 
@@ -181,6 +172,10 @@ class HiFICLModel(BaseTuner):
             if isinstance(getattr(module, checkpoint.MODULE, None), HiFICLLayer):
                 attention.detach(module)
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Called when PEFT's wrappers around whole modules and embeddings go; there is no weight to hand over.
+        setattr(parent, child_name, new_module)
 
     # -- loading --------------------------------------------------------------------------------------------------
 

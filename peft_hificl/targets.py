@@ -29,6 +29,12 @@ def default_targets(model: nn.Module, config: HiFICLConfig) -> str | set[str]:
     # exclude_modules and layers_to_transform are PEFT's to apply, to names that match by their end.
     by_end = dataclasses.replace(config, target_modules=list({name.rpartition(".")[2] for name in found}))
     names = {name for name in found if check_target_module_exists(by_end, name)}
+    kinds = {type(model.get_submodule(name)) for name in found}
+    for name, module in model.named_modules():  # never some of the layers in silence
+        if type(module) in kinds and name not in found and check_target_module_exists(by_end, name):
+            reason = attention.why_unsupported(module)
+            if reason:
+                raise ValueError(f"HiFICL can adapt {found[0]!r} and its like, but not {name!r}: {reason}.")
     if not names:
         raise ValueError(
             f"None of the {len(found)} self-attentions of {type(model).__name__} ({found[0]!r}, ...) is left to adapt: "
@@ -68,12 +74,6 @@ def find_self_attention(model: nn.Module) -> list[str]:
     ]
     reasons = {name: reason for name, module in candidates if (reason := attention.why_unsupported(module))}
     found = [name for name, _ in candidates if name not in reasons]
-    kinds = {type(module) for name, module in candidates if name not in reasons}
-    for name, module in candidates:
-        if name in reasons and type(module) in kinds:  # never some of the layers in silence
-            raise ValueError(
-                f"HiFICL can adapt other {type(module).__name__} modules, but not {name!r}: {reasons[name]}."
-            )
     if not found:
         likely = {reasons[name]: name for name, module in candidates if "attention" in type(module).__name__.lower()}
         why = "; ".join(f"{name}: {reason}" for reason, name in likely.items())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+import types
 
 import pytest
 import torch
 import transformers as tf
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -168,11 +171,25 @@ def test_a_forward_that_was_replaced_is_refused() -> None:
         get_peft_model(base, config())
     with pytest.raises(TypeError, match=r"'model\.layers\.1\.self_attn'.*forward has been replaced"):
         get_peft_model(base, config(target_modules=["self_attn"]))
+    for choice in ({"exclude_modules": ["layers.1.self_attn"]}, {"layers_to_transform": [0]}):  # left out on purpose
+        assert get_peft_model(base, config(**choice)).unload() is base
+    add_hook_to_module(module, ModelHook())
+    module._old_forward = types.MethodType(type(module).forward, module)
+    assert "forward has been replaced" not in str(attention.why_unsupported(module))  # accelerate's own
+    module.forward = types.MethodType(lambda self, hidden_states, **kwargs: (hidden_states, None), module)
+    assert "forward has been replaced" in str(attention.why_unsupported(module))
+    original = type(module).forward
+
+    def ignores_it(self: nn.Module, hidden_states: Tensor, **kwargs: object) -> tuple[Tensor, None]:
+        return hidden_states, None
+
     with pytest.MonkeyPatch.context() as patch:
-        get_peft_model(build("gqa"), config())
-        patch.setattr(type(module), "forward", lambda self, hidden_states, **kwargs: (hidden_states, None))
-        with pytest.raises(ValueError, match="LlamaAttention"):
+        for replacement in (ignores_it, functools.wraps(original)(ignores_it)):
             get_peft_model(build("gqa"), config())
+            patch.setattr(type(module), "forward", replacement)
+            with pytest.raises(ValueError, match="LlamaAttention"):
+                get_peft_model(build("gqa"), config())
+            patch.undo()
     get_peft_model(build("gqa"), config())
 
 
@@ -351,8 +368,10 @@ def test_half_precision_base_with_float32_adapter(kind: str, dtype: torch.dtype)
 def test_autocast_and_moving_the_model() -> None:
     model, inputs = adapted("gqa"), inputs_for("gqa")
     want = logits(model, **inputs)
+    pairs = hificl_layers(model)[0](2)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(logits(model, **inputs).float(), want, rtol=0.2, atol=0.5)
+        assert torch.equal(hificl_layers(model)[0](2).keys, pairs.keys)
     model.double()
     torch.testing.assert_close(logits(model, **inputs), want.double(), rtol=1e-4, atol=1e-4)
     model.add_adapter("late", config(), autocast_adapter_dtype=False)

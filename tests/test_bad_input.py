@@ -15,6 +15,7 @@ import transformers as tf
 from peft import (
     AutoPeftModelForCausalLM,
     PeftModel,
+    PeftModelForSequenceClassification,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -302,7 +303,7 @@ OTHER_DAMAGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "misshapen": (lambda t: t.update({HEAD: t[HEAD][:7]}), r"'lm_head.weight'.*\(7, 32\).*\(99, 32\)"),
     "nan": (lambda t: t[HEAD].fill_(float("nan")), "lm_head.weight' holds values that are not finite"),
     "foreign": (lambda t: t.update({"base_model.model.nose": torch.zeros(3)}), "unexpected 'nose'"),
-    "tokens": (lambda t: t.update({TOKENS: t[TOKENS][:1]}), r"trainable_tokens_delta'.*\(1, 32\).*\(2, 32\)"),
+    "tokens": (lambda t: t.update({TOKENS: t[TOKENS][:1]}), r"trainable_tokens_delta'.* 1 rows.*\[7, 9\]"),
 }
 
 
@@ -336,6 +337,57 @@ def test_embeddings_saved_after_the_vocabulary_grew(tmp_path: Path) -> None:
     grown.resize_token_embeddings(VOCAB + 8)
     loaded = PeftModel.from_pretrained(grown, tmp_path)
     assert torch.equal(loaded.get_input_embeddings().weight, base.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("save_embedding_layers", [False, True])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["mlp"]},
+        {"trainable_token_indices": [1, 2]},
+        {"trainable_token_indices": {"embed_tokens": [1, 2]}},
+        {"trainable_token_indices": [1, 2], "modules_to_save": ["mlp"]},
+    ],
+    ids=str,
+)
+def test_what_peft_saves_beside_the_pairs_loads(
+    extra: dict[str, object], tied: bool, save_embedding_layers: bool, tmp_path: Path
+) -> None:
+    """No file that PEFT writes is refused, whatever it adds to it."""
+    torch.manual_seed(0)
+    base = llama(tie_word_embeddings=tied).eval()
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, config(**extra)).eval()
+    want = logits(model, **inputs_for("gqa"))
+    model.save_pretrained(tmp_path, save_embedding_layers=save_embedding_layers)
+    for name in ("default", "second"):
+        if name == "default":
+            loaded = PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path)
+        else:
+            loaded.load_adapter(tmp_path, name)
+            loaded.set_adapter(name)
+        assert torch.equal(logits(loaded.eval(), **inputs_for("gqa")), want)
+
+
+def test_heads_of_another_size_are_ignored_when_asked(tmp_path: Path) -> None:
+    def base(labels: int) -> tf.PreTrainedModel:
+        torch.manual_seed(0)
+        return tf.LlamaForSequenceClassification(
+            tf.LlamaConfig(
+                vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+                num_labels=labels, pad_token_id=0,
+            )
+        )  # fmt: skip
+
+    get_peft_model(base(3), config(task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"score.weight.*ignore_mismatched_sizes"):
+        PeftModel.from_pretrained(base(5), tmp_path)
+    with pytest.warns(UserWarning, match="score"):
+        PeftModel.from_pretrained(base(5), tmp_path, ignore_mismatched_sizes=True)
+    assert PeftModelForSequenceClassification(base(3), config()).modules_to_save
 
 
 def test_a_module_to_save_that_the_model_lacks() -> None:

@@ -88,14 +88,20 @@ def test_default_targets_are_the_text_decoders(kind: str) -> None:
     ],
     ids=["default", "exclude", "layers"],
 )
-def test_one_config_on_a_deeper_model_means_all_of_its_layers(choice: dict[str, object], layers: list[int]) -> None:
+def test_one_config_on_several_models(choice: dict[str, object], layers: list[int], tmp_path: Path) -> None:
+    """It means all layers of a deeper model, and each model keeps what was found for it."""
     shared = config(**choice)
-    get_peft_model(build("gqa"), shared)
+    shallow = get_peft_model(build("gqa"), shared)
     names = [f"model.layers.{i}.self_attn" for i in layers]
-    again = [shared, HiFICLConfig(**shared.to_dict())] if not choice else [shared]  # a copy names what was found
-    for cfg in again:
-        assert get_peft_model(llama(layers=4), cfg).targeted_module_names == names
+    assert get_peft_model(llama(layers=4), shared).targeted_module_names == names
+    if not choice:  # what was found for a model holds for any number of layers
+        found = shallow.peft_config["default"]
+        assert get_peft_model(llama(layers=4), found).targeted_module_names == names
     assert get_peft_model(build("vlm"), shared).targeted_module_names[0].startswith("model.language_model.layers")
+    assert shared.target_modules is None
+    shallow.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("gqa"), tmp_path)
+    assert again.targeted_module_names == shallow.targeted_module_names
 
 
 def test_only_the_adapter_learns(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,7 +265,7 @@ def test_the_model_cards_snippet_runs_as_written(name: str, tmp_path: Path, monk
     model = get_peft_model(type(base).from_pretrained("base"), config(), adapter_name=name)
     model.save_pretrained(tmp_path / "adapter")
     card = (tmp_path / "adapter" / "README.md").read_text()
-    assert card.count("How to use this HiFICL adapter") == 1 and "library_name: peft" in card
+    assert card.count("## How to use th") == 1 and "library_name: peft" in card
     snippet = card.split("```python")[1].split("```")[0]
     assert "import peft_hificl" in snippet
     done = subprocess.run(
@@ -269,11 +275,21 @@ def test_the_model_cards_snippet_runs_as_written(name: str, tmp_path: Path, monk
     assert "PeftModel" in done.stdout
     # Another adapter is saved over it: its section takes the place of the old one, what the user wrote stays.
     readme = tmp_path / "adapter" / "README.md"
-    readme.write_text(card + "\n## Results\n\nGood.\n")
+    readme.write_text(card + "\n### Results\n\nGood.\n")
     get_peft_model(type(base).from_pretrained("base"), config(n=7), adapter_name=name).save_pretrained("adapter")
     card = readme.read_text()
-    assert card.count("How to use this HiFICL adapter") == 1 and "## Results\n\nGood.\n" in card
+    assert card.count("## How to use") == 1 and card.endswith("\n### Results\n\nGood.")
     assert "7 virtual key-value pairs" in card and "3 virtual key-value pairs" not in card
+
+
+def test_the_model_card_of_two_adapters_shows_both(tmp_path: Path) -> None:
+    model = adapted("gqa")
+    model.add_adapter("captions", config())
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("## How to use this HiFICL adapter\n") == 1
+    assert card.count("## How to use the HiFICL adapter captions\n") == 1
 
 
 def test_a_readme_that_is_not_pefts_is_left_alone(tmp_path: Path) -> None:
@@ -358,6 +374,14 @@ def test_unload_restores_the_base_model(kind: str) -> None:
     assert {name: type(m) for name, m in got.named_modules()} == classes
     assert all(m.config is configs[name] for name, m in got.named_modules() if name in configs)
     assert torch.equal(logits(got, **inputs_for(kind)), want)
+
+
+@pytest.mark.parametrize("extra", [{"trainable_token_indices": [1, 2]}, {"modules_to_save": ["mlp"]}], ids=str)
+def test_unload_with_pefts_own_wrappers(extra: dict[str, object]) -> None:
+    base = build("gqa")
+    keys, want = list(base.state_dict()), logits(base, **inputs_for("gqa"))
+    got = get_peft_model(base, config(**extra)).unload()
+    assert list(got.state_dict()) == keys and torch.equal(logits(got, **inputs_for("gqa")), want)
 
 
 def test_merging_is_refused_in_one_sentence(kind: str) -> None:

@@ -114,6 +114,17 @@ def test_parameters_offloaded_by_accelerate() -> None:
     torch.testing.assert_close(logits(model, **inputs_for("gqa")), want)
 
 
+def test_an_adapter_that_is_added_after_offloading() -> None:
+    model = adapted("gqa")
+    want = logits(model, **inputs_for("gqa"))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    torch.manual_seed(2)
+    model.add_adapter("late", config())
+    torch.testing.assert_close(logits(model, **inputs_for("gqa")), want)
+    model.set_adapter("late")
+    assert not torch.allclose(logits(model, **inputs_for("gqa")), want)
+
+
 def test_a_base_that_accelerate_has_offloaded_already() -> None:
     """Its weights are on the meta device until they are used; the adapter is where they are used."""
     want = logits(adapted("gqa"), **inputs_for("gqa"))
