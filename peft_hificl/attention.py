@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_mask
 from transformers import AttentionInterface, PreTrainedConfig
 
-from . import functional
+from . import functional, fused
 from .checkpoint import MODULE, HeadShape
 from .layer import HiFICLLayer
 
@@ -81,7 +81,8 @@ def hificl_attention_forward(
             f"name is set by attaching an adapter; load the base model with one of {', '.join(SUPPORTED)}."
         )
     implementation = layer.base_config._attn_implementation
-    pairs = layer(query.shape[0])
+    # Only while decoding: an edit behind autograd's back (`parameter.data`) is seen by the next prompt at the latest.
+    pairs = layer(query.shape[0], reuse=query.shape[2] == 1)
     if pairs is None:
         dispatch = dispatch_of(type(module))
         attend = dispatch.interface.get_interface(implementation, dispatch.eager)
@@ -109,31 +110,32 @@ def hificl_attention_forward(
     if kwargs.get("cache") is not None:
         raise ValueError("HiFICL does not support paged caches (continuous batching): use `generate` as usual.")
     bias = kwargs.get("position_bias")
+    options: dict[str, Any] = {
+        "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "softcap": kwargs.get("softcap"),
+        "sinks": kwargs.get("s_aux"),
+        "dropout": dropout if module.training else 0.0,
+    }
+    if implementation == "eager":
+        output, weights = functional.virtual_attention(
+            query, key, value, pairs, mask=attention_mask, bias=bias, **options
+        )
+        return output.transpose(1, 2).contiguous(), weights.to(query.dtype)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    if implementation == "sdpa" and attention_mask is None and is_causal and query.shape[2] > 1:
+    is_causal = implementation == "sdpa" and is_causal and attention_mask is None and query.shape[2] > 1
+    if is_causal:
         # As in transformers' sdpa: without a mask, the context is the first T keys, causally.
         size = query.shape[2]
         key, value, bias = key[:, :, :size], value[:, :, :size], None if bias is None else bias[..., :size]
-        attention_mask = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
     elif attention_mask is not None and not isinstance(attention_mask, Tensor):
         attention_mask = _dense(attention_mask, query, key)
     elif implementation == "flex_attention" and attention_mask is not None:
         attention_mask = attention_mask[..., : key.shape[2]]
-
-    output, weights = functional.virtual_attention(
-        query,
-        key,
-        value,
-        pairs,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        mask=attention_mask,
-        bias=bias,
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
-        dropout=dropout if module.training else 0.0,
-    )
-    return output.transpose(1, 2).contiguous(), weights.to(query.dtype) if implementation == "eager" else None
+    output = fused.attention(
+        query, key, value, pairs, mask=attention_mask, is_causal=is_causal, bias=bias, **options
+    )  # fmt: skip
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _dense(block_mask: Any, query: Tensor, key: Tensor) -> Tensor:

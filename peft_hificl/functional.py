@@ -111,6 +111,7 @@ def virtual_attention(
     *,
     scaling: float,
     mask: Tensor | None = None,
+    is_causal: bool = False,
     bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -127,6 +128,7 @@ def virtual_attention(
         pairs: the virtual pairs; see :class:`VirtualPairs`.
         scaling: factor of every score.
         mask: broadcastable to ``(B, H, T, S)``; boolean (True: visible) or added to the scores.
+        is_causal: query t sees the keys 0..t only, beside what the mask says.
         bias: broadcastable to ``(B, H, T, S)``, added to the context scores (T5's position bias).
         softcap: every score s becomes ``softcap * tanh(s / softcap)``, those of virtual keys too.
         sinks: broadcastable to ``(H,)``; one more score per head whose value is zero (gpt-oss).  It is part of the
@@ -159,9 +161,12 @@ def virtual_attention(
         context, virtual = (softcap * torch.tanh(s / softcap) for s in (context, virtual))
     if bias is not None:
         context = context + bias.to(dtype)
+    # The finite minimum, not -inf: a row that sees nothing must not become NaN when alpha = 1.
+    minimum = torch.finfo(dtype).min
+    if is_causal:
+        visible = torch.ones(context.shape[-2:], dtype=torch.bool, device=context.device).tril()
+        context = context.masked_fill(~visible, minimum)
     if mask is not None:
-        # The finite minimum, not -inf: a row that sees nothing must not become NaN when alpha = 1.
-        minimum = torch.finfo(dtype).min
         if mask.dtype == torch.bool:
             context = context.masked_fill(~mask, minimum)
         else:
@@ -188,10 +193,11 @@ def virtual_attention(
 def _grouped_matmul(left: Tensor, right: Tensor) -> Tensor:
     """``(B, H, T, x)``, ``(B or 1, G, x, y)`` -> ``(B, H, T, y)``; head h of left meets head h // (H / G) of right."""
     batch, heads, length, inner = left.shape
+    groups, size = right.shape[1], right.shape[3]
     # The heads of one group are stacked along T, so that nothing of `right` is ever repeated.
-    folded = left.reshape(batch, right.shape[1], -1, inner)  # (B, G, H/G * T, x)
+    folded = left.reshape(batch, groups, heads // groups * length, inner)
     with without_autocast(left.device):
-        return (folded @ right).reshape(batch, heads, length, -1)
+        return (folded @ right).reshape(batch, heads, length, size)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

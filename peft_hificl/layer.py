@@ -55,6 +55,8 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self.cast_input_dtype_enabled = True  # PEFT's helpers look for it; queries meet the adapter in its own dtype
         self.in_features, self.out_features = head_shape[0] * head_shape[1], head_shape[0] * head_shape[2]
         self._like = like.detach().new_empty(0)
+        # State of the parameters, the pairs that it gives, and the memory that keeps the state unique.
+        self._multiplied_out: tuple[object, VirtualPairs, list[Tensor]] | None = None
 
     def update_layer(self, adapter_name: str, config: HiFICLConfig) -> None:
         """Create the parameters of an adapter; its name must be new to this layer."""
@@ -86,26 +88,30 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             if adapter_name in getattr(self, name):
                 nn.init.normal_(getattr(self, name)[adapter_name], std=paper.get(name, 1.0) if init_weights else 1.0)
 
-    def forward(self, batch_size: int, adapter_names: list[str] | None = None) -> VirtualPairs | None:
+    def forward(
+        self, batch_size: int, adapter_names: list[str] | None = None, reuse: bool = False
+    ) -> VirtualPairs | None:
         """The virtual pairs for one attention call.
 
         Args:
             batch_size: rows of the call.
             adapter_names: one adapter per row ("__base__": none) instead of the active adapters.
+            reuse: while decoding; pairs of frozen adapters that were multiplied out before are used again, unless a
+                parameter has changed since.
 
         Raises:
             ValueError: ``adapter_names`` is not one name per row.
         """
         if self.disable_adapters:
             return None
-        if any(hasattr(parameters, "_hf_hook") for parameters in self.children()):
+        if any("_hf_hook" in vars(parameters) for parameters in self._modules.values()):
             # accelerate keeps the parameters elsewhere and brings them in for modules that are called; a
             # ParameterDict is not.
             with onload_layer(self):
-                return self._select(batch_size, adapter_names)
-        return self._select(batch_size, adapter_names)
+                return self._select(batch_size, adapter_names, reuse)
+        return self._select(batch_size, adapter_names, reuse)
 
-    def _select(self, batch_size: int, adapter_names: list[str] | None) -> VirtualPairs | None:
+    def _select(self, batch_size: int, adapter_names: list[str] | None, reuse: bool) -> VirtualPairs | None:
         if adapter_names is not None:
             if len(adapter_names) != batch_size:
                 raise ValueError(
@@ -115,8 +121,28 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             names = sorted(set(adapter_names))
             choices = [self._pairs(name) if name in self.n else None for name in names]
             return select_rows(choices, [names.index(name) for name in adapter_names])
-        active = [self._pairs(name) for name in self.active_adapters if name in self.n]
-        return concatenate_pairs(active) if active else None
+        active = [name for name in self.active_adapters if name in self.n]
+        return self._union(active, reuse) if active else None
+
+    def _union(self, names: list[str], reuse: bool) -> VirtualPairs:
+        if torch.compiler.is_compiling():
+            return concatenate_pairs([self._pairs(name) for name in names])
+        held = [kind._parameters for kind in self._modules.values() if kind is not None]
+        parameters = [p for kind in held for name in names if (p := kind.get(name)) is not None]
+        if any(p.requires_grad or p.is_inference() for p in parameters):
+            self._multiplied_out = None  # a fused optimizer changes parameters without counting their version up
+            return concatenate_pairs([self._pairs(name) for name in names])
+        # An edit in place counts the version up; anything else is other memory, as what is kept here is not freed.
+        state = (names, torch.is_inference_mode_enabled(), [(p.data_ptr(), p._version, p.dtype) for p in parameters])
+        known = self._multiplied_out
+        if reuse and known is not None and known[0] == state:
+            return known[1]
+        pairs = concatenate_pairs([self._pairs(name) for name in names])
+        self._multiplied_out = (state, pairs, [p.detach() for p in parameters])
+        return pairs
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_multiplied_out": None}
 
     def _pairs(self, adapter_name: str) -> VirtualPairs:
         return VirtualPairs(

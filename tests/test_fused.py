@@ -1,0 +1,412 @@
+"""The kernels' path against the definition, when it is taken, and when the pairs are multiplied out again."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+
+from peft_hificl import VirtualPairs, fused, virtual_attention
+from peft_hificl.kernels import KERNELS, Call
+
+from . import oracle
+from .conftest import inputs_for, logits
+from .test_functional import GROUPS, MASKS, TOLERANCE, mask_of, tensors
+from .test_peft_api import adapted, config, hificl_layers
+
+SHAPES = {"decode": (1, 9), "chunk": (3, 8)}  # new tokens, keys with those of the cache
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def pairs_of(x: dict[str, Tensor], **kwargs: object) -> VirtualPairs:
+    return VirtualPairs(x["virtual_keys"], x["virtual_values"], **kwargs)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-3))
+
+
+def check(inputs: dict[str, Tensor], dtype: torch.dtype, **options: object) -> None:
+    """Forward and all gradients, by a kernel in `dtype`, against the definition in float64."""
+    want_in = {k: v.clone().requires_grad_() for k, v in inputs.items()}
+    causal = {**options}
+    if causal.pop("is_causal", False):
+        causal["mask"] = mask_of("causal", inputs["query"].shape[2], inputs["query"].shape[2], 1)
+    want, _ = oracle.hificl(**want_in, scaling=0.3, **causal)
+    x = {k: v.to(dtype).requires_grad_() for k, v in inputs.items()}
+    options = {k: v.to(dtype) if k == "bias" else v for k, v in options.items()}
+    args = (x["query"], x["key"], x["value"], pairs_of(x))
+    assert fused.attention_path(*args, scaling=0.3, **options).kernel == "flash"
+    got = fused.attention(*args, scaling=0.3, **options)
+    assert got.dtype == dtype and relative_error(got, want) < TOLERANCE[dtype]
+    direction = torch.randn_like(want)
+    grads_want = torch.autograd.grad(want, list(want_in.values()), direction)
+    grads_got = torch.autograd.grad(got, list(x.values()), direction.to(dtype))
+    for name, a, b in zip(inputs, grads_got, grads_want, strict=True):
+        assert a.shape == b.shape and relative_error(a, b) < TOLERANCE[dtype], name
+    with torch.no_grad():
+        torch.testing.assert_close(fused.attention(*args, scaling=0.3, **options), got)
+
+
+@DTYPES
+@pytest.mark.parametrize("mask", [*MASKS, "is_causal"])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_masks_and_groups(groups: str, mask: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    heads, kv = GROUPS[groups]
+    options = {"is_causal": True} if mask == "is_causal" else {"mask": mask_of(mask, 5, 5, heads)}
+    check(tensors(heads, kv, 5, 5, 6, 6, 3), dtype, **options)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "case", ["decode", "chunk", "smaller-values", "larger-values", "bias", "bias+mask", "one-pair"]
+)
+@pytest.mark.parametrize("groups", GROUPS)
+def test_variants(groups: str, case: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    heads, kv = GROUPS[groups]
+    length, size = SHAPES.get(case, (4, 4))
+    e = {"smaller-values": 4, "larger-values": 10}.get(case, 6)
+    options: dict[str, object] = {"mask": mask_of("causal", length, size, heads)}
+    if "bias" in case:
+        options["bias"] = torch.randn(1, heads, length, size, dtype=torch.float64)
+    if case == "bias":
+        options["mask"] = None
+    check(tensors(heads, kv, length, size, 6, e, 1 if case == "one-pair" else 3), dtype, **options)
+
+
+@pytest.mark.parametrize("length", [65, 300])
+def test_more_queries_and_keys_than_a_kernels_block(length: int) -> None:
+    torch.manual_seed(2)
+    x = {k: v.requires_grad_() for k, v in tensors(4, 2, length, length, 16, 16, 8).items()}
+    args = (x["query"], x["key"], x["value"], pairs_of(x))
+    want, _ = virtual_attention(*args, scaling=0.3, is_causal=True)
+    got = fused.attention(*args, scaling=0.3, is_causal=True)
+    direction = torch.randn_like(want)
+    assert relative_error(got, want) < 1e-10
+    for a, b in zip(*(torch.autograd.grad(o, list(x.values()), direction) for o in (got, want)), strict=True):
+        assert relative_error(a, b) < 1e-10
+
+
+def test_pairs_per_row_per_key_value_head_and_with_log_weights() -> None:
+    torch.manual_seed(3)
+    x = tensors(4, 2, 3, 3, 6, 6, 3)
+    keys, values = torch.randn(2, 2, 2, 3, 6, dtype=torch.float64)  # (B, G, n, d)
+    log_weights = torch.tensor([[0.0, 1.5, -torch.inf], [-torch.inf] * 3], dtype=torch.float64)[:, None]  # row 1: none
+    for pairs in (VirtualPairs(keys, values), VirtualPairs(keys, values, log_weights)):
+        args = (x["query"], x["key"], x["value"], pairs)
+        assert fused.attention_path(*args, scaling=0.3).kernel
+        torch.testing.assert_close(
+            fused.attention(*args, scaling=0.3), virtual_attention(*args, scaling=0.3)[0], rtol=0, atol=1e-12
+        )
+    bare = torch.nn.functional.scaled_dot_product_attention(*args[:3], scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(fused.attention(*args, scaling=0.3)[1], bare[1])
+
+
+@pytest.mark.parametrize("mask", ["bool", "minimum", "-inf"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_row_that_sees_nothing_sees_the_pairs(mask: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    x = {k: v.to(dtype).requires_grad_() for k, v in tensors(4, 2, 4, 4, 8, 8, 3).items()}
+    visible = torch.ones(4, 4, dtype=torch.bool).tril()
+    visible[:2] = False
+    additive = torch.finfo(dtype).min if mask == "minimum" else -torch.inf
+    given = visible if mask == "bool" else torch.where(visible, 0.0, additive).to(dtype)
+    out = fused.attention(x["query"], x["key"], x["value"], pairs_of(x), scaling=0.3, mask=given)
+    out.float().square().sum().backward()
+    assert torch.isfinite(out).all() and all(torch.isfinite(t.grad).all() for t in x.values())
+    weights = (x["query"].float() @ x["virtual_keys"].float().mT * 0.3).softmax(-1)
+    alone = (weights @ x["virtual_values"].float())[:, :, :2]
+    torch.testing.assert_close(out[:, :, :2].float(), alone, rtol=1e-2, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision(dtype: torch.dtype) -> None:
+    """Scores beyond the range of fp16; a float32 adapter gets float32 gradients."""
+    torch.manual_seed(5)
+    x = {k: v.to(dtype) for k, v in tensors(4, 2, 6, 6, 64, 64, 3).items()}
+    x = {k: v * 64 if k in ("query", "key", "virtual_keys") else v for k, v in x.items()}
+    x = {k: (v.float() if k.startswith("virtual") else v).requires_grad_() for k, v in x.items()}
+    exact = {k: v.detach().double().requires_grad_() for k, v in x.items()}
+    want, _ = oracle.hificl(**exact, scaling=2e-5)
+    got = fused.attention(x["query"], x["key"], x["value"], pairs_of(x), scaling=2e-5)
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        *(x[k].double() for k in ("query", "key", "value")), scale=2e-5, enable_gqa=True
+    )
+    assert got.dtype == dtype and relative_error(plain, want) > 0.1
+    assert relative_error(got, want) < 2 * torch.finfo(dtype).eps
+    direction = torch.randn_like(want)
+    grads_want = torch.autograd.grad(want, list(exact.values()), direction)
+    grads_got = torch.autograd.grad(got, list(x.values()), direction.to(dtype))
+    for name, a, b in zip(x, grads_got, grads_want, strict=True):
+        assert a.dtype == x[name].dtype and relative_error(a, b) < 8 * torch.finfo(dtype).eps, name
+
+
+def test_autocast_is_that_of_pytorchs_own_attention() -> None:
+    q, k, v = torch.randn(3, 1, 4, 5, 8)
+    pairs = VirtualPairs(torch.randn(1, 4, 2, 8), torch.randn(1, 4, 2, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = fused.attention(q, k, v, pairs, scaling=0.3)
+        assert got.dtype == torch.nn.functional.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
+        assert fused.attention(q.double(), k.double(), v.double(), pairs, scaling=0.3).dtype == torch.float64
+    torch.testing.assert_close(got.float(), fused.attention(q, k, v, pairs, scaling=0.3), rtol=0.05, atol=0.05)
+
+
+# -- which path ------------------------------------------------------------------------------------------------------
+
+Q, K, V = torch.randn(3, 1, 4, 5, 8)
+PAIRS = VirtualPairs(torch.randn(1, 4, 2, 8), torch.randn(1, 4, 2, 8))
+FALLBACKS: dict[str, tuple[dict[str, object], str]] = {
+    "dropout": ({"dropout": 0.5}, "attention dropout"),
+    "softcap": ({"softcap": 2.0}, "soft-capped"),
+    "sinks": ({"sinks": torch.zeros(4)}, "sinks"),
+    "trained-bias": ({"bias": torch.zeros(1, 4, 5, 5, requires_grad=True)}, "trained"),
+}
+
+
+@pytest.mark.parametrize("case", FALLBACKS)
+def test_what_no_kernel_computes_takes_the_formula_and_says_so(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    options, reason = FALLBACKS[case]
+    path = fused.attention_path(Q, K, V, PAIRS, scaling=0.3, **options)
+    assert path.kernel is None and reason in path.reason
+    with caplog.at_level(logging.DEBUG, logger="peft_hificl"):
+        torch.manual_seed(0)
+        got = fused.attention(Q, K, V, PAIRS, scaling=0.3, **options)
+    assert reason in caplog.text
+    torch.manual_seed(0)
+    torch.testing.assert_close(got, virtual_attention(Q, K, V, PAIRS, scaling=0.3, **options)[0])
+
+
+def test_other_fallbacks() -> None:
+    def why(*args: object, **options: object) -> str:
+        path = fused.attention_path(*args, scaling=0.3, **options)
+        assert path.kernel is None
+        assert torch.isfinite(fused.attention(*args, scaling=0.3, **options)).all()
+        return path.reason
+
+    assert "alpha = 1" in why(Q, K, V, PAIRS._replace(scale_self_attention=False))
+    assert "different dtypes" in why(Q, K, V.double(), PAIRS)
+    assert "no keys" in why(Q, K[:, :, :0], V[:, :, :0], PAIRS)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert "switched off" in why(Q, K, V, PAIRS)
+    path = fused.attention_path(*(t.to("meta") for t in (Q, K, V)), PAIRS, scaling=0.3)
+    assert path == (None, "no kernel for the device meta")
+
+
+def test_torch_func_transforms_take_the_formula() -> None:
+    def loss(query: Tensor) -> Tensor:
+        return fused.attention(query, K, V, PAIRS, scaling=0.3).sum()
+
+    query = Q.clone().requires_grad_()
+    want = torch.autograd.grad(loss(query), query)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(Q), want)
+    rows = torch.func.vmap(lambda q: fused.attention(q[None], K, V, PAIRS, scaling=0.3)[0])(Q.expand(3, -1, -1, -1))
+    torch.testing.assert_close(rows, fused.attention(Q, K, V, PAIRS, scaling=0.3).expand(3, -1, -1, -1))
+
+
+def test_the_first_layer_of_a_frozen_model_skips_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No gradient is asked of its queries, keys and values: only the backward over the n pairs runs."""
+    kernel, sizes = KERNELS["cpu"]["flash"], []
+
+    def counted(call: Call, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+        sizes.append(call.key.shape[2])
+        return kernel.backward(call, *args)
+
+    monkeypatch.setitem(KERNELS["cpu"], "flash", kernel._replace(backward=counted))
+    keys = torch.randn(1, 4, 2, 8, requires_grad=True)
+    fused.attention(Q, K, V, PAIRS._replace(keys=keys), scaling=0.3).sum().backward()
+    assert sizes == [2]
+    want = torch.autograd.grad(virtual_attention(Q, K, V, PAIRS._replace(keys=keys), scaling=0.3)[0].sum(), keys)[0]
+    torch.testing.assert_close(keys.grad, want, rtol=1e-5, atol=1e-6)
+
+
+# -- CUDA kernels, as far as they can be checked without one: signatures, shapes and dtypes on the meta device ---------
+
+
+@pytest.mark.parametrize("name", ["flash", "efficient"])
+def test_cuda_kernels_are_called_as_they_want(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = KERNELS["cuda"][name]
+    monkeypatch.setitem(KERNELS, "meta", {name: kernel._replace(limits=lambda call: None)})
+    options = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": True}
+    query, key, value = (torch.empty(2, heads, 20, 64, **options) for heads in (8, 2, 2))
+    keys, values = (torch.empty(1, 8, 3, 64, device="meta", requires_grad=True) for _ in range(2))
+    mask = None if name == "flash" else torch.ones(2, 1, 20, 20, dtype=torch.bool, device="meta")
+    out = fused.attention(query, key, value, VirtualPairs(keys, values), scaling=0.3, mask=mask)
+    assert out.shape == query.shape and out.dtype == query.dtype
+    out.sum().backward()
+    for tensor in (query, key, value, keys, values):
+        assert tensor.grad.shape == tensor.shape and tensor.grad.dtype == tensor.dtype
+
+
+def test_cuda_kernels_know_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_hificl.kernels._capability", lambda device: (8, 6))
+    q = torch.empty(1, 4, 6, 64, dtype=torch.bfloat16, device="meta")
+    call = Call(q, q, q, None, True, 0.3)
+    flash, efficient = (KERNELS["cuda"][name].limits for name in ("flash", "efficient"))
+    assert flash(call) is None and efficient(call) is None
+    assert "mask" in flash(call._replace(mask=q)) and efficient(call._replace(mask=q)) is None
+    wide = torch.empty(1, 4, 6, 256, dtype=torch.bfloat16, device="meta")
+    assert "no backward" in flash(Call(wide, wide, wide, None, False, 0.3))
+    odd = torch.empty(1, 4, 6, 60, dtype=torch.bfloat16, device="meta")
+    assert "multiple of 8" in flash(Call(odd, odd, odd, None, False, 0.3))
+    assert "16 bytes" in efficient(Call(odd, odd, odd, None, False, 0.3))
+    full = q.float()
+    assert "float16 or bfloat16" in flash(Call(full, full, full, None, False, 0.3))
+    assert efficient(Call(full, full, full, None, False, 0.3)) is None
+    assert "float64" in efficient(Call(q.double(), q.double(), q.double(), None, False, 0.3))
+    assert "square" in flash(call._replace(key=q[:, :, :3], value=q[:, :, :3]))
+
+
+# -- compilation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_training_compiles_whole(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    model = adapted("gqa").train()
+    compiled = torch.compile(model.get_base_model(), backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for length in (9, 12):
+        gradients = []
+        for run in (compiled, model):
+            model.zero_grad()
+            inputs = inputs_for("gqa", length=length)
+            run(**inputs, labels=inputs["input_ids"]).loss.backward()
+            gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_inductor_trains_and_decodes(mode: str) -> None:
+    torch._dynamo.reset()
+    model, inputs = adapted("gqa"), inputs_for("gqa")
+    want = logits(model, **inputs)
+    compiled = torch.compile(model.get_base_model(), fullgraph=True, mode=mode)
+    torch.testing.assert_close(logits(compiled, **inputs), want, rtol=1e-4, atol=1e-4)
+    gradients = []
+    for run in (compiled, model):
+        model.zero_grad()
+        run(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        step = {"input_ids": inputs["input_ids"][:, :1], "use_cache": True}
+        got = compiled(**step, past_key_values=copy.deepcopy(cache)).logits
+        torch.testing.assert_close(got, model(**step, past_key_values=cache).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_exports() -> None:
+    model, inputs = adapted("gqa"), inputs_for("gqa")
+    exported = torch.export.export(model.get_base_model(), (), {**inputs, "use_cache": False}, strict=False)
+    got = exported.module()(**inputs, use_cache=False)
+    torch.testing.assert_close(got.logits, logits(model, **inputs), rtol=1e-5, atol=1e-5)
+
+
+# -- pairs that are multiplied out once ------------------------------------------------------------------------------
+
+
+def frozen() -> PeftModel:
+    model = adapted("gqa", name="a")
+    torch.manual_seed(2)
+    model.add_adapter("b", config())
+    return model.requires_grad_(False)
+
+
+def step(model: PeftModel) -> Tensor:
+    """One query: a step of decoding."""
+    return logits(model, input_ids=torch.tensor([[7]]))
+
+
+def optimizer_step(model: PeftModel, **kwargs: object) -> None:
+    model.set_adapter("a")
+    inputs = inputs_for("gqa")
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, **kwargs).step()
+    model.requires_grad_(False)
+
+
+def assigned(model: PeftModel) -> None:
+    state = {name: torch.randn_like(p) if "hificl_" in name else p for name, p in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(False)
+
+
+@torch.no_grad()
+def edited(model: PeftModel) -> None:
+    hificl_layers(model)[1].hificl_K_A["a"].mul_(2)
+
+
+def swapped_data(model: PeftModel) -> None:
+    for parameter in hificl_layers(model)[0].parameters():
+        parameter.data = torch.randn_like(parameter)
+
+
+def loaded(model: PeftModel) -> None:
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="b"), adapter_name="a")
+
+
+CHANGES: dict[str, Callable[[PeftModel], object]] = {
+    "optimizer": optimizer_step,
+    "fused-optimizer": lambda model: optimizer_step(model, fused=True),  # does not count versions up
+    "load_state_dict": loaded,
+    "load_state_dict-assign": assigned,
+    "in-place": edited,
+    "new-data": swapped_data,
+    "switch": lambda model: model.set_adapter("b", inference_mode=True),
+    "union": lambda model: model.base_model.set_adapter(["a", "b"], inference_mode=True),
+    "dtype": lambda model: model.double(),
+    "delete": lambda model: model.delete_adapter("a"),
+    "disable": lambda model: model.base_model.disable_adapter_layers(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_of_a_frozen_adapter_is_seen(change: str) -> None:
+    model = frozen()
+    before = step(model)
+    assert torch.equal(step(model), before)
+    known = [layer._multiplied_out for layer in hificl_layers(model)]
+    step(model)
+    assert all(layer._multiplied_out is k for layer, k in zip(hificl_layers(model), known, strict=True))
+    CHANGES[change](model)
+    got = step(model)
+    for layer in hificl_layers(model):
+        layer._multiplied_out = None
+    assert torch.equal(got, step(model))
+    if change != "dtype":
+        assert not torch.equal(got, before)
+
+
+def test_an_edit_behind_autograds_back_is_seen_by_the_next_prompt() -> None:
+    model = frozen()
+    before = step(model)
+    for layer in hificl_layers(model):
+        layer.hificl_V_A["a"].data.mul_(3)
+    logits(model, **inputs_for("gqa"))
+    assert not torch.equal(step(model), before)
+
+
+def test_modes_and_copies_do_not_share_pairs() -> None:
+    model = frozen()
+    with torch.inference_mode():
+        want = step(model)
+    hidden = torch.randn(1, 4, 1, 16, requires_grad=True)
+    pairs = hificl_layers(model)[0](1, reuse=True)
+    assert not pairs.keys.is_inference()
+    fused.attention(hidden, hidden, hidden, pairs, scaling=0.25).sum().backward()
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(frozen()))):
+        assert torch.equal(step(clone), want)
+        assert hificl_layers(clone)[0]._multiplied_out is not hificl_layers(model)[0]._multiplied_out
+    trained = adapted("gqa")
+    step(trained)
+    assert all(layer._multiplied_out is None for layer in hificl_layers(trained))
