@@ -34,12 +34,6 @@ class Path(NamedTuple):
     reason: str
 
 
-class _Plan(NamedTuple):
-    path: Path
-    context: Call | None = None
-    virtual_mask: Tensor | None = None
-
-
 def attention(
     query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, *, scaling: float, **options: Any
 ) -> Tensor:
@@ -55,20 +49,19 @@ def attention(
     Source: arXiv 2603.12760, section 3, written in terms of log-sum-exps; exact.
     """
     query, key, value = _autocast(query, key, value)
-    path, context, virtual_mask = _plan(query, key, value, pairs, scaling, **options)
-    if context is None or path.kernel is None:
+    path, calls = _plan(query, key, value, pairs, scaling, **options)
+    if calls is None or path.kernel is None:
         if not torch.compiler.is_compiling():
             logger.debug("HiFICL runs with the score matrix in memory: %s", path.reason)
         return functional.virtual_attention(query, key, value, pairs, scaling=scaling, **options)[0]
 
-    dim = context.query.shape[-1]
-    tensors = (context.query, context.key, context.value, _padded(pairs.keys, dim), _padded(pairs.values, dim))
-    masks = (context.mask, virtual_mask)
+    context, virtual = calls
+    tensors = (context.query, context.key, context.value, pairs.keys, pairs.values)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        output: Tensor = _Merged.apply(*tensors, *masks, path.kernel, context.is_causal, scaling)
+        output: Tensor = _Merged.apply(*tensors, context.mask, virtual.mask, path.kernel, context.is_causal, scaling)
     else:
-        output = _merge(path.kernel, context, _virtual_call(context, *tensors[3:], virtual_mask))[0]
-    return output[..., : value.shape[-1]]
+        output = _merge(path.kernel, context, virtual)[0]
+    return output if query.shape[-1] == value.shape[-1] else output[..., : value.shape[-1]]
 
 
 def attention_path(
@@ -84,7 +77,7 @@ def attention_path(
     Path(kernel=None, reason='attention dropout')
     """
     query, key, value = _autocast(query, key, value)
-    return _plan(query, key, value, pairs, scaling, **options).path
+    return _plan(query, key, value, pairs, scaling, **options)[0]
 
 
 def _plan(
@@ -100,54 +93,71 @@ def _plan(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout: float = 0.0,
-) -> _Plan:
-    """The path, and for a kernel the call over the context and the mask of the virtual pairs."""
-    additions = [t for t in (mask, bias, pairs.log_weights) if t is not None]
-    obstacles = {
-        "attention dropout": dropout > 0,
-        "soft-capped scores": softcap is not None,
-        "attention sinks": sinks is not None,
-        "scale_self_attention=False (alpha = 1)": not pairs.scale_self_attention,
-        "a mask, bias or log-weight that is trained": any(t.requires_grad for t in additions),
-        "a torch.func transform": torch._C._are_functorch_transforms_active(),
-        "query, key and value of different dtypes": not query.dtype == key.dtype == value.dtype,
-        "no keys": key.shape[2] == 0,
-    }
-    for reason, holds in obstacles.items():
-        if holds:
-            return _Plan(Path(None, reason))
-    # Kernels want one head dimension: zeros change neither the scores nor, cut off again, the output.
-    dim = max(query.shape[-1], value.shape[-1])
-    query, key, value = _padded(query, dim), _padded(key, dim), _padded(value, dim)
+) -> tuple[Path, tuple[Call, Call] | None]:
+    """The path, and for a kernel its two calls, over the context and over the virtual pairs."""
+    reason = None
+    if dropout:
+        reason = "attention dropout"
+    elif softcap is not None:
+        reason = "soft-capped scores"
+    elif sinks is not None:
+        reason = "attention sinks"
+    elif not pairs.scale_self_attention:
+        reason = "scale_self_attention=False (alpha = 1)"
+    elif any(t is not None and t.requires_grad for t in (mask, bias, pairs.log_weights)):
+        reason = "a mask, bias or log-weight that is trained"
+    elif torch._C._are_functorch_transforms_active():
+        reason = "a torch.func transform"
+    elif not query.dtype == key.dtype == value.dtype:
+        reason = "query, key and value of different dtypes"
+    elif key.shape[2] == 0:
+        reason = "no keys"
+    if reason is not None:
+        return Path(None, reason), None
+    if query.shape[-1] != value.shape[-1]:
+        # Kernels want one head dimension: zeros change neither the scores nor, cut off again, the output.
+        dim = max(query.shape[-1], value.shape[-1])
+        query, key, value = _padded(query, dim), _padded(key, dim), _padded(value, dim)
     context = Call(query, key, value, _additive(mask, bias, query.dtype), is_causal, scaling)
     log_weights = None if pairs.log_weights is None else pairs.log_weights[:, :, None]  # (B or 1, H or 1, 1, n)
-    virtual_mask = _additive(log_weights, None, query.dtype)
-    virtual = _virtual_call(context, _padded(pairs.keys, dim), _padded(pairs.values, dim), virtual_mask)
+    virtual = _virtual_call(context, pairs.keys, pairs.values, _additive(log_weights, None, query.dtype))
     reasons = []
     for name, kernel in KERNELS.get(query.device.type, {}).items():
         limit = kernel.limits(context) or kernel.limits(virtual)
         if limit is None:
-            return _Plan(Path(name, "it takes these inputs"), context, virtual_mask)
+            return Path(name, "it takes these inputs"), (context, virtual)
         reasons.append(limit)
-    return _Plan(Path(None, "; ".join(reasons) or f"no kernel for the device {query.device.type}"))
+    return Path(None, "; ".join(reasons) or f"no kernel for the device {query.device.type}"), None
 
 
 def _virtual_call(context: Call, keys: Tensor, values: Tensor, mask: Tensor | None) -> Call:
     """Attention of the same queries over the virtual pairs, which every row and every query sees."""
     query = context.query
-    keys, values = (t.to(query.dtype).expand(query.shape[0], -1, -1, -1) for t in (keys, values))
+    rows, _, _, dim = query.shape
+    # Asked for one by one: while decoding, an operation that changes nothing costs as much as one that does.
+    if keys.dtype != query.dtype:
+        keys, values = keys.to(query.dtype), values.to(query.dtype)
+    if keys.shape[-1] != dim or values.shape[-1] != dim:
+        keys, values = _padded(keys, dim), _padded(values, dim)
+    if keys.shape[0] != rows:
+        keys, values = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
     return Call(query, keys, values, mask, False, context.scaling)
 
 
-def _merge(kernel: str, context: Call, virtual: Call) -> tuple[Tensor, Tensor, State, State]:
-    """Output and LSE of the attention over both, and what the two backwards need."""
+def _merge(kernel: str, context: Call, virtual: Call) -> tuple[Tensor, tuple[Tensor, Tensor], State, State]:
+    """The output of the attention over both, the LSE of each, and what the two backwards need."""
     forward = KERNELS[context.query.device.type][kernel].forward
     context_output, context_lse, context_state = forward(context)
     virtual_output, virtual_lse, virtual_state = forward(virtual)
-    alpha = torch.sigmoid(context_lse - virtual_lse)[:, :, : context.query.shape[2], None]  # (B, H, T, 1)
-    output = torch.lerp(virtual_output.to(alpha.dtype), context_output.to(alpha.dtype), alpha)
-    lse = torch.logaddexp(context_lse, virtual_lse)
-    return output.to(context.query.dtype), lse, context_state, virtual_state
+    alpha = torch.sigmoid(context_lse - virtual_lse).unsqueeze(-1)  # (B, H, T, 1)
+    if alpha.shape[2] != context_output.shape[2]:
+        alpha = alpha[:, :, : context_output.shape[2]]  # some kernels pad their LSE
+    if alpha.dtype == context_output.dtype:
+        output = torch.lerp(virtual_output, context_output, alpha)
+    else:
+        output = torch.lerp(virtual_output.to(alpha.dtype), context_output.to(alpha.dtype), alpha)
+        output = output.to(context_output.dtype)
+    return output, (context_lse, virtual_lse), context_state, virtual_state
 
 
 class _Merged(torch.autograd.Function):
@@ -169,7 +179,8 @@ class _Merged(torch.autograd.Function):
     ) -> Tensor:
         context = Call(query, key, value, mask, is_causal, scaling)
         virtual = _virtual_call(context, virtual_keys, virtual_values, virtual_mask)
-        output, lse, context_state, virtual_state = _merge(kernel, context, virtual)
+        output, lses, context_state, virtual_state = _merge(kernel, context, virtual)
+        lse = torch.logaddexp(*lses)
         ctx.save_for_backward(
             query, key, value, virtual_keys, virtual_values, mask, virtual_mask, output, lse, *context_state,
             *virtual_state,
@@ -191,7 +202,7 @@ class _Merged(torch.autograd.Function):
             context_query, grad_key, grad_value = backward(context, grad, output, lse, tuple(state[:half]))
             grad_query = grad_query + context_query
         grad_keys, grad_values = (
-            g.to(like.dtype).sum_to_size(like.shape)
+            g[..., : like.shape[-1]].to(like.dtype).sum_to_size(like.shape)
             for g, like in ((grad_keys, virtual_keys), (grad_values, virtual_values))
         )
         return grad_query, grad_key, grad_value, grad_keys, grad_values, None, None, None, None, None

@@ -127,19 +127,33 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
     def _union(self, names: list[str], reuse: bool) -> VirtualPairs:
         if torch.compiler.is_compiling():
             return concatenate_pairs([self._pairs(name) for name in names])
-        held = [kind._parameters for kind in self._modules.values() if kind is not None]
-        parameters = [p for kind in held for name in names if (p := kind.get(name)) is not None]
-        if any(p.requires_grad or p.is_inference() for p in parameters):
-            self._multiplied_out = None  # a fused optimizer changes parameters without counting their version up
-            return concatenate_pairs([self._pairs(name) for name in names])
-        # An edit in place counts the version up; anything else is other memory, as what is kept here is not freed.
-        state = (names, torch.is_inference_mode_enabled(), [(p.data_ptr(), p._version, p.dtype) for p in parameters])
-        known = self._multiplied_out
-        if reuse and known is not None and known[0] == state:
+        state, known = self._state(names), self._multiplied_out
+        if reuse and state is not None and known is not None and known[0] == state:
             return known[1]
         pairs = concatenate_pairs([self._pairs(name) for name in names])
-        self._multiplied_out = (state, pairs, [p.detach() for p in parameters])
+        if state is not None:
+            held = [p.detach() for kind in self.adapter_layer_names for p in getattr(self, kind).values()]
+            self._multiplied_out = (state, pairs, held)
+        else:
+            self._multiplied_out = None  # a fused optimizer changes parameters without counting their version up
         return pairs
+
+    def _state(self, names: list[str]) -> tuple[object, ...] | None:
+        """What tells whether parameters have changed; None while they are trained.
+
+        An edit in place counts the version up; anything else is other memory, as what `_multiplied_out` holds is not
+        freed.
+        """
+        state: list[object] = [torch.is_inference_mode_enabled(), *names]
+        for kind in self._modules.values():
+            held = kind._parameters if kind is not None else {}
+            for name in names:
+                parameter = held.get(name)
+                if parameter is not None:
+                    if parameter.requires_grad or parameter.is_inference():
+                        return None
+                    state += (parameter.data_ptr(), parameter._version)
+        return tuple(state)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_multiplied_out": None}

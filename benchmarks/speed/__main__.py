@@ -1,0 +1,74 @@
+"""`python -m benchmarks.speed`: see the package's docstring."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers.utils import logging
+
+from . import __doc__ as what_it_does
+from . import attention, inference, lifecycle, paper, report, training
+from .presets import PRESETS
+
+PARTS = {
+    "attention": attention,
+    "training": training,
+    "inference": inference,
+    "lifecycle": lifecycle,
+    "paper": paper,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed",
+        description=what_it_does,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/speed"), help="folder to write to")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="default: all")
+    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="model and sizes; 1b and 8b are for a GPU")
+    parser.add_argument("--quick", dest="preset", action="store_const", const="quick", help="toy sizes: does it run?")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (float32) or cuda (bf16)")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; on shared cores two wait for each other")
+    parser.add_argument("--compile", action="store_true", help="decode compiled too")
+    parser.add_argument("--lengths", nargs="+", type=int, metavar="T", help="of the attention operation")
+    parser.add_argument("--training-lengths", nargs="+", type=int, metavar="T", help="of the training step")
+    parser.add_argument("--image-tokens", type=int, help="of each image in a prompt")
+    parser.add_argument("--seconds", type=float, help="per comparison, at least five rounds")
+    args = parser.parse_args()
+
+    chosen = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name in ("lengths", "training_lengths", "image_tokens", "seconds")
+        if (value := getattr(args, name)) is not None
+    }
+    preset = dataclasses.replace(PRESETS[args.preset], **chosen)
+    settings = {
+        "preset": args.preset,
+        "device": str(args.device),
+        "compile": args.compile,
+        **dataclasses.asdict(preset),
+    }
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT reads it, not this code
+
+    console = Console()
+    for name in args.parts:
+        start = time.perf_counter()
+        records = PARTS[name].run(preset, args.device, args.compile)
+        report.save(args.out, name, settings, records, time.perf_counter() - start)
+    report.write(args.out, PARTS, console)
+    console.print(f"speed.md, a picture and a JSON file per part are in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
