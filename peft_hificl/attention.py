@@ -21,8 +21,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import AuxRequest, create_mask
 from transformers import AttentionInterface, PreTrainedConfig
+from transformers.integrations.flex_attention import compile_friendly_flex_attention
 
 from . import functional, fused
 from .checkpoint import MODULE, HeadShape
@@ -30,6 +31,7 @@ from .layer import HiFICLLayer
 
 IMPLEMENTATION = "hificl"
 SUPPORTED = ("eager", "sdpa", "flex_attention")
+_FLEX_GIVES_LSE = {"cuda"}  # on a CPU, compiled flex_attention cannot return it, and has no backward
 
 # What the attention functions of transformers take; an argument that is not here could change the result unseen.
 _KNOWN_ARGUMENTS = {
@@ -128,6 +130,9 @@ def hificl_attention_forward(
         # As in transformers' sdpa: without a mask, the context is the first T keys, causally.
         size = query.shape[2]
         key, value, bias = key[:, :, :size], value[:, :, :size], None if bias is None else bias[..., :size]
+    elif implementation == "flex_attention" and _flex_merges(query, pairs, attention_mask, bias, options):
+        output = _merged_flex_attention(module, query, key, value, pairs, attention_mask, options["scaling"])
+        return output.transpose(1, 2).contiguous(), None
     elif attention_mask is not None and not isinstance(attention_mask, Tensor):
         attention_mask = _dense(attention_mask, query, key)
     elif implementation == "flex_attention" and attention_mask is not None:
@@ -136,6 +141,35 @@ def hificl_attention_forward(
         query, key, value, pairs, mask=attention_mask, is_causal=is_causal, bias=bias, **options
     )  # fmt: skip
     return output.transpose(1, 2).contiguous(), None
+
+
+def _flex_merges(
+    query: Tensor, pairs: functional.VirtualPairs, mask: Any, bias: Tensor | None, options: dict[str, Any]
+) -> bool:
+    """Whether flex_attention can give its log-sum-exp, and that is all the formula needs."""
+    plain = bias is None and options["softcap"] is None and options["sinks"] is None and not options["dropout"]
+    block_mask = mask is None or not isinstance(mask, Tensor)
+    return query.device.type in _FLEX_GIVES_LSE and plain and block_mask and pairs.scale_self_attention
+
+
+def _merged_flex_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pairs: functional.VirtualPairs,
+    block_mask: Any,
+    scaling: float,
+) -> Tensor:
+    heads = query.shape[1]
+    grouped = heads & (heads - 1) == 0  # the kernel knows groups where the number of heads is a power of 2
+    if not grouped:
+        key, value = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (key, value))
+    output, auxiliary = compile_friendly_flex_attention(
+        query, key, value, training=module.training, block_mask=block_mask, enable_gqa=grouped, scale=scaling,
+        return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    return fused.merge(output, auxiliary.lse, query, pairs, scaling=scaling)
 
 
 def _dense(block_mask: Any, query: Tensor, key: Tensor) -> Tensor:

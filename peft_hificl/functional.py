@@ -155,8 +155,8 @@ def virtual_attention(
     dtype = torch.promote_types(torch.promote_types(query.dtype, pairs.keys.dtype), torch.float32)
     query, key, value = query.to(dtype) * scaling, key.to(dtype), value.to(dtype)
 
-    context = _grouped_matmul(query, key.mT)  # (B, H, T, S)
-    virtual = _grouped_matmul(query, pairs.keys.to(dtype).mT)  # (B, H, T, n)
+    context = grouped_matmul(query, key.mT)  # (B, H, T, S)
+    virtual = grouped_matmul(query, pairs.keys.to(dtype).mT)  # (B, H, T, n)
     if softcap is not None:
         context, virtual = (softcap * torch.tanh(s / softcap) for s in (context, virtual))
     if bias is not None:
@@ -186,11 +186,11 @@ def virtual_attention(
         context_weights = torch.nn.functional.dropout(context_weights, dropout)
         beta = torch.nn.functional.dropout(beta, dropout)
 
-    output = _grouped_matmul(context_weights, value) + _grouped_matmul(beta, pairs.values.to(dtype))  # (B, H, T, e)
+    output = grouped_matmul(context_weights, value) + grouped_matmul(beta, pairs.values.to(dtype))  # (B, H, T, e)
     return output.to(output_dtype), context_weights
 
 
-def _grouped_matmul(left: Tensor, right: Tensor) -> Tensor:
+def grouped_matmul(left: Tensor, right: Tensor) -> Tensor:
     """``(B, H, T, x)``, ``(B or 1, G, x, y)`` -> ``(B, H, T, y)``; head h of left meets head h // (H / G) of right."""
     batch, heads, length, inner = left.shape
     groups, size = right.shape[1], right.shape[3]

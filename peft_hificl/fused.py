@@ -160,6 +160,28 @@ def _merge(kernel: str, context: Call, virtual: Call) -> tuple[Tensor, tuple[Ten
     return output, (context_lse, virtual_lse), context_state, virtual_state
 
 
+def merge(output: Tensor, lse: Tensor, query: Tensor, pairs: VirtualPairs, *, scaling: float) -> Tensor:
+    """Mix virtual pairs into attention that was computed elsewhere, given its output and its log-sum-exp.
+
+    Args:
+        output: ``(B, H, T, e)``, attention over the context.
+        lse: ``(B, H, T)``, its LSE, through which gradients flow.
+        query: ``(B, H, T, d)``.
+        pairs: the virtual pairs; ``scale_self_attention`` must be True.
+        scaling: factor of every score.
+
+    Returns:
+        ``(B, H, T, e)`` in the dtype of `output`; differentiable in everything that is differentiable.
+    """
+    dtype = torch.promote_types(lse.dtype, torch.float32)
+    virtual = functional.grouped_matmul(query.to(dtype) * scaling, pairs.keys.to(dtype).mT)  # (B, H, T, n)
+    if pairs.log_weights is not None:
+        virtual = virtual + pairs.log_weights.to(dtype)[:, :, None]
+    mixed = functional.grouped_matmul(virtual.softmax(dim=-1), pairs.values.to(dtype))
+    alpha = torch.sigmoid(lse.to(dtype) - virtual.logsumexp(dim=-1))[..., None]
+    return torch.lerp(mixed, output.to(dtype), alpha).to(output.dtype)
+
+
 class _Merged(torch.autograd.Function):
     """`_merge` with the gradients of query, key, value and virtual pairs."""
 

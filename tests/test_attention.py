@@ -12,6 +12,7 @@ import transformers as tf
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_mask, flex_attention
 from transformers import AttentionInterface
 
 from peft_hificl import HiFICLConfig, attention
@@ -226,6 +227,56 @@ def test_a_cache_longer_than_what_is_visible(implementation: str) -> None:
     got, _ = attention.hificl_attention_forward(module, query, key, value, mask, position_bias=bias)
     want, _ = oracle.hificl(query, key, value, pairs.keys, pairs.values, scaling=0.25, mask=visible, bias=bias)
     torch.testing.assert_close(got, want.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (6, 3)], ids=["grouped", "repeated"])
+def test_flex_attention_merges_by_its_log_sum_exp(heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA. The kernel runs uncompiled here; for the gradients, which it lacks on a CPU, a stand-in does."""
+    torch.manual_seed(0)
+    base = tf.LlamaForCausalLM(
+        tf.LlamaConfig(
+            vocab_size=VOCAB, hidden_size=48, intermediate_size=32, num_hidden_layers=2, num_attention_heads=heads[0],
+            num_key_value_heads=heads[1], head_dim=16, initializer_range=0.2, pad_token_id=0,
+        )
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model, inputs = get_peft_model(base, config()).eval(), inputs_for("gqa")
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][0, :3] = 0
+    real = inputs["attention_mask"].bool()
+    calls = 0
+
+    def step() -> tuple[Tensor, list[Tensor]]:
+        model.zero_grad()
+        out = model(**inputs).logits[real]
+        out.square().mean().backward()
+        return out, [p.grad for p in model.parameters() if p.requires_grad]
+
+    def eager_kernel(*args: Tensor, training: bool, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        return flex_attention(*args, **kwargs)
+
+    def stand_in(query: Tensor, key: Tensor, value: Tensor, training: bool, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        block_mask = kwargs["block_mask"]
+        visible = create_mask(block_mask.mask_mod, len(query), 1, query.shape[2], key.shape[2], device="cpu")
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+        scores = (query @ key.mT * kwargs["scale"]).masked_fill(~visible, -1e30)
+        return scores.softmax(-1) @ value, types.SimpleNamespace(lse=scores.logsumexp(-1))
+
+    want, gradients = step()  # sdpa
+    model.get_base_model().set_attn_implementation("flex_attention")
+    monkeypatch.setattr(attention, "_FLEX_GIVES_LSE", {"cpu"})
+    monkeypatch.setattr(attention, "compile_friendly_flex_attention", eager_kernel)
+    torch.testing.assert_close(logits(model, **inputs)[real], want, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(attention, "compile_friendly_flex_attention", stand_in)
+    got, others = step()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for a, b in zip(others, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert calls == 4
 
 
 def test_dropout_is_the_modules_business() -> None:
