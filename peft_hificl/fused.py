@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import functional
 from .functional import VirtualPairs
-from .kernels import KERNELS, Call, State
+from .kernels import KERNELS, Call, Kernel, State
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,21 @@ class Path(NamedTuple):
 
     kernel: str | None
     reason: str
+
+
+class _Inputs(NamedTuple):
+    """What the kernels' path needs; the first five may need gradients, the first eight are tensors."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+    log_weights: Tensor | None
+    is_causal: bool
+    scaling: float
 
 
 def attention(
@@ -49,18 +64,20 @@ def attention(
     Source: arXiv 2603.12760, section 3, written in terms of log-sum-exps; exact.
     """
     query, key, value = _autocast(query, key, value)
-    path, calls = _plan(query, key, value, pairs, scaling, **options)
-    if calls is None or path.kernel is None:
+    path, inputs = _plan(query, key, value, pairs, scaling, **options)
+    if inputs is None or path.kernel is None:
         if not torch.compiler.is_compiling():
             logger.debug("HiFICL runs with the score matrix in memory: %s", path.reason)
         return functional.virtual_attention(query, key, value, pairs, scaling=scaling, **options)[0]
 
-    context, virtual = calls
-    tensors = (context.query, context.key, context.value, pairs.keys, pairs.values)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        output: Tensor = _Merged.apply(*tensors, context.mask, virtual.mask, path.kernel, context.is_causal, scaling)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs[:5]):
+        output: Tensor = _Merged.apply(path.kernel, *inputs)
     else:
-        output = _merge(path.kernel, context, virtual)[0]
+        kernel = KERNELS[query.device.type][path.kernel]
+        repeats = not kernel.groups and query.shape[1] != key.shape[1]
+        context, virtual = _calls(inputs)
+        decode = repeats and query.shape[2] == 1
+        output = _decode(kernel, context, virtual) if decode else _merge(kernel, context, virtual)[0]
     return output if query.shape[-1] == value.shape[-1] else output[..., : value.shape[-1]]
 
 
@@ -93,8 +110,8 @@ def _plan(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout: float = 0.0,
-) -> tuple[Path, tuple[Call, Call] | None]:
-    """The path, and for a kernel its two calls, over the context and over the virtual pairs."""
+) -> tuple[Path, _Inputs | None]:
+    """The path, and what a kernel is to be given."""
     reason = None
     if dropout:
         reason = "attention dropout"
@@ -118,46 +135,76 @@ def _plan(
         # Kernels want one head dimension: zeros change neither the scores nor, cut off again, the output.
         dim = max(query.shape[-1], value.shape[-1])
         query, key, value = _padded(query, dim), _padded(key, dim), _padded(value, dim)
-    context = Call(query, key, value, _additive(mask, bias, query.dtype), is_causal, scaling)
-    log_weights = None if pairs.log_weights is None else pairs.log_weights[:, :, None]  # (B or 1, H or 1, 1, n)
-    virtual = _virtual_call(context, pairs.keys, pairs.values, _additive(log_weights, None, query.dtype))
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    inputs = _Inputs(
+        query, key, value, pairs.keys, pairs.values, mask, bias, pairs.log_weights, is_causal, scaling
+    )  # fmt: skip
+    context = Call(query, key, value, bias if mask is None else mask, is_causal, scaling)
+    virtual = Call(query, *_virtual(inputs), pairs.log_weights, False, scaling)
     reasons = []
     for name, kernel in KERNELS.get(query.device.type, {}).items():
         limit = kernel.limits(context) or kernel.limits(virtual)
         if limit is None:
-            return Path(name, "it takes these inputs"), (context, virtual)
+            return Path(name, "it takes these inputs"), inputs
         reasons.append(limit)
     return Path(None, "; ".join(reasons) or f"no kernel for the device {query.device.type}"), None
 
 
-def _virtual_call(context: Call, keys: Tensor, values: Tensor, mask: Tensor | None) -> Call:
-    """Attention of the same queries over the virtual pairs, which every row and every query sees."""
-    query = context.query
+def _calls(inputs: _Inputs) -> tuple[Call, Call]:
+    """Attention of the queries over the context, and over the virtual pairs, which every query sees."""
+    query, dtype = inputs.query, inputs.query.dtype
+    mask = _additive(inputs.mask, inputs.bias, dtype)
+    log_weights = None if inputs.log_weights is None else inputs.log_weights[:, :, None]  # (B or 1, H or 1, 1, n)
+    return (
+        Call(query, inputs.key, inputs.value, mask, inputs.is_causal, inputs.scaling),
+        Call(query, *_virtual(inputs), _additive(log_weights, None, dtype), False, inputs.scaling),
+    )
+
+
+def _virtual(inputs: _Inputs) -> tuple[Tensor, Tensor]:
+    """The virtual keys and values as a kernel wants them."""
+    query, keys, values = inputs.query, inputs.keys, inputs.values
     rows, _, _, dim = query.shape
     # Asked for one by one: while decoding, an operation that changes nothing costs as much as one that does.
     if keys.dtype != query.dtype:
         keys, values = keys.to(query.dtype), values.to(query.dtype)
     if keys.shape[-1] != dim or values.shape[-1] != dim:
         keys, values = _padded(keys, dim), _padded(values, dim)
+    keys, values = _rows(keys), _rows(values)
     if keys.shape[0] != rows:
         keys, values = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
-    return Call(query, keys, values, mask, False, context.scaling)
+    return keys, values
 
 
-def _merge(kernel: str, context: Call, virtual: Call) -> tuple[Tensor, tuple[Tensor, Tensor], State, State]:
+def _merge(kernel: Kernel, context: Call, virtual: Call) -> tuple[Tensor, tuple[Tensor, Tensor], State, State]:
     """The output of the attention over both, the LSE of each, and what the two backwards need."""
-    forward = KERNELS[context.query.device.type][kernel].forward
-    context_output, context_lse, context_state = forward(context)
-    virtual_output, virtual_lse, virtual_state = forward(virtual)
-    alpha = torch.sigmoid(context_lse - virtual_lse).unsqueeze(-1)  # (B, H, T, 1)
+    context_output, context_lse, context_state = kernel.forward(context)
+    virtual_output, virtual_lse, virtual_state = kernel.forward(virtual)
+    alpha = torch.sigmoid(context_lse - virtual_lse)
     if alpha.shape[2] != context_output.shape[2]:
         alpha = alpha[:, :, : context_output.shape[2]]  # some kernels pad their LSE
-    if alpha.dtype == context_output.dtype:
-        output = torch.lerp(virtual_output, context_output, alpha)
-    else:
-        output = torch.lerp(virtual_output.to(alpha.dtype), context_output.to(alpha.dtype), alpha)
-        output = output.to(context_output.dtype)
-    return output, (context_lse, virtual_lse), context_state, virtual_state
+    return _mix(context_output, virtual_output, alpha), (context_lse, virtual_lse), context_state, virtual_state
+
+
+def _decode(kernel: Kernel, context: Call, virtual: Call) -> Tensor:
+    """`_merge` for one query a row: the heads of a group become queries, so that the cache is not repeated for them."""
+    batch, heads, _, dim = context.query.shape
+    groups = context.key.shape[1]
+    query, mask = context.query.reshape(batch, groups, heads // groups, dim), context.mask
+    if mask is not None:
+        mask = mask.expand(batch, heads, 1, -1).reshape(batch, groups, heads // groups, -1)
+    context_output, context_lse, _ = kernel.forward(context._replace(query=query, mask=mask, is_causal=False))
+    virtual_output, virtual_lse, _ = kernel.forward(virtual)
+    context_lse = context_lse[:, :, : heads // groups].reshape(batch, heads, 1)
+    alpha = torch.sigmoid(context_lse - virtual_lse[:, :, :1])
+    return _mix(context_output.reshape(batch, heads, 1, dim), virtual_output, alpha)
+
+
+def _mix(context: Tensor, virtual: Tensor, alpha: Tensor) -> Tensor:
+    alpha = alpha.unsqueeze(-1)
+    if alpha.dtype == context.dtype:
+        return torch.lerp(virtual, context, alpha)
+    return torch.lerp(virtual.to(alpha.dtype), context.to(alpha.dtype), alpha).to(context.dtype)
 
 
 def merge(output: Tensor, lse: Tensor, query: Tensor, pairs: VirtualPairs, *, scaling: float) -> Tensor:
@@ -186,56 +233,41 @@ class _Merged(torch.autograd.Function):
     """`_merge` with the gradients of query, key, value and virtual pairs."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        virtual_keys: Tensor,
-        virtual_values: Tensor,
-        mask: Tensor | None,
-        virtual_mask: Tensor | None,
-        kernel: str,
-        is_causal: bool,
-        scaling: float,
-    ) -> Tensor:
-        context = Call(query, key, value, mask, is_causal, scaling)
-        virtual = _virtual_call(context, virtual_keys, virtual_values, virtual_mask)
-        output, lses, context_state, virtual_state = _merge(kernel, context, virtual)
-        lse = torch.logaddexp(*lses)
-        ctx.save_for_backward(
-            query, key, value, virtual_keys, virtual_values, mask, virtual_mask, output, lse, *context_state,
-            *virtual_state,
-        )  # fmt: skip
-        ctx.options = kernel, is_causal, scaling
+    def forward(ctx: Any, kernel: str, *inputs: Any) -> Tensor:
+        calls = _calls(_Inputs(*inputs))
+        output, lses, context_state, virtual_state = _merge(KERNELS[calls[0].query.device.type][kernel], *calls)
+        # The masks as they came, shared by all layers; converted again in the backward.
+        ctx.save_for_backward(*inputs[:8], output, torch.logaddexp(*lses), *context_state, *virtual_state)
+        ctx.options = kernel, *inputs[8:]
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        query, key, value, virtual_keys, virtual_values, mask, virtual_mask, output, lse, *state = ctx.saved_tensors
-        kernel, is_causal, scaling = ctx.options
-        backward = KERNELS[query.device.type][kernel].backward
-        half = len(state) // 2
-        context = Call(query, key, value, mask, is_causal, scaling)
-        virtual = _virtual_call(context, virtual_keys, virtual_values, virtual_mask)
-        grad_query, grad_keys, grad_values = backward(virtual, grad, output, lse, tuple(state[half:]))
+        saved = ctx.saved_tensors
+        kernel, *options = ctx.options
+        inputs, (output, lse), state = _Inputs(*saved[:8], *options), saved[8:10], saved[10:]
+        context, virtual = _calls(inputs)
+        backward = KERNELS[inputs.query.device.type][kernel].backward
+        grad, half = _rows(grad), len(state) // 2
+        grad_query, grad_keys, grad_values = backward(virtual, grad, output, lse, state[half:])
         grad_key = grad_value = None
-        if any(ctx.needs_input_grad[:3]):  # not in the first layer of a frozen model
-            context_query, grad_key, grad_value = backward(context, grad, output, lse, tuple(state[:half]))
+        if any(ctx.needs_input_grad[1:4]):  # not in the first layer of a frozen model
+            context_query, grad_key, grad_value = backward(context, grad, output, lse, state[:half])
             grad_query = grad_query + context_query
         grad_keys, grad_values = (
             g[..., : like.shape[-1]].to(like.dtype).sum_to_size(like.shape)
-            for g, like in ((grad_keys, virtual_keys), (grad_values, virtual_values))
+            for g, like in ((grad_keys, inputs.keys), (grad_values, inputs.values))
         )
-        return grad_query, grad_key, grad_value, grad_keys, grad_values, None, None, None, None, None
+        return None, grad_query, grad_key, grad_value, grad_keys, grad_values, *[None] * 5
 
 
 def _additive(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Mask and bias as one tensor of four dimensions that is added to the scores."""
     if mask is None and bias is None:
         return None
-    # The finite minimum, not -inf: of a row that sees nothing, a kernel returns the LSE 0 instead of -inf.
-    minimum = torch.finfo(dtype).min
+    # Finite, not -inf: of a row that sees nothing, kernels return the LSE 0 instead of -inf.  Half of the minimum, as
+    # some multiply scores by log2(e) in float32; float16's minimum is far from there.
+    minimum = torch.finfo(dtype).min / (1 if dtype == torch.float16 else 2)
     if mask is not None and mask.dtype == torch.bool:
         zero = torch.zeros((), dtype=dtype, device=mask.device)
         total = torch.where(mask, zero if bias is None else bias.to(dtype), minimum)
@@ -243,6 +275,11 @@ def _additive(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> T
         total = sum(t.to(dtype) for t in (mask, bias) if t is not None)  # type: ignore[assignment]
         total = total.clamp_min(minimum)
     return total[(None,) * (4 - total.dim())]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Kernels read the last dimension as contiguous, without asking."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _padded(tensor: Tensor, dim: int) -> Tensor:

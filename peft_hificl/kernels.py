@@ -38,11 +38,13 @@ class Kernel(NamedTuple):
         forward: output, LSE and what the backward needs besides.
         backward: gradients of query, key and value, from the gradient of an output, that output, its LSE and the state.
         limits: why the kernel cannot compute a call; None if it can.
+        groups: whether it takes fewer key/value heads than query heads as they are, or has them repeated.
     """
 
     forward: Callable[[Call], tuple[Tensor, Tensor, State]]
     backward: Callable[[Call, Tensor, Tensor, Tensor, State], Gradients]
     limits: Callable[[Call], str | None]
+    groups: bool = True
 
 
 # -- CPU: takes everything but different head dimensions -------------------------------------------------------------
@@ -123,7 +125,9 @@ def _efficient_backward(call: Call, grad: Tensor, output: Tensor, lse: Tensor, s
         scale=call.scaling,
     )  # fmt: skip
     groups = call.key.shape[1]
-    return grad_query, grad_key.unflatten(1, (groups, -1)).sum(2), grad_value.unflatten(1, (groups, -1)).sum(2)
+    if groups != call.query.shape[1]:
+        grad_key, grad_value = (g.unflatten(1, (groups, -1)).sum(2) for g in (grad_key, grad_value))
+    return grad_query, grad_key, grad_value
 
 
 def _efficient_limits(call: Call) -> str | None:
@@ -142,11 +146,14 @@ def _layout(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Query, key, value and mask as this kernel wants them: it knows no groups."""
     query, key, value, mask, _, _ = call
     repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if mask is not None:  # rows that start at multiples of 16, one per query
         size = key.shape[2]
-        padded = torch.nn.functional.pad(mask.to(query.dtype).expand(*mask.shape[:-1], size), (0, -size % 16))
-        mask = padded[..., :size].expand(*query.shape[:3], size)
+        mask = mask.expand(*mask.shape[:-1], size)
+        if size % 16 or mask.stride(-1) != 1:
+            mask = torch.nn.functional.pad(mask, (0, -size % 16)).contiguous()[..., :size]
+        mask = mask.expand(*query.shape[:3], size)
     return query, key, value, mask
 
 
@@ -160,6 +167,6 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "cpu": {"flash": Kernel(_cpu_forward, _cpu_backward, _cpu_limits)},
     "cuda": {
         "flash": Kernel(_flash_forward, _flash_backward, _flash_limits),
-        "efficient": Kernel(_efficient_forward, _efficient_backward, _efficient_limits),
+        "efficient": Kernel(_efficient_forward, _efficient_backward, _efficient_limits, groups=False),
     },
 }

@@ -8,6 +8,7 @@ from typing import Any, NoReturn, Self
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedConfig
 
 from .checkpoint import HeadShape
@@ -108,10 +109,12 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             # accelerate keeps the parameters elsewhere and brings them in for modules that are called; a
             # ParameterDict is not.
             with onload_layer(self):
-                return self._select(batch_size, adapter_names, reuse)
+                return self._select(batch_size, adapter_names, reuse, keep=False)
         return self._select(batch_size, adapter_names, reuse)
 
-    def _select(self, batch_size: int, adapter_names: list[str] | None, reuse: bool) -> VirtualPairs | None:
+    def _select(
+        self, batch_size: int, adapter_names: list[str] | None, reuse: bool, keep: bool = True
+    ) -> VirtualPairs | None:
         if adapter_names is not None:
             if len(adapter_names) != batch_size:
                 raise ValueError(
@@ -122,17 +125,18 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             choices = [self._pairs(name) if name in self.n else None for name in names]
             return select_rows(choices, [names.index(name) for name in adapter_names])
         active = [name for name in self.active_adapters if name in self.n]
-        return self._union(active, reuse) if active else None
+        return self._union(active, reuse, keep) if active else None
 
-    def _union(self, names: list[str], reuse: bool) -> VirtualPairs:
-        if torch.compiler.is_compiling():
+    def _union(self, names: list[str], reuse: bool, keep: bool) -> VirtualPairs:
+        if torch.compiler.is_compiling() or not keep:
             return concatenate_pairs([self._pairs(name) for name in names])
         state, known = self._state(names), self._multiplied_out
         if reuse and state is not None and known is not None and known[0] == state:
             return known[1]
         pairs = concatenate_pairs([self._pairs(name) for name in names])
         if state is not None:
-            held = [p.detach() for kind in self.adapter_layer_names for p in getattr(self, kind).values()]
+            kinds = [getattr(self, kind) for kind in self.adapter_layer_names]
+            held = [kind[name].detach() for kind in kinds for name in names if name in kind]
             self._multiplied_out = (state, pairs, held)
         else:
             self._multiplied_out = None  # a fused optimizer changes parameters without counting their version up
@@ -144,13 +148,22 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         An edit in place counts the version up; anything else is other memory, as what `_multiplied_out` holds is not
         freed.
         """
+        if (
+            torch._C._are_functorch_transforms_active()
+            or _get_current_dispatch_mode() is not None  # fake tensors, for one
+            or torch._C._is_tracing()
+        ):
+            return None
         state: list[object] = [torch.is_inference_mode_enabled(), *names]
+        state += [self.scale_self_attention[name] for name in names]
         for kind in self._modules.values():
             held = kind._parameters if kind is not None else {}
             for name in names:
                 parameter = held.get(name)
                 if parameter is not None:
                     if parameter.requires_grad or parameter.is_inference():
+                        return None
+                    if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
                         return None
                     state += (parameter.data_ptr(), parameter._version)
         return tuple(state)
@@ -193,6 +206,11 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
                 "belongs to the softmax that they would share; activate adapters that agree."
             )
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter of this layer."""
+        self._multiplied_out = None
+        super().delete_adapter(adapter_name)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         raise NotImplementedError(CANNOT_MERGE)
 
@@ -206,6 +224,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         # The base model moves: adapters that are added later learn its device and dtype from here.  Not a buffer, as
         # tools that offload buffers would look for it in the base model's checkpoint.
         self._like = fn(self._like)
+        self._multiplied_out = None
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from transformers import DynamicCache
 
 from peft_hificl import VirtualPairs, fused, virtual_attention
 from peft_hificl.kernels import KERNELS, Call
@@ -118,6 +120,8 @@ def test_a_row_that_sees_nothing_sees_the_pairs(mask: str, dtype: torch.dtype) -
     visible = torch.ones(4, 4, dtype=torch.bool).tril()
     visible[:2] = False
     additive = torch.finfo(dtype).min if mask == "minimum" else -torch.inf
+    lowest = fused._additive(torch.tensor([False]), None, dtype).float()
+    assert lowest < -6e4 and torch.isfinite(lowest * 1.4427)  # CUDA's kernels multiply by log2(e) in float32
     given = visible if mask == "bool" else torch.where(visible, 0.0, additive).to(dtype)
     out = fused.attention(x["query"], x["key"], x["value"], pairs_of(x), scaling=0.3, mask=given)
     out.float().square().sum().backward()
@@ -157,6 +161,59 @@ def test_autocast_is_that_of_pytorchs_own_attention() -> None:
         assert got.dtype == torch.nn.functional.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
         assert fused.attention(q.double(), k.double(), v.double(), pairs, scaling=0.3).dtype == torch.float64
     torch.testing.assert_close(got.float(), fused.attention(q, k, v, pairs, scaling=0.3), rtol=0.05, atol=0.05)
+
+
+STRANGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "every-second": lambda t: torch.stack([t, t], -1).flatten(-2)[..., ::2],
+    "of-a-projection": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value", "virtual_keys", "virtual_values", "grad"])
+@pytest.mark.parametrize("layout", STRANGE)
+def test_any_memory_layout(layout: str, which: str) -> None:
+    torch.manual_seed(6)
+    x = {k: v.requires_grad_() for k, v in tensors(4, 2, 5, 5, 8, 8, 3).items()}
+    y = {**x, which: STRANGE[layout](x.get(which, x["query"]))}
+    grad = STRANGE[layout](torch.randn(2, 4, 5, 8, dtype=torch.float64))
+    results = []
+    for attend in (fused.attention, lambda *a, **k: virtual_attention(*a, **k)[0]):
+        out = attend(y["query"], y["key"], y["value"], pairs_of(y), scaling=0.3)
+        results.append([out, *torch.autograd.grad(out, list(x.values()), grad if which == "grad" else grad + 0)])
+        with torch.no_grad():
+            for length in (1, 5):
+                q = y["query"][:, :, :length]
+                results[-1].append(attend(q, y["key"], y["value"], pairs_of(y), scaling=0.3))
+    for got, want in zip(*results, strict=True):
+        assert relative_error(got, want) < 1e-10
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "per-head"])
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("grouped", [True, False], ids=["groups", "repeats"])
+def test_decoding_without_gradients(grouped: bool, groups: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a kernel that would repeat the cache for each head of a group, the heads become queries."""
+    torch.manual_seed(7)
+    monkeypatch.setitem(KERNELS["cpu"], "flash", KERNELS["cpu"]["flash"]._replace(groups=grouped))
+    heads, kv = GROUPS[groups]
+    x = tensors(heads, kv, 1, 9, 6, 6, 3)
+    visible = {"none": None, "bool": torch.arange(9)[None, None, None] > torch.tensor([0, 3])[:, None, None, None]}
+    given = visible.get(mask, torch.randn(2, heads, 1, 9, dtype=torch.float64))
+    args = (x["query"], x["key"], x["value"], pairs_of(x))
+    want, _ = oracle.hificl(**x, scaling=0.3, mask=given)
+    torch.testing.assert_close(fused.attention(*args, scaling=0.3, mask=given), want, rtol=0, atol=1e-12)
+
+
+def test_masks_are_kept_as_they_came() -> None:
+    """Nothing of size T x T is saved for the backward beside what the caller holds anyway."""
+    q, k, v = (t.clone().requires_grad_() for t in (Q, K, V))
+    for given in (torch.ones(5, 5, dtype=torch.bool).tril(), torch.zeros(1, 1, 5, 5)):
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            fused.attention(q, k, v, PAIRS, scaling=0.3, mask=given)
+        squares = [t for t in saved if t.shape[-2:] == (5, 5)]
+        assert len(squares) == 1 and squares[0].data_ptr() == given.data_ptr()
 
 
 # -- which path ------------------------------------------------------------------------------------------------------
@@ -322,9 +379,15 @@ def frozen() -> PeftModel:
     return model.requires_grad_(False)
 
 
+@torch.no_grad()
 def step(model: PeftModel) -> Tensor:
-    """One query: a step of decoding."""
-    return logits(model, input_ids=torch.tensor([[7]]))
+    """A step of decoding: one query, after a cache that changes with nothing but the model's dtype."""
+    dtype = next(model.parameters()).dtype
+    cache = DynamicCache()
+    for layer in range(2):
+        generator = torch.Generator().manual_seed(layer)
+        cache.update(*(torch.randn(1, 2, 3, 16, generator=generator).to(dtype) for _ in range(2)), layer)
+    return model(input_ids=torch.tensor([[7]]), past_key_values=cache, use_cache=True).logits
 
 
 def optimizer_step(model: PeftModel, **kwargs: object) -> None:
@@ -392,8 +455,33 @@ def test_an_edit_behind_autograds_back_is_seen_by_the_next_prompt() -> None:
     before = step(model)
     for layer in hificl_layers(model):
         layer.hificl_V_A["a"].data.mul_(3)
-    logits(model, **inputs_for("gqa"))
+    logits(model, input_ids=torch.tensor([[7]]))  # a prompt, be it of one token
     assert not torch.equal(step(model), before)
+
+
+def test_transforms_and_fake_tensors_leave_nothing_behind() -> None:
+    model = frozen()
+    want = step(model)
+    layer = hificl_layers(model)[0]
+    parameters = {name: p for name, p in model.named_parameters() if "hificl_K_A.a" in name}
+    stacked = {name: torch.stack([p, 2 * p]) for name, p in parameters.items()}
+    inputs = inputs_for("gqa")
+    with torch.no_grad():
+        both = torch.vmap(lambda p: torch.func.functional_call(model, p, (), inputs).logits)(stacked)
+    torch.testing.assert_close(both[0], logits(model, **inputs), rtol=1e-4, atol=1e-4)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long))
+    assert type(layer(1, reuse=True).keys) is Tensor
+    assert torch.equal(step(model), want)
+
+
+def test_nothing_is_held_that_is_not_used() -> None:
+    for change in (lambda m: m.to("meta"), lambda m: m.delete_adapter("b")):
+        model = frozen()
+        step(model)
+        assert all(len(layer._multiplied_out[2]) == 4 for layer in hificl_layers(model))  # of the active adapter alone
+        change(model)
+        assert all(layer._multiplied_out is None for layer in hificl_layers(model))
 
 
 def test_modes_and_copies_do_not_share_pairs() -> None:
