@@ -203,7 +203,7 @@ def _decode(kernel: Kernel, context: Call, virtual: Call) -> Tensor:
 def _mix(context: Tensor, virtual: Tensor, alpha: Tensor) -> Tensor:
     alpha = alpha.unsqueeze(-1)
     if alpha.dtype == context.dtype:
-        return torch.lerp(virtual, context, alpha)
+        return virtual.lerp_(context, alpha)  # nobody else holds a kernel's output
     return torch.lerp(virtual.to(alpha.dtype), context.to(alpha.dtype), alpha).to(context.dtype)
 
 
@@ -253,7 +253,7 @@ class _Merged(torch.autograd.Function):
         grad_key = grad_value = None
         if any(ctx.needs_input_grad[1:4]):  # not in the first layer of a frozen model
             context_query, grad_key, grad_value = backward(context, grad, output, lse, state[:half])
-            grad_query = grad_query + context_query
+            grad_query += context_query
         grad_keys, grad_values = (
             g[..., : like.shape[-1]].to(like.dtype).sum_to_size(like.shape)
             for g, like in ((grad_keys, inputs.keys), (grad_values, inputs.values))
