@@ -42,8 +42,8 @@ class HiFICLConfig(PeftConfig):
         r (`int`): Rank of the factorisation ``K_D = K_A K_B``, ``V_D = V_A V_B``.
         target_modules (`Optional[Union[List[str], str]]`): Attention modules to adapt, as names or a regular
             expression.  None: every self-attention of the text decoder (of the encoder, where there is no decoder),
-            found by structure.  What was found is stored in the model's copy of the configuration
-            (`model.peft_config`), and so saved: as a regular expression that holds for any number of layers, or as
+            found by structure.  What was found is stored here, and so saved (a configuration that is used again is
+            copied for the other model): as a regular expression that holds for any number of layers, or as
             names where no expression says the same.
         exclude_modules (`Optional[Union[List[str], str]]`): Modules to leave out, as names or a regular expression.
         layers_to_transform (`Optional[Union[List[int], int]]`): Adapt only the layers with these indices.
@@ -136,6 +136,8 @@ class HiFICLConfig(PeftConfig):
             )
         # Set by `from_pretrained`: what the file beside the configuration holds.  Not a field, never saved.
         self._stored: checkpoint.Stored | None = None
+        # Set when the adapter is attached: target_modules as they were asked for, and as they were found.
+        self._found_targets: tuple[Any, Any] | None = None
         # Set when the adapter is attached, for the model card.
         self._base_model_class: str | None = None
 

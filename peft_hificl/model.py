@@ -62,8 +62,32 @@ class HiFICLModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        # A configuration of the model's own: what is found for this model must not be said of another one.
-        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        if config._found_targets is not None:
+            # It serves another model, or adapter, already: what was found there must not be said of this one, nor
+            # what is found here of that one.
+            asked, found = config._found_targets
+            config = self.peft_config[adapter_name] = copy.copy(config)
+            config.target_modules = asked if config.target_modules == found else config.target_modules
+        asked = config.target_modules
+        try:
+            self._attach(model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except Exception:
+            config.target_modules = asked
+            raise
+        config._found_targets = (asked, config.target_modules)
+        if type(model).__module__.startswith("transformers."):
+            config._base_model_class = type(model).__name__
+
+    def _attach(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        config: HiFICLConfig,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
+        state_dict: dict[str, Tensor] | None,
+    ) -> None:
         self._prepare_adapter_config(config, self.get_model_config(model))
         if state_dict is None:
             names = {name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)}
@@ -74,8 +98,6 @@ class HiFICLModel(BaseTuner):
         self._check_before_change(model, adapter_name, config, names)
         with _undone_on_error(model, adapter_name):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        if type(model).__module__.startswith("transformers."):
-            config._base_model_class = type(model).__name__
 
     def _check_before_change(self, model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[str]) -> None:
         """Find whatever can be wrong with an adapter before the first module is changed."""
@@ -120,9 +142,15 @@ class HiFICLModel(BaseTuner):
                 f"modules_to_save={config.modules_to_save!r}: {', '.join(map(repr, absent))} not found in "
                 f"{type(model).__name__}; give names of its modules, or their ends."
             )
+        if isinstance(config.trainable_token_indices, dict):
+            absent = [end for end in config.trainable_token_indices if not any(n.endswith(end) for n in modules)]
+            if absent:
+                raise ValueError(
+                    f"trainable_token_indices names {', '.join(map(repr, absent))}, not found in "
+                    f"{type(model).__name__}; give the name of its embedding layer."
+                )
         if config._stored is not None and shapes:
             checkpoint.check_fits(config._stored, shapes, model, config)
-            config._stored = None
 
     def _prepare_adapter_config(self, peft_config: HiFICLConfig, model_config: dict[str, Any]) -> HiFICLConfig:
         if peft_config.target_modules is None:

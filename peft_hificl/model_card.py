@@ -33,7 +33,9 @@ def _usage(config: HiFICLConfig, adapter: str) -> str:
     heading = "## How to use this HiFICL adapter" if adapter == "." else f"## How to use the HiFICL adapter {adapter}"
     base_class = config._base_model_class or "AutoModel"
     base = config.base_model_name_or_path
-    if base is not None and os.path.isdir(base):
+    if base is None:
+        base = "the base model: a folder or its id on the Hub"
+    elif os.path.isdir(base):
         base = os.path.abspath(base)  # the snippet runs in the adapter's folder
     return f"""{heading}
 

@@ -396,6 +396,12 @@ def test_a_module_to_save_that_the_model_lacks() -> None:
         get_peft_model(base, config(modules_to_save=["lm_head", "nope"]))
 
 
+def test_trained_tokens_of_a_layer_that_the_model_lacks() -> None:
+    base = build("gqa")
+    with unchanged(base), pytest.raises(ValueError, match="trainable_token_indices names 'nope'.*LlamaForCausalLM"):
+        get_peft_model(base, config(modules_to_save=["norm"], trainable_token_indices={"nope": [1]}))
+
+
 @pytest.mark.parametrize("choice", [{"layers_to_transform": [7]}, {"exclude_modules": ["self_attn"]}, {"n": 4}])
 def test_a_failed_attach_leaves_the_config_as_it_was(choice: dict[str, object]) -> None:
     cfg = config(**choice)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -98,10 +99,40 @@ def test_one_config_on_several_models(choice: dict[str, object], layers: list[in
         found = shallow.peft_config["default"]
         assert get_peft_model(llama(layers=4), found).targeted_module_names == names
     assert get_peft_model(build("vlm"), shared).targeted_module_names[0].startswith("model.language_model.layers")
-    assert shared.target_modules is None
     shallow.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(build("gqa"), tmp_path)
     assert again.targeted_module_names == shallow.targeted_module_names
+
+
+@pytest.mark.parametrize(
+    ("task", "cls"),
+    [
+        ("TOKEN_CLS", "TokenClassification"),
+        ("QUESTION_ANS", "QuestionAnswering"),
+        ("SEQ_CLS", "SequenceClassification"),
+    ],
+)
+def test_task_types_with_a_head(task: str, cls: str, tmp_path: Path) -> None:
+    """PEFT names the heads in the configuration, some of them after the adapter was attached."""
+    small = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "pad_token_id": 0}
+
+    def base() -> tf.PreTrainedModel:
+        torch.manual_seed(0)
+        return getattr(tf, f"RobertaFor{cls}")(
+            tf.RobertaConfig(**small, num_attention_heads=4, max_position_embeddings=64)
+        ).eval()
+
+    shared = config(task_type=task)
+    for _ in range(2):  # one configuration for two models
+        model = get_peft_model(base(), shared).eval()
+        heads = [name for name, p in model.named_parameters() if "modules_to_save" in name and p.requires_grad]
+        assert heads
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
+    ids = {"input_ids": inputs_for("gqa")["input_ids"]}
+    with torch.no_grad():
+        for a, b in zip(model(**ids).to_tuple(), loaded(**ids).to_tuple(), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_only_the_adapter_learns(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
