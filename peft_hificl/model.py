@@ -63,17 +63,19 @@ class HiFICLModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         config = self.peft_config[adapter_name]
-        if config._found_targets is not None:
-            # It serves another model, or adapter, already: what was found there must not be said of this one, nor
-            # what is found here of that one.
-            asked, found = config._found_targets
-            config = self.peft_config[adapter_name] = copy.copy(config)
-            config.target_modules = asked if config.target_modules == found else config.target_modules
-        asked = config.target_modules
+        before = asked = config.target_modules
+        if config._found_targets is not None and config.target_modules == config._found_targets[1]:
+            # It has served already: what was found there must not be said of this model, nor the other way round.
+            asked = config._found_targets[0]
+            searched = copy.copy(config)
+            searched.target_modules = asked
+            self._prepare_adapter_config(searched, self.get_model_config(model))
+            if searched.target_modules != config.target_modules:
+                config = self.peft_config[adapter_name] = searched
         try:
             self._attach(model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
-            config.target_modules = asked
+            config.target_modules = before
             raise
         config._found_targets = (asked, config.target_modules)
         if type(model).__module__.startswith("transformers."):

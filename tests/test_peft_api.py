@@ -95,6 +95,7 @@ def test_one_config_on_several_models(choice: dict[str, object], layers: list[in
     shallow = get_peft_model(build("gqa"), shared)
     names = [f"model.layers.{i}.self_attn" for i in layers]
     assert get_peft_model(llama(layers=4), shared).targeted_module_names == names
+    assert get_peft_model(build("gqa"), shared).peft_config["default"] is shared  # the same targets, the same object
     if not choice:  # what was found for a model holds for any number of layers
         found = shallow.peft_config["default"]
         assert get_peft_model(llama(layers=4), found).targeted_module_names == names
