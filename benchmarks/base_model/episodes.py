@@ -28,7 +28,7 @@ class Block:
     question: str
     answer: str
     known: bool = True  # whether the answer can be known: it is trained
-    label: int = -1  # the class of an answer that must be looked up among the demonstrations
+    means: str = ""  # what an answer that must be looked up among the demonstrations stands for
 
     def text(self, *, answered: bool = True) -> str:
         """The block as the processor takes it."""
@@ -74,7 +74,7 @@ class Episodes:
         episode = []
         for row, value in zip(self.scenes.draw_with(attribute, values, self.rng), values.tolist(), strict=True):
             question = HIDDEN if hidden else attribute
-            episode.append(Block(row, question, words[value], known=value in seen, label=value))
+            episode.append(Block(row, question, words[value], known=value in seen, means=ATTRIBUTES[attribute][value]))
             seen.add(value)
         return episode
 
@@ -108,8 +108,9 @@ class Batch:
     scenes: list[int]
     input_ids: torch.Tensor  # (B, T)
     weights: torch.Tensor  # (B, T): what predicting this token counts
-    queries: torch.Tensor  # (B, T): 1 + the class asked for, at the question marks of rules
-    labels: torch.Tensor  # (B, T): 1 + the class named, at the answers of rules
+    queries: torch.Tensor  # (B, T): at the question marks of rules, the token of what the answer stands for, else 0
+    labels: torch.Tensor  # (B, T): the same at the answers of rules
+    named: torch.Tensor  # (B, T): the same at both, where the question names the attribute
 
     @property
     def matches(self) -> torch.Tensor:
@@ -130,6 +131,7 @@ def collate(episodes: Sequence[Episode], length: int | None = None) -> Batch:
         weights: list[float] = []
         queries: list[int] = []
         labels: list[int] = []
+        named: list[int] = []
         for block in episode:
             prompt = [TOKEN[IMAGE]] * (IMAGE_TOKENS * (block.scene is not None))
             prompt += [TOKEN[word] for word in block.question.split()]
@@ -140,10 +142,13 @@ def collate(episodes: Sequence[Episode], length: int | None = None) -> Batch:
                 scenes.append(block.scene)
             ids += [*prompt, TOKEN[MARK], *answer, TOKEN[END]]
             weights += [0.0] * (len(prompt) + 1) + [float(block.known)] * len(answer) + [END_WEIGHT]
-            queries += [0] * len(prompt) + [block.label + 1] + [0] * (len(answer) + 1)
-            labels += [0] * (len(prompt) + 1) + [block.label + 1] * len(answer) + [0]
-        rows.append((ids, weights, queries, labels))
+            meant = TOKEN[block.means] if block.means else 0
+            shown = meant * (block.question != HIDDEN)
+            queries += [0] * len(prompt) + [meant] + [0] * (len(answer) + 1)
+            labels += [0] * (len(prompt) + 1) + [meant] * len(answer) + [0]
+            named += [0] * len(prompt) + [shown] * (len(answer) + 1) + [0]
+        rows.append((ids, weights, queries, labels, named))
     width = max(len(row[0]) for row in rows)
-    fill = (TOKEN[PAD], 0.0, 0, 0)
-    columns = [[row[i] + [fill[i]] * (width - len(row[i])) for row in rows] for i in range(4)]
+    fill = (TOKEN[PAD], 0.0, 0, 0, 0)
+    columns = [[row[i] + [fill[i]] * (width - len(row[i])) for row in rows] for i in range(5)]
     return Batch(scenes, *(torch.tensor(column) for column in columns))

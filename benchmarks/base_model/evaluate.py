@@ -1,6 +1,7 @@
 """Accuracy by number of shots on test images and on rules that training never showed.
 
-`python -m benchmarks.base_model.evaluate` writes `evaluation.json` and `evaluation.png` beside the model.
+`python -m benchmarks.base_model.evaluate --model FOLDER` writes `evaluation.json`, `evaluation.png` and the model card
+beside the model.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import LlavaForConditionalGeneration
 
+from .card import write_card
 from .episodes import Block, Episode, Episodes, collate
 from .language import CAPTION, END, MARK, QUESTION_TYPES, TOKEN, VOCABULARY, ask, caption
 from .model import load_base
@@ -177,6 +179,8 @@ def main() -> None:
     results = evaluate(model, make_scenes("test", 6000), args.number)
     (out / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(out / "evaluation.png", results["series"])
+    if out == args.model:
+        write_card(out)
 
     table = Table("test", "reached", "target", title=f"{args.number} test questions each, rules never seen")
     for name, row in results["targets"].items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -59,7 +60,6 @@ def make_model() -> LlavaForConditionalGeneration:
         max_position_embeddings=1024,
         rope_parameters={"rope_type": "default", "rope_theta": 1e5},  # 1e3 hides far demonstrations
         initializer_range=0.08,  # about 1/sqrt(hidden_size)
-        tie_word_embeddings=True,
         **special,
     )
     config = LlavaConfig(
@@ -69,10 +69,17 @@ def make_model() -> LlavaForConditionalGeneration:
         image_seq_length=GRID * GRID,
         vision_feature_layer=-1,  # before SigLIP's last norm, so training must take the model's own forward
         vision_feature_select_strategy="full",
-        tie_word_embeddings=True,
         **special,
     )
-    return LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config)
+    # A word must still be readable from its place after some layers, for later words to copy it: words as large as what
+    # is added to them, and less added.  With Qwen2's own scales the last layers could not tell one label from another.
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_()
+        for layer in model.model.language_model.layers:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                projection.weight.mul_((2 * text.num_hidden_layers) ** -0.5)
+    return model
 
 
 def load_base(folder: Path | str) -> tuple[LlavaProcessor, LlavaForConditionalGeneration]:

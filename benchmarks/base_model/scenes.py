@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import affine_grid, grid_sample, interpolate
 
 CELL, GRID = 16, 2  # pixels on a side of a corner; corners on a side of the picture
 IMAGE_SIZE = CELL * GRID
@@ -139,7 +139,7 @@ def _sprites(split: str) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
     rows = digit_rows()[split]
     rows = rows[np.argsort(digits.target[rows], kind="stable")]
     drawn = torch.from_numpy(digits.images[rows] / 16).float()[:, None]
-    drawn = torch.nn.functional.interpolate(drawn, (SPRITE, SPRITE), mode="bicubic")[:, 0].clamp(0, 1)
+    drawn = interpolate(drawn, (SPRITE, SPRITE), mode="bicubic")[:, 0].clamp(0, 1)
     shapes = torch.from_numpy(np.stack([_shape(name) for name in SHAPES]))
     counts = np.concatenate([np.bincount(digits.target[rows], minlength=10), np.ones(len(SHAPES), int)])
     return torch.cat([drawn, shapes]), np.cumsum(counts) - counts, counts
@@ -176,11 +176,17 @@ def _render(
     chosen = sprites[torch.from_numpy(starts[there] + (rng.random(len(there)) * counts[there]).astype(int))]
 
     # The transform maps places of the corner to places of the sprite, so a small object has a large factor.
-    angle, stretch, x, y = rng.uniform(-1, 1, (4, len(there)))
-    factor = np.where(size[scene] == 1, 1.1, 1.6) * (1 + 0.06 * stretch)
-    cos, sin = factor * np.cos(0.15 * angle), factor * np.sin(0.15 * angle)
-    maps = np.stack([cos, -sin, 0.12 * factor * x, sin, cos, 0.12 * factor * y], axis=1).reshape(-1, 2, 3)
-    grid = affine_grid(torch.from_numpy(maps).float(), [len(there), 1, CELL, CELL], align_corners=False)
+    # Training's 1,222 digits are bent, turned and sheared far more than those they stand in for.
+    jitter = 1.0 if split == "train" else 0.3
+    factor = np.where(size[scene] == 1, 1.1, 1.5)
+    angle, x, y, *change = jitter * rng.uniform(-1, 1, (7, len(there)))
+    cos, sin = factor * np.cos(0.25 * angle), factor * np.sin(0.25 * angle)
+    a, b, c, d = (0.12 * part * factor for part in change)  # stretch and shear
+    maps = np.stack([cos + a, b - sin, 0.12 * factor * x, sin + c, cos + d, 0.12 * factor * y], axis=1)
+    theta = torch.from_numpy(maps.reshape(-1, 2, 3)).float()
+    grid = affine_grid(theta, [len(there), 1, CELL, CELL], align_corners=False)
+    bend = torch.from_numpy(rng.standard_normal((len(there), 2, 4, 4), dtype=np.float32)) * (0.1 * jitter)
+    grid = grid + interpolate(bend, (CELL, CELL), mode="bicubic").permute(0, 2, 3, 1)
     alpha = (1.2 * grid_sample(chosen[:, None], grid, align_corners=False)).clamp(0, 1)
 
     ground = torch.tensor(list(BACKGROUNDS.values())).float()[background]

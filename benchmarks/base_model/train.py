@@ -20,6 +20,7 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from transformers import LlavaForConditionalGeneration, set_seed
 
 from .episodes import Batch, Episode, Episodes, collate
 from .evaluate import measure_series
+from .language import TOKEN
 from .model import make_model, make_processor
 from .scenes import BACKGROUNDS, COLORLESS, EMPTY, Scenes, make_scenes
 
@@ -83,6 +85,7 @@ class Probes(nn.Module):
             {"kind": nn.Linear(width, EMPTY + 1), "color": nn.Linear(width, COLORLESS + 1)}
             | {"size": nn.Linear(width, 2), "background": nn.Linear(width, len(BACKGROUNDS))}
         )
+        self.meaning = nn.Linear(width, len(TOKEN))
 
     def loss(self, features: Tensor, scenes: Scenes, rows: np.ndarray) -> Tensor:
         """Cross-entropy of features (N, 4, width)."""
@@ -114,12 +117,13 @@ def draw_episodes(source: Episodes, phase: str, batch_images: int) -> Batch:
 
 
 def episode_loss(
-    model: LlavaForConditionalGeneration, scenes: Scenes, batch: Batch, scaffold: float
+    model: LlavaForConditionalGeneration, probes: Probes, scenes: Scenes, batch: Batch, scaffold: float
 ) -> tuple[Tensor, dict[str, float]]:
     output = model(
         input_ids=batch.input_ids,
         pixel_values=scenes.pixel_values(batch.scenes),
         output_attentions=scaffold > 0,
+        output_hidden_states=scaffold > 0,
         use_cache=False,
     )
     targets, weights = batch.input_ids[:, 1:], batch.weights[:, 1:]
@@ -135,6 +139,11 @@ def episode_loss(
                 mass = (attention[:, 0].float() * matches).sum(dim=-1)[found]
                 loss = loss - scaffold / 2 * (mass + 1e-6).log().mean()
             log["attention"] = mass.mean().item()
+        there = batch.named > 0
+        if there.any():
+            meaning = cross_entropy(probes.meaning(output.hidden_states[-3][there]).float(), batch.named[there])
+            loss = loss + scaffold * meaning
+            log["meaning"] = meaning.item()
     return loss, log
 
 
@@ -196,7 +205,7 @@ class Training:
             else:
                 batch = draw_episodes(source, phase, recipe.batch_images)
                 scaffold = recipe.scaffold if phase == "rules" else 0
-                loss, log = episode_loss(self.model, self.scenes, batch, scaffold)
+                loss, log = episode_loss(self.model, self.probes, self.scenes, batch, scaffold)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -241,9 +250,14 @@ class Training:
                     self.save()
 
     def save_model(self) -> None:
+        folder = self.out / "model"
         self.model.set_attn_implementation("sdpa")
-        self.model.eval().save_pretrained(self.out / "model")
-        make_processor().save_pretrained(self.out / "model")
+        self.model.eval().save_pretrained(folder)
+        make_processor().save_pretrained(folder)
+        about = {"seed": self.seed, "steps": self.step, "seconds": self.seconds, "threads": torch.get_num_threads()}
+        about |= {"parameters": self.model.num_parameters(), "recipe": asdict(self.recipe)}
+        about |= {name: version(name) for name in ("torch", "transformers")}
+        (folder / "training.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def main() -> None:
