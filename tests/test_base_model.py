@@ -151,11 +151,14 @@ def test_only_answers_that_can_be_known_are_trained(scenes):
 
 def test_the_scaffold_points_at_earlier_labels_of_the_same_class(scenes):
     episode = Episodes(scenes, "train", 0).rename(9, 2)
-    matches = collate([episode]).matches[0]
+    batch = collate([episode])
+    matches = batch.matches[0]
     for place, block in enumerate(episode):  # `<image> x 4, question, ?, label, <eos>`
         expected = [8 * other + 6 for other in range(place) if episode[other].answer == block.answer]
         assert matches[8 * place + 5].nonzero()[:, 0].tolist() == expected
+        assert batch.named[0, 8 * place + 5 : 8 * place + 7].tolist() == [TOKEN[block.means]] * 2
     assert matches.any(dim=1).sum() == sum(block.known for block in episode)
+    assert not collate([Episodes(scenes, "train", 0).rename(9, 2, hidden=True)]).named.any()
 
 
 # -- inputs, training, files
@@ -227,7 +230,8 @@ def test_the_phases_and_the_rate_of_learning():
     recipe = train.Recipe()
     phases = [recipe.phase(step) for step in range(recipe.steps)]
     assert Counter(phases) == {name: getattr(recipe, name) for name in ("see", "speak", "rules", "settle")}
-    assert recipe.rate(recipe.warmup) == recipe.learning_rate
+    assert recipe.rate(recipe.warmup) == recipe.rate(recipe.see + recipe.warmup) == recipe.learning_rate
+    assert 0 < recipe.rate(recipe.see - 1) < recipe.learning_rate / 100
     assert 0 < recipe.rate(recipe.steps - 1) < recipe.learning_rate / 100
 
 

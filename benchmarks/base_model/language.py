@@ -28,6 +28,7 @@ HIDDEN = "what"  # asks for an attribute that only the demonstrations tell
 CAPTION = "caption"
 NEIGHBORS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 QUESTION_TYPES = (*ATTRIBUTES, "color of", "corner of", "which is", "next to", "is there")
+QUESTION_WEIGHTS = [1 if name in ATTRIBUTES else 3 for name in QUESTION_TYPES]  # about one object among several: harder
 
 _values = [word for values in ATTRIBUTES.values() for word in values]
 _other = [HIDDEN, CAPTION, *ATTRIBUTES, *NEIGHBORS, "of", "which", "is", "there", "yes", "no", "nothing", "and", "on"]
@@ -81,6 +82,6 @@ def ask(scenes: Scenes, row: int, kind_of_question: str, choose: random.Random) 
 
 def any_question(scenes: Scenes, row: int, choose: random.Random) -> tuple[str, str]:
     while True:
-        answered = ask(scenes, row, choose.choice(QUESTION_TYPES), choose)
+        answered = ask(scenes, row, choose.choices(QUESTION_TYPES, QUESTION_WEIGHTS)[0], choose)
         if answered is not None:
             return answered

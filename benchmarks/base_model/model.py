@@ -54,7 +54,7 @@ def make_model() -> LlavaForConditionalGeneration:
         vocab_size=len(TOKEN),
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=5,
+        num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,

@@ -34,21 +34,22 @@ from .episodes import Batch, Episode, Episodes, collate
 from .evaluate import measure_series
 from .language import TOKEN
 from .model import make_model, make_processor
-from .scenes import BACKGROUNDS, COLORLESS, EMPTY, Scenes, make_scenes
+from .scenes import BACKGROUNDS, COLORLESS, EMPTY, GRID, Scenes, make_scenes
 
 
 @dataclass(frozen=True)
 class Recipe:
-    see: int = 1500
-    speak: int = 1000
-    rules: int = 7000
-    settle: int = 3500
+    see: int = 1200
+    speak: int = 3000
+    rules: int = 6000
+    settle: int = 6000
     scenes: int = 80_000
     batch_images: int = 288  # and as many blocks of a rule
     see_images: int = 512
     learning_rate: float = 2e-3
     warmup: int = 200
-    decay: float = 0.3  # share of all steps over which the rate falls to nothing
+    tower_rate: float = 0.25  # of the tower, once it sees, as a share of the others' rate
+    decay: float = 0.35  # share of the steps after seeing over which the rate falls to nothing
     scaffold: float = 0.5  # what the attention of the supervised heads counts
     checkpoint_every: int = 500
     validate_every: int = 500
@@ -66,8 +67,10 @@ class Recipe:
         return "settle"
 
     def rate(self, step: int) -> float:
-        falling = (self.steps - step) / max(1, round(self.decay * self.steps))
-        return self.learning_rate * min(1, (step + 1) / self.warmup, falling)
+        """Up, level, and down: once for seeing, once for all that follows."""
+        start, end, decay = (0, self.see, 0.5) if step < self.see else (self.see, self.steps, self.decay)
+        falling = (end - step) / max(1, round(decay * (end - start)))
+        return self.learning_rate * min(1, (step + 1 - start) / self.warmup, falling)
 
 
 SMOKE = Recipe(
@@ -77,22 +80,23 @@ SMOKE = Recipe(
 
 
 class Probes(nn.Module):
-    """Names from one image token, linearly: the object in the corner, its colour, its size, the background."""
+    """Names what is in an image token's corner (and what a label stands for) from one place, linearly."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = nn.ModuleDict(
             {"kind": nn.Linear(width, EMPTY + 1), "color": nn.Linear(width, COLORLESS + 1)}
             | {"size": nn.Linear(width, 2), "background": nn.Linear(width, len(BACKGROUNDS))}
+            | {"corner": nn.Linear(width, GRID * GRID)}
         )
         self.meaning = nn.Linear(width, len(TOKEN))
 
-    def loss(self, features: Tensor, scenes: Scenes, rows: np.ndarray) -> Tensor:
+    def loss(self, features: Tensor, scenes: Scenes, rows: np.ndarray | list[int]) -> Tensor:
         """Cross-entropy of features (N, 4, width)."""
         total = features.new_zeros((), dtype=torch.float32)
         for name, head in self.heads.items():
-            target = torch.from_numpy(getattr(scenes, name)[rows])
-            target = target if target.dim() == 2 else target[:, None].expand(-1, features.shape[1])
+            target = np.arange(GRID * GRID)[None] if name == "corner" else getattr(scenes, name)[rows]
+            target = torch.from_numpy(target if target.ndim == 2 else target[:, None]).expand(features.shape[:2])
             total = total + cross_entropy(head(features).float().flatten(0, 1), target.flatten())
         return total
 
@@ -103,15 +107,15 @@ def draw_episodes(source: Episodes, phase: str, batch_images: int) -> Batch:
     pictures = 9 if phase == "speak" or choose.random() < 0.6 else 17
 
     def draw() -> Episode:
-        kind = choose.random() if phase != "speak" else choose.random() * 0.35
-        if kind < 0.20:
-            return source.direct(pictures)
-        if kind < 0.35:
-            return source.captions(pictures)
+        kind = choose.random() if phase != "speak" else choose.random() * 0.37
+        if kind < 0.25:
+            return source.direct(pictures // 2 + 1, questions=3)
+        if kind < 0.37:
+            return source.captions(pictures // 2 + 1)
         if kind < 0.45:
             return source.choice(pictures)
         classes = choose.choice((2, 2, 3, 4, 5) if pictures == 9 else (2, 3, 4, 6, 8, 8, 10))
-        return source.rename(pictures, classes, hidden=kind > 0.8)
+        return source.rename(pictures, classes, hidden=kind > 0.77)
 
     return collate([draw() for _ in range(batch_images // pictures)], length=8 * pictures)
 
@@ -132,6 +136,10 @@ def episode_loss(
     looked_up = (batch.labels[:, 1:] > 0) & (weights > 0)
     log = {"loss": loss.item(), "renaming": losses[looked_up].mean().item()}
     if scaffold > 0:
+        features = output.image_hidden_states
+        seen = probes.loss(features.view(-1, GRID * GRID, features.shape[-1]), scenes, batch.scenes)
+        loss = loss + 0.3 * seen
+        log["seen"] = seen.item()
         matches = batch.matches
         found = matches.any(dim=-1)
         if found.any():
@@ -158,11 +166,13 @@ class Training:
         self.model = make_model()
         self.model.set_attn_implementation("eager")  # gives the attention, and is the faster at these sizes
         self.probes = Probes(self.model.config.text_config.hidden_size)
-        decayed = [p for p in self.model.parameters() if p.dim() > 1]
-        rest = [p for p in self.model.parameters() if p.dim() <= 1] + list(self.probes.parameters())
-        groups = [{"params": decayed, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
-        self.parameters = [*decayed, *rest]
+        self.parameters = [*self.model.parameters(), *self.probes.parameters()]
+        tower = set(self.model.model.vision_tower.parameters())
+        groups = [
+            {"params": [p for p in self.parameters if (p in tower) == of_tower], "tower": of_tower}
+            for of_tower in (True, False)
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
 
     @property
     def checkpoint(self) -> Path:
@@ -194,7 +204,7 @@ class Training:
         recipe = self.recipe
         phase = recipe.phase(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.rate(self.step)
+            group["lr"] = recipe.rate(self.step) * (recipe.tower_rate if group["tower"] and phase != "see" else 1)
         source = Episodes(self.scenes, "train", [self.seed, self.step])
         with torch.autocast("cpu", torch.bfloat16):
             if phase == "see":
@@ -204,7 +214,7 @@ class Training:
                 log = {"loss": loss.item()}
             else:
                 batch = draw_episodes(source, phase, recipe.batch_images)
-                scaffold = recipe.scaffold if phase == "rules" else 0
+                scaffold = recipe.scaffold if phase != "settle" else 0
                 loss, log = episode_loss(self.model, self.probes, self.scenes, batch, scaffold)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
