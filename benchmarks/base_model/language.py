@@ -11,6 +11,7 @@ import random
 from .scenes import ATTRIBUTES, BACKGROUNDS, COLORS, EMPTY, GRID, OBJECTS, Scenes
 
 PAD, UNKNOWN, END, IMAGE, MARK = "<pad>", "<unk>", "<eos>", "<image>", "?"
+NOTHING = "nothing"
 
 # What a rule calls a class.  Half are nonsense; half are plain words, of which the base learns nothing but to say them,
 # so that tasks made later can use them with a meaning of their own.
@@ -31,7 +32,7 @@ QUESTION_TYPES = (*ATTRIBUTES, "color of", "corner of", "which is", "next to", "
 QUESTION_WEIGHTS = [1 if name in ATTRIBUTES else 3 for name in QUESTION_TYPES]  # about one object among several: harder
 
 _values = [word for values in ATTRIBUTES.values() for word in values]
-_other = [HIDDEN, CAPTION, *ATTRIBUTES, *NEIGHBORS, "of", "which", "is", "there", "yes", "no", "nothing", "and", "on"]
+_other = [HIDDEN, CAPTION, *ATTRIBUTES, *NEIGHBORS, "of", "which", "is", "there", "yes", "no", NOTHING, "and", "on"]
 VOCABULARY = tuple(dict.fromkeys([PAD, UNKNOWN, END, IMAGE, MARK, *_other, *_values, *LABELS]))
 TOKEN = {word: index for index, word in enumerate(VOCABULARY)}
 
@@ -72,7 +73,7 @@ def ask(scenes: Scenes, row: int, kind_of_question: str, choose: random.Random) 
         side, (down, right) = choose.choice(list(NEIGHBORS.items()))
         y, x = place // GRID + down, place % GRID + right
         there = kinds[y * GRID + x] if 0 <= y < GRID and 0 <= x < GRID else EMPTY
-        return f"{side} of {name}", "nothing" if there == EMPTY else OBJECTS[there]
+        return f"{side} of {name}", NOTHING if there == EMPTY else OBJECTS[there]
     words = [OBJECTS[kinds[i]] for i in places] + [list(COLORS)[colors[i]] for i in places]
     if choose.random() < 0.5:
         return f"is there {choose.choice(words)}", "yes"

@@ -32,20 +32,20 @@ from transformers import LlavaForConditionalGeneration, set_seed
 
 from .episodes import Batch, Episode, Episodes, collate
 from .evaluate import measure_series
-from .language import TOKEN
+from .language import IMAGE, NOTHING, PAD, TOKEN
 from .model import make_model, make_processor
-from .scenes import BACKGROUNDS, COLORLESS, EMPTY, GRID, Scenes, make_scenes
+from .scenes import ATTRIBUTES, GRID, OBJECTS, Scenes, make_scenes
 
 
 @dataclass(frozen=True)
 class Recipe:
     see: int = 1200
-    speak: int = 3000
-    rules: int = 6000
-    settle: int = 6000
-    scenes: int = 80_000
+    speak: int = 2000
+    rules: int = 2500
+    settle: int = 3500
+    scenes: int = 60_000
     batch_images: int = 288  # and as many blocks of a rule
-    see_images: int = 512
+    see_images: int = 256
     learning_rate: float = 2e-3
     warmup: int = 200
     tower_rate: float = 0.25  # of the tower, once it sees, as a share of the others' rate
@@ -80,25 +80,46 @@ SMOKE = Recipe(
 
 
 class Probes(nn.Module):
-    """Names what is in an image token's corner (and what a label stands for) from one place, linearly."""
+    """What reads intermediate states, linearly, while the model learns.
 
-    def __init__(self, width: int) -> None:
+    An image token is read by the model's own word embeddings, so that a word finds what it names in the picture.
+    """
+
+    READ = {
+        "kind": (*OBJECTS, NOTHING),
+        "color": (*ATTRIBUTES["color"], NOTHING),
+        "size": ATTRIBUTES["size"],
+        "background": ATTRIBUTES["background"],
+        "corner": ATTRIBUTES["corner"],
+    }
+
+    def __init__(self, words: nn.Embedding) -> None:
         super().__init__()
-        self.heads = nn.ModuleDict(
-            {"kind": nn.Linear(width, EMPTY + 1), "color": nn.Linear(width, COLORLESS + 1)}
-            | {"size": nn.Linear(width, 2), "background": nn.Linear(width, len(BACKGROUNDS))}
-            | {"corner": nn.Linear(width, GRID * GRID)}
-        )
-        self.meaning = nn.Linear(width, len(TOKEN))
+        self.words = [words]  # in a list: it is the model's, not a part of the probes
+        self.meaning = nn.Linear(words.embedding_dim, len(TOKEN))
 
     def loss(self, features: Tensor, scenes: Scenes, rows: np.ndarray | list[int]) -> Tensor:
-        """Cross-entropy of features (N, 4, width)."""
+        """Cross-entropy of naming, from features (N, 4, width), what is in each corner."""
         total = features.new_zeros((), dtype=torch.float32)
-        for name, head in self.heads.items():
+        for name, words in self.READ.items():
+            read = self.words[0].weight[[TOKEN[word] for word in words]]
+            logits = (features @ read.T).float() / read.shape[1] ** 0.5
             target = np.arange(GRID * GRID)[None] if name == "corner" else getattr(scenes, name)[rows]
             target = torch.from_numpy(target if target.ndim == 2 else target[:, None]).expand(features.shape[:2])
-            total = total + cross_entropy(head(features).float().flatten(0, 1), target.flatten())
+            total = total + cross_entropy(logits.flatten(0, 1), target.flatten())
         return total
+
+
+def pointing(batch: Batch, scenes: Scenes) -> Tensor:
+    """(B, T, T): from an object's name in a question to the image tokens of its picture where the object is."""
+    ids, tokens = batch.input_ids, torch.tensor([TOKEN[word] for word in (*OBJECTS, PAD)])
+    image = ids == TOKEN[IMAGE]
+    picture = (image.cumsum(dim=1) - 1) // (GRID * GRID)  # the last picture so far
+    shown = torch.zeros_like(ids)
+    shown[image] = tokens[torch.from_numpy(scenes.kind[batch.scenes]).flatten()]
+    named = ids.where(torch.isin(ids, tokens) & (batch.weights == 0) & (batch.labels == 0), 0)
+    same = (named[:, :, None] == shown[:, None, :]) & (picture[:, :, None] == picture[:, None, :])
+    return same & (named[:, :, None] > 0) & image[:, None, :]
 
 
 def draw_episodes(source: Episodes, phase: str, batch_images: int) -> Batch:
@@ -140,13 +161,13 @@ def episode_loss(
         seen = probes.loss(features.view(-1, GRID * GRID, features.shape[-1]), scenes, batch.scenes)
         loss = loss + 0.3 * seen
         log["seen"] = seen.item()
-        matches = batch.matches
-        found = matches.any(dim=-1)
-        if found.any():
-            for attention in output.attentions[-2:]:
-                mass = (attention[:, 0].float() * matches).sum(dim=-1)[found]
+        matches, points = batch.matches, pointing(batch, scenes)
+        for name, layer, there in (("pointing", 0, points), ("matching", -2, matches), ("matching", -1, matches)):
+            found = there.any(dim=-1)
+            if found.any():
+                mass = (output.attentions[layer][:, 0].float() * there).sum(dim=-1)[found]
                 loss = loss - scaffold / 2 * (mass + 1e-6).log().mean()
-            log["attention"] = mass.mean().item()
+                log[name] = mass.mean().item()
         there = batch.named > 0
         if there.any():
             meaning = cross_entropy(probes.meaning(output.hidden_states[-3][there]).float(), batch.named[there])
@@ -165,7 +186,7 @@ class Training:
         self.validation = make_scenes("validation", max(500, recipe.scenes // 20), seed)
         self.model = make_model()
         self.model.set_attn_implementation("eager")  # gives the attention, and is the faster at these sizes
-        self.probes = Probes(self.model.config.text_config.hidden_size)
+        self.probes = Probes(self.model.get_input_embeddings())
         self.parameters = [*self.model.parameters(), *self.probes.parameters()]
         tower = set(self.model.model.vision_tower.parameters())
         groups = [
@@ -278,7 +299,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("out/base_model"), help="folder to write to, and resume from")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
