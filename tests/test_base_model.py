@@ -14,7 +14,8 @@ from benchmarks.base_model.episodes import Block, Episodes, collate, split_of_ru
 from benchmarks.base_model.evaluate import SERIES, TARGETS, draw, evaluate
 from benchmarks.base_model.language import END, IMAGE, LABELS, PAD, QUESTION_TYPES, TOKEN, ask, caption
 from benchmarks.base_model.model import load_base, make_model, make_processor
-from benchmarks.base_model.scenes import ATTRIBUTES, EMPTY, SPLITS, digit_rows, make_scenes
+from benchmarks.base_model.scaffold import pointing
+from benchmarks.base_model.scenes import ATTRIBUTES, EMPTY, OBJECTS, SPLITS, digit_rows, make_scenes
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,24 @@ def test_the_scaffold_points_at_earlier_labels_of_the_same_class(scenes):
         assert batch.named[0, 8 * place + 5 : 8 * place + 7].tolist() == [TOKEN[block.means]] * 2
     assert matches.any(dim=1).sum() == sum(block.known for block in episode)
     assert not collate([Episodes(scenes, "train", 0).rename(9, 2, hidden=True)]).named.any()
+
+
+def test_the_scaffold_points_from_an_objects_name_to_where_it_is(scenes):
+    source = Episodes(scenes, "train", 0)
+    first, second = (int(row) for row in np.flatnonzero(scenes.attributes["kinds"] == 0)[:2])
+    kinds = scenes.kind[[first, second]]
+    names = [OBJECTS[kind.min()] for kind in kinds]
+    episode = [
+        Block(first, f"color of {names[0]}", "red"),
+        Block(None, "object", names[0]),  # in an answer, the name is not told where to look
+        Block(second, f"is there {names[1]}", "yes"),
+    ]
+    points = pointing(collate([episode]), scenes)[0]
+    # 4 image tokens, `color of X ? red <eos>`, `object ? X <eos>`, 4 image tokens, `is there Y ? yes <eos>`
+    expected = {6: np.flatnonzero(kinds[0] != EMPTY).tolist(), 20: (14 + np.flatnonzero(kinds[1] != EMPTY)).tolist()}
+    pointed = points.any(dim=1).nonzero()[:, 0].tolist()
+    assert {place: points[place].nonzero()[:, 0].tolist() for place in pointed} == expected
+    assert not pointing(collate([source.rename(9, 2, attribute="color")]), scenes).any()
 
 
 # -- inputs, training, files

@@ -4,9 +4,8 @@ Four phases, under one optimizer and one schedule:
 
 1. see: the tower and projector alone, read by linear probes (thrown away) that name what is in each corner;
 2. speak: direct questions and captions;
-3. rules: episodes, with a scaffold: one head in each of the last two layers is told to look from a question mark to the
-   demonstrations of the same class.  Without it the model long stays at copying any word of the context;
-4. settle: the same without the scaffold.
+3. rules: episodes, which without the scaffold would long stay at copying any word of the context;
+4. settle: the same without the scaffold, which holds in the two phases before (see `scaffold`).
 
 A step's data depends on the seed and the step alone, so a run that was killed continues from its last checkpoint to the
 weights that it would have reached.
@@ -23,7 +22,6 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -32,9 +30,9 @@ from transformers import LlavaForConditionalGeneration, set_seed
 
 from .episodes import Batch, Episode, Episodes, collate
 from .evaluate import measure_series
-from .language import IMAGE, NOTHING, PAD, TOKEN
 from .model import make_model, make_processor
-from .scenes import ATTRIBUTES, GRID, OBJECTS, Scenes, make_scenes
+from .scaffold import Probes, scaffold_loss
+from .scenes import Scenes, make_scenes
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Recipe:
     warmup: int = 200
     tower_rate: float = 0.25  # of the tower, once it sees, as a share of the others' rate
     decay: float = 0.35  # share of the steps after seeing over which the rate falls to nothing
-    scaffold: float = 0.5  # what the attention of the supervised heads counts
+    scaffold: float = 0.5  # what it counts beside the answers
     checkpoint_every: int = 500
     validate_every: int = 500
     validation_questions: int = 200
@@ -77,49 +75,6 @@ SMOKE = Recipe(
     see=4, speak=3, rules=4, settle=3, scenes=2000, batch_images=34, see_images=32, warmup=3, checkpoint_every=5,
     validate_every=7, validation_questions=8,
 )  # fmt: skip
-
-
-class Probes(nn.Module):
-    """What reads intermediate states, linearly, while the model learns.
-
-    An image token is read by the model's own word embeddings, so that a word finds what it names in the picture.
-    """
-
-    READ = {
-        "kind": (*OBJECTS, NOTHING),
-        "color": (*ATTRIBUTES["color"], NOTHING),
-        "size": ATTRIBUTES["size"],
-        "background": ATTRIBUTES["background"],
-        "corner": ATTRIBUTES["corner"],
-    }
-
-    def __init__(self, words: nn.Embedding) -> None:
-        super().__init__()
-        self.words = [words]  # in a list: it is the model's, not a part of the probes
-        self.meaning = nn.Linear(words.embedding_dim, len(TOKEN))
-
-    def loss(self, features: Tensor, scenes: Scenes, rows: np.ndarray | list[int]) -> Tensor:
-        """Cross-entropy of naming, from features (N, 4, width), what is in each corner."""
-        total = features.new_zeros((), dtype=torch.float32)
-        for name, words in self.READ.items():
-            read = self.words[0].weight[[TOKEN[word] for word in words]]
-            logits = (features @ read.T).float() / read.shape[1] ** 0.5
-            target = np.arange(GRID * GRID)[None] if name == "corner" else getattr(scenes, name)[rows]
-            target = torch.from_numpy(target if target.ndim == 2 else target[:, None]).expand(features.shape[:2])
-            total = total + cross_entropy(logits.flatten(0, 1), target.flatten())
-        return total
-
-
-def pointing(batch: Batch, scenes: Scenes) -> Tensor:
-    """(B, T, T): from an object's name in a question to the image tokens of its picture where the object is."""
-    ids, tokens = batch.input_ids, torch.tensor([TOKEN[word] for word in (*OBJECTS, PAD)])
-    image = ids == TOKEN[IMAGE]
-    picture = (image.cumsum(dim=1) - 1) // (GRID * GRID)  # the last picture so far
-    shown = torch.zeros_like(ids)
-    shown[image] = tokens[torch.from_numpy(scenes.kind[batch.scenes]).flatten()]
-    named = ids.where(torch.isin(ids, tokens) & (batch.weights == 0) & (batch.labels == 0), 0)
-    same = (named[:, :, None] == shown[:, None, :]) & (picture[:, :, None] == picture[:, None, :])
-    return same & (named[:, :, None] > 0) & image[:, None, :]
 
 
 def draw_episodes(source: Episodes, phase: str, batch_images: int) -> Batch:
@@ -157,22 +112,8 @@ def episode_loss(
     looked_up = (batch.labels[:, 1:] > 0) & (weights > 0)
     log = {"loss": loss.item(), "renaming": losses[looked_up].mean().item()}
     if scaffold > 0:
-        features = output.image_hidden_states
-        seen = probes.loss(features.view(-1, GRID * GRID, features.shape[-1]), scenes, batch.scenes)
-        loss = loss + 0.3 * seen
-        log["seen"] = seen.item()
-        matches, points = batch.matches, pointing(batch, scenes)
-        for name, layer, there in (("pointing", 0, points), ("matching", -2, matches), ("matching", -1, matches)):
-            found = there.any(dim=-1)
-            if found.any():
-                mass = (output.attentions[layer][:, 0].float() * there).sum(dim=-1)[found]
-                loss = loss - scaffold / 2 * (mass + 1e-6).log().mean()
-                log[name] = mass.mean().item()
-        there = batch.named > 0
-        if there.any():
-            meaning = cross_entropy(probes.meaning(output.hidden_states[-3][there]).float(), batch.named[there])
-            loss = loss + scaffold * meaning
-            log["meaning"] = meaning.item()
+        extra, seen = scaffold_loss(output, batch, scenes, probes)
+        loss, log = loss + scaffold * extra, log | seen
     return loss, log
 
 
