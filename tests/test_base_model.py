@@ -111,7 +111,7 @@ def test_episodes_follow_rules_of_their_own_split_alone(scenes, split, hidden):
             assert split_of_rule(name, words) == split
 
 
-@pytest.mark.parametrize("phase", ["speak", "rules", "settle"])
+@pytest.mark.parametrize("phase", ["speak", "rules", "hide", "settle"])
 def test_every_phase_of_training_draws_train_rules_alone(scenes, phase, monkeypatch):
     asked = []
 
@@ -157,9 +157,11 @@ def test_the_scaffold_points_at_earlier_labels_of_the_same_class(scenes):
     for place, block in enumerate(episode):  # `<image> x 4, question, ?, label, <eos>`
         expected = [8 * other + 6 for other in range(place) if episode[other].answer == block.answer]
         assert matches[8 * place + 5].nonzero()[:, 0].tolist() == expected
-        assert batch.named[0, 8 * place + 5 : 8 * place + 7].tolist() == [TOKEN[block.means]] * 2
+        assert batch.meanings[0, 8 * place + 5 : 8 * place + 7].tolist() == [TOKEN[block.means]] * 2
     assert matches.any(dim=1).sum() == sum(block.known for block in episode)
-    assert not collate([Episodes(scenes, "train", 0).rename(9, 2, hidden=True)]).named.any()
+    hidden = [Episodes(scenes, "train", 0).rename(9, 2, hidden=True)]
+    assert not collate(hidden).meanings.any()
+    assert (collate(hidden, tell_hidden=True).meanings > 0).sum() == 2 * sum(block.known for block in hidden[0])
 
 
 def test_the_scaffold_points_from_an_objects_name_to_where_it_is(scenes):
@@ -248,7 +250,7 @@ def test_training_moves_every_weight(tmp_path):
 def test_the_phases_and_the_rate_of_learning():
     recipe = train.Recipe()
     phases = [recipe.phase(step) for step in range(recipe.steps)]
-    assert Counter(phases) == {name: getattr(recipe, name) for name in ("see", "speak", "rules", "settle")}
+    assert Counter(phases) == {name: getattr(recipe, name) for name in ("see", "speak", "rules", "hide", "settle")}
     assert recipe.rate(recipe.warmup) == recipe.rate(recipe.see + recipe.warmup) == recipe.learning_rate
     assert 0 < recipe.rate(recipe.see - 1) < recipe.learning_rate / 100
     assert 0 < recipe.rate(recipe.steps - 1) < recipe.learning_rate / 100

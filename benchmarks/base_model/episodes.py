@@ -110,7 +110,7 @@ class Batch:
     weights: torch.Tensor  # (B, T): what predicting this token counts
     queries: torch.Tensor  # (B, T): at the question marks of rules, the token of what the answer stands for, else 0
     labels: torch.Tensor  # (B, T): the same at the answers of rules
-    named: torch.Tensor  # (B, T): the same at both, where the question names the attribute
+    meanings: torch.Tensor  # (B, T): the same at both, where the model is told it
 
     @property
     def matches(self) -> torch.Tensor:
@@ -122,8 +122,12 @@ class Batch:
 END_WEIGHT = 0.2  # the end token is soon known and would drown the answers
 
 
-def collate(episodes: Sequence[Episode], length: int | None = None) -> Batch:
-    """Token ids without the processor, which gives the same ones; whole blocks beyond `length` are left out."""
+def collate(episodes: Sequence[Episode], length: int | None = None, *, tell_hidden: bool = False) -> Batch:
+    """Token ids without the processor, which gives the same ones; whole blocks beyond `length` are left out.
+
+    What labels stand for is told where the question names the attribute; with `tell_hidden` also where it does not,
+    from the second demonstration of a class on.
+    """
     scenes: list[int] = []
     rows = []
     for episode in episodes:
@@ -131,7 +135,7 @@ def collate(episodes: Sequence[Episode], length: int | None = None) -> Batch:
         weights: list[float] = []
         queries: list[int] = []
         labels: list[int] = []
-        named: list[int] = []
+        meanings: list[int] = []
         for block in episode:
             prompt = [TOKEN[IMAGE]] * (IMAGE_TOKENS * (block.scene is not None))
             prompt += [TOKEN[word] for word in block.question.split()]
@@ -143,11 +147,11 @@ def collate(episodes: Sequence[Episode], length: int | None = None) -> Batch:
             ids += [*prompt, TOKEN[MARK], *answer, TOKEN[END]]
             weights += [0.0] * (len(prompt) + 1) + [float(block.known)] * len(answer) + [END_WEIGHT]
             meant = TOKEN[block.means] if block.means else 0
-            shown = meant * (block.question != HIDDEN)
+            told = meant * (block.question != HIDDEN or (tell_hidden and block.known))
             queries += [0] * len(prompt) + [meant] + [0] * (len(answer) + 1)
             labels += [0] * (len(prompt) + 1) + [meant] * len(answer) + [0]
-            named += [0] * len(prompt) + [shown] * (len(answer) + 1) + [0]
-        rows.append((ids, weights, queries, labels, named))
+            meanings += [0] * len(prompt) + [told] * (len(answer) + 1) + [0]
+        rows.append((ids, weights, queries, labels, meanings))
     width = max(len(row[0]) for row in rows)
     fill = (TOKEN[PAD], 0.0, 0, 0, 0)
     columns = [[row[i] + [fill[i]] * (width - len(row[i])) for row in rows] for i in range(5)]

@@ -76,8 +76,8 @@ def scaffold_loss(
             mass = (output.attentions[layer][:, 0].float() * there).sum(dim=-1)[found]
             loss = loss - (mass + 1e-6).log().mean() / 2
             log[name] = mass.mean().item()
-    named = batch.named > 0
-    if named.any():
-        meaning = cross_entropy(probes.meaning(output.hidden_states[-3][named]).float(), batch.named[named])
+    told = batch.meanings > 0
+    if told.any():
+        meaning = cross_entropy(probes.meaning(output.hidden_states[-3][told]).float(), batch.meanings[told])
         loss, log["meaning"] = loss + meaning, meaning.item()
     return loss, log

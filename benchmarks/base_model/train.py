@@ -1,11 +1,12 @@
 """Train the base model from nothing: `python -m benchmarks.base_model.train --out out/base_model`.
 
-Four phases, under one optimizer and one schedule:
+Five phases, under one optimizer and one schedule:
 
 1. see: the tower and projector alone, read by linear probes (thrown away) that name what is in each corner;
 2. speak: direct questions and captions;
 3. rules: episodes, which without the scaffold would long stay at copying any word of the context;
-4. settle: the same without the scaffold, which holds in the two phases before (see `scaffold`).
+4. hide: more rules of a hidden attribute, whose values the scaffold now tells too;
+5. settle: the same without the scaffold, which holds in the three phases before (see `scaffold`).
 
 A step's data depends on the seed and the step alone, so a run that was killed continues from its last checkpoint to the
 weights that it would have reached.
@@ -39,15 +40,16 @@ from .scenes import Scenes, make_scenes
 class Recipe:
     see: int = 1200
     speak: int = 2000
-    rules: int = 2500
-    settle: int = 3500
+    rules: int = 1300
+    hide: int = 1300
+    settle: int = 1500
     scenes: int = 60_000
     batch_images: int = 288  # and as many blocks of a rule
     see_images: int = 256
     learning_rate: float = 2e-3
     warmup: int = 200
     tower_rate: float = 0.25  # of the tower, once it sees, as a share of the others' rate
-    decay: float = 0.35  # share of the steps after seeing over which the rate falls to nothing
+    decay: float = 0.45  # share of the steps after seeing over which the rate falls to nothing
     scaffold: float = 0.5  # what it counts beside the answers
     checkpoint_every: int = 500
     validate_every: int = 500
@@ -55,10 +57,10 @@ class Recipe:
 
     @property
     def steps(self) -> int:
-        return self.see + self.speak + self.rules + self.settle
+        return self.see + self.speak + self.rules + self.hide + self.settle
 
     def phase(self, step: int) -> str:
-        for name in ("see", "speak", "rules"):
+        for name in ("see", "speak", "rules", "hide"):
             if step < getattr(self, name):
                 return name
             step -= getattr(self, name)
@@ -72,8 +74,8 @@ class Recipe:
 
 
 SMOKE = Recipe(
-    see=4, speak=3, rules=4, settle=3, scenes=2000, batch_images=34, see_images=32, warmup=3, checkpoint_every=5,
-    validate_every=7, validation_questions=8,
+    see=4, speak=3, rules=3, hide=2, settle=3, scenes=2000, batch_images=34, see_images=32, warmup=3,
+    checkpoint_every=5, validate_every=7, validation_questions=8,
 )  # fmt: skip
 
 
@@ -91,9 +93,9 @@ def draw_episodes(source: Episodes, phase: str, batch_images: int) -> Batch:
         if kind < 0.45:
             return source.choice(pictures)
         classes = choose.choice((2, 2, 3, 4, 5) if pictures == 9 else (2, 3, 4, 6, 8, 8, 10))
-        return source.rename(pictures, classes, hidden=kind > 0.77)
+        return source.rename(pictures, classes, hidden=kind > (0.77 if phase == "rules" else 0.65))
 
-    return collate([draw() for _ in range(batch_images // pictures)], length=8 * pictures)
+    return collate([draw() for _ in range(batch_images // pictures)], length=8 * pictures, tell_hidden=phase == "hide")
 
 
 def episode_loss(
@@ -213,7 +215,7 @@ class Training:
                 shown = ", ".join(f"{name} {value:.3f}" for name, value in averages.items())
                 bar.update(task, completed=self.step, description=f"{phase}: {shown}")
                 if self.step % recipe.validate_every == 0 or self.step == recipe.steps:
-                    valid = self.validate() if phase in ("rules", "settle") else {}
+                    valid = self.validate() if phase in ("rules", "hide", "settle") else {}
                     line = {"step": self.step, "phase": phase, "seconds": round(self.seconds, 1)}
                     line |= {name: round(value, 4) for name, value in averages.items()} | valid
                     with logs.open("a") as file:
