@@ -147,9 +147,8 @@ def _flex_merges(
     query: Tensor, pairs: functional.VirtualPairs, mask: Any, bias: Tensor | None, options: dict[str, Any]
 ) -> bool:
     """Whether flex_attention can give its log-sum-exp, and that is all the formula needs."""
-    plain = bias is None and options["softcap"] is None and options["sinks"] is None and not options["dropout"]
-    block_mask = mask is None or not isinstance(mask, Tensor)
-    return query.device.type in _FLEX_GIVES_LSE and plain and block_mask and pairs.scale_self_attention
+    whole = fused.needs_formula(pairs, **{name: options[name] for name in ("softcap", "sinks", "dropout")})
+    return query.device.type in _FLEX_GIVES_LSE and not isinstance(mask, Tensor) and bias is None and whole is None
 
 
 def _merged_flex_attention(

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -138,14 +137,6 @@ def check_fits(stored: Stored, targeted: Mapping[str, HeadShape], model: nn.Modu
 
 def _check_others(stored: Mapping[str, tuple[int, ...]], model: nn.Module, config: HiFICLConfig) -> None:
     """Modules saved whole, trained tokens, and embeddings, which PEFT saves too after the vocabulary was resized."""
-    whole = {
-        f"{name}.{key}": tuple(tensor.shape)
-        for name, module in model.named_modules()
-        if config.modules_to_save and name.endswith(tuple(config.modules_to_save))
-        for key, tensor in (module.original_module if isinstance(module, ModulesToSaveWrapper) else module)
-        .state_dict()
-        .items()
-    }
     embeddings = []
     for side in ("input", "output"):
         with suppress(AttributeError, NotImplementedError):  # not every model has them
@@ -153,10 +144,13 @@ def _check_others(stored: Mapping[str, tuple[int, ...]], model: nn.Module, confi
     names = {_WRAPPERS.sub("", name) for name, module in model.named_modules() if any(module is e for e in embeddings)}
     # PEFT's wrappers may stand around a module of the base model, and save it under their own names besides.
     base = {_WRAPPERS.sub("", key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    ends = tuple(config.modules_to_save or ())
+    saved = tuple(f"{_WRAPPERS.sub('', name)}." for name, _ in model.named_modules() if ends and name.endswith(ends))
+    whole = {key for key in base if key.startswith(saved)} if saved else set()
     tokens = {key for key in stored if key.endswith(TOKENS) and config.trainable_token_indices is not None}
     resized = {key for key in stored if _WRAPPERS.sub("", key).rpartition(".")[0] in names} - tokens
     check_names(
-        "The adapter file", set(whole), set(stored) - tokens - (resized - set(whole)), "the base model",
+        "The adapter file", whole, set(stored) - tokens - (resized - whole), "the base model",
         what="tensors beside HiFICL's",
     )  # fmt: skip
     for key in set(stored) - tokens:

@@ -7,9 +7,9 @@ pairs, ``O_D`` and ``L_D``,
     alpha = exp(L_SA - L) = sigmoid(L_SA - L_D)
     out   = alpha * O_SA + (1 - alpha) * O_D
 
-is the formula of `functional`, exactly: ``Z_SA = exp L_SA`` and ``Z_D = exp L_D``.  Nothing of size T x S is formed,
-no key is copied, no mask is added.  The backward hands the *merged* output and LSE to the kernel's own backward, which
-then returns the exact gradients of its share (see `kernels`).
+is the formula of `functional`, exactly: ``Z_SA = exp L_SA`` and ``Z_D = exp L_D``.  No score matrix is formed, and the
+context goes to the kernel as it would without an adapter.  The backward hands the *merged* output and LSE to the
+kernel's own backward, which then returns the exact gradients of its share (see `kernels`).
 """
 
 from __future__ import annotations
@@ -97,6 +97,19 @@ def attention_path(
     return _plan(query, key, value, pairs, scaling, **options)[0]
 
 
+def needs_formula(pairs: VirtualPairs, *, softcap: float | None, sinks: Tensor | None, dropout: float) -> str | None:
+    """Why output and log-sum-exp of the context alone do not give the result; None if they do."""
+    if dropout:
+        return "attention dropout"
+    if softcap is not None:
+        return "soft-capped scores"
+    if sinks is not None:
+        return "attention sinks"
+    if not pairs.scale_self_attention:
+        return "scale_self_attention=False (alpha = 1)"
+    return None
+
+
 def _plan(
     query: Tensor,
     key: Tensor,
@@ -112,23 +125,16 @@ def _plan(
     dropout: float = 0.0,
 ) -> tuple[Path, _Inputs | None]:
     """The path, and what a kernel is to be given."""
-    reason = None
-    if dropout:
-        reason = "attention dropout"
-    elif softcap is not None:
-        reason = "soft-capped scores"
-    elif sinks is not None:
-        reason = "attention sinks"
-    elif not pairs.scale_self_attention:
-        reason = "scale_self_attention=False (alpha = 1)"
-    elif any(t is not None and t.requires_grad for t in (mask, bias, pairs.log_weights)):
-        reason = "a mask, bias or log-weight that is trained"
-    elif torch._C._are_functorch_transforms_active():
-        reason = "a torch.func transform"
-    elif not query.dtype == key.dtype == value.dtype:
-        reason = "query, key and value of different dtypes"
-    elif key.shape[2] == 0:
-        reason = "no keys"
+    reason = needs_formula(pairs, softcap=softcap, sinks=sinks, dropout=dropout)
+    if reason is None:
+        if any(t is not None and t.requires_grad for t in (mask, bias, pairs.log_weights)):
+            reason = "a mask, bias or log-weight that is trained"
+        elif torch._C._are_functorch_transforms_active():
+            reason = "a torch.func transform"
+        elif not query.dtype == key.dtype == value.dtype:
+            reason = "query, key and value of different dtypes"
+        elif key.shape[2] == 0:
+            reason = "no keys"
     if reason is not None:
         return Path(None, reason), None
     if query.shape[-1] != value.shape[-1]:
@@ -140,7 +146,7 @@ def _plan(
         query, key, value, pairs.keys, pairs.values, mask, bias, pairs.log_weights, is_causal, scaling
     )  # fmt: skip
     context = Call(query, key, value, bias if mask is None else mask, is_causal, scaling)
-    virtual = Call(query, *_virtual(inputs), pairs.log_weights, False, scaling)
+    virtual = context._replace(mask=pairs.log_weights, is_causal=False)  # limits depend on nothing else
     reasons = []
     for name, kernel in KERNELS.get(query.device.type, {}).items():
         limit = kernel.limits(context) or kernel.limits(virtual)

@@ -136,20 +136,16 @@ class HiFICLModel(BaseTuner):
                         "attention modules as target_modules, or leave target_modules=None to have them found."
                     )
                 shapes[name] = attention.head_shape_of(module)
-        modules = [name for name, _ in model.named_modules()]
-        wanted = set(config.modules_to_save or ()) - _CLASSIFIERS
-        absent = sorted(end for end in wanted if not any(name.endswith(end) for name in modules))
-        if absent:
-            raise ValueError(
-                f"modules_to_save={config.modules_to_save!r}: {', '.join(map(repr, absent))} not found in "
-                f"{type(model).__name__}; give names of its modules, or their ends."
-            )
-        if isinstance(config.trainable_token_indices, dict):
-            absent = [end for end in config.trainable_token_indices if not any(n.endswith(end) for n in modules)]
+        tokens = config.trainable_token_indices
+        for field, wanted in (
+            ("modules_to_save", set(config.modules_to_save or ()) - _CLASSIFIERS),
+            ("trainable_token_indices", tokens if isinstance(tokens, dict) else ()),
+        ):
+            absent = sorted(end for end in wanted if not any(name.endswith(end) for name, _ in model.named_modules()))
             if absent:
                 raise ValueError(
-                    f"trainable_token_indices names {', '.join(map(repr, absent))}, not found in "
-                    f"{type(model).__name__}; give the name of its embedding layer."
+                    f"{field} names {', '.join(map(repr, absent))}, not found in {type(model).__name__}; give names of "
+                    "its modules, or their ends."
                 )
         if config._stored is not None and shapes:
             checkpoint.check_fits(config._stored, shapes, model, config)

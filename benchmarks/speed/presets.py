@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
@@ -102,33 +102,20 @@ PRESETS = {
         new_tokens=64,
         seconds=10,
     ),
-    "1b": Preset(
-        model=_1B,
-        lifecycle_model=_DEEP,
-        lengths=(256, 512, 1024, 2048, 4096, 8192),
-        training_lengths=(512, 1024, 2048),
-        heads=32,
-        kv_heads=8,
-        head_dim=128,
-        image_tokens=576,
-        text_tokens=30,
-        new_tokens=128,
-        seconds=2,
-    ),
-    "8b": Preset(
-        model=_8B,
-        lifecycle_model=_8B,
-        lengths=(256, 512, 1024, 2048, 4096, 8192),
-        training_lengths=(512, 1024, 2048),
-        heads=32,
-        kv_heads=8,
-        head_dim=128,
-        image_tokens=576,
-        text_tokens=30,
-        new_tokens=128,
-        seconds=2,
-    ),
 }
+PRESETS["1b"] = replace(
+    PRESETS["cpu"],
+    model=_1B,
+    lengths=(256, 512, 1024, 2048, 4096, 8192),
+    training_lengths=(512, 1024, 2048),
+    heads=32,
+    kv_heads=8,
+    image_tokens=576,
+    text_tokens=30,
+    new_tokens=128,
+    seconds=2,
+)
+PRESETS["8b"] = replace(PRESETS["1b"], model=_8B, lifecycle_model=_8B)
 
 
 def dtype_for(device: torch.device) -> torch.dtype:
