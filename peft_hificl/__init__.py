@@ -9,6 +9,7 @@ from .registration import add_peft_type, register
 add_peft_type()  # the classes below refer to the new member
 
 from .config import HiFICLConfig  # noqa: E402
+from .demonstrations import initialize_from_demonstrations  # noqa: E402
 from .functional import VirtualPairs, concatenate_pairs, select_rows, virtual_attention  # noqa: E402
 from .layer import HiFICLLayer  # noqa: E402
 from .model import HiFICLModel  # noqa: E402
@@ -22,6 +23,7 @@ __all__ = [
     "HiFICLModel",
     "VirtualPairs",
     "concatenate_pairs",
+    "initialize_from_demonstrations",
     "select_rows",
     "virtual_attention",
 ]

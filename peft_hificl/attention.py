@@ -85,6 +85,8 @@ def hificl_attention_forward(
     implementation = layer.base_config._attn_implementation
     # Only while decoding: an edit behind autograd's back (`parameter.data`) is seen by the next call with more tokens.
     pairs = layer(query.shape[0], reuse=query.shape[2] == 1 and key.shape[2] > 1)
+    if layer.recorded is not None:
+        layer.recorded.append((key, value))
     if pairs is None:
         dispatch = dispatch_of(type(module))
         attend = dispatch.interface.get_interface(implementation, dispatch.eager)

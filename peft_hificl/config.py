@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import Any, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -24,7 +24,7 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "layers_pattern": ((str, list, tuple, NoneType), "a name, a list of names or None"),
     "modules_to_save": ((list, tuple, set, NoneType), "a list of names or None"),
     "trainable_token_indices": ((list, tuple, dict, NoneType), "a list of indices, a dict of such lists or None"),
-    "init_weights": _SWITCH,
+    "init_weights": ((bool, str), "True, False or 'unit_keys'"),
     "factorize_keys": _SWITCH,
     "factorize_values": _SWITCH,
     "scale_self_attention": _SWITCH,
@@ -51,9 +51,11 @@ class HiFICLConfig(PeftConfig):
         modules_to_save (`Optional[List[str]]`): Further modules that are trained and saved whole.
         trainable_token_indices (`Optional[Union[List[int], dict[str, List[int]]]]`): Tokens whose embeddings are
             trained and saved.
-        init_weights (`bool`): True: the paper's initialisation (`K_A`, `V_A` ~ N(0, 1), `K_B` ~ 0.01 N(0, 1),
-            `V_B` = 0).  The virtual values are zero then, but the virtual keys take part in the softmax: a fresh
-            adapter is NOT the identity.  False: all factors random.
+        init_weights (`Union[bool, Literal["unit_keys"]]`): True: the paper's initialisation (`K_A`, `V_A` ~ N(0, 1),
+            `K_B` ~ 0.01 N(0, 1), `V_B` = 0).  The virtual values are zero then, but the virtual keys take part in the
+            softmax: a fresh adapter is NOT the identity.  "unit_keys": `K_B` ~ N(0, 1 / r) instead, so that the
+            virtual keys begin with variance one and not near zero.  False: all factors random.  See also
+            [`initialize_from_demonstrations`].
         factorize_keys (`bool`): False: `K_D` is learned whole (the paper's ablation "- LoRA on K").
         factorize_values (`bool`): False: `V_D` is learned whole, from zero (the paper's ablation "- LoRA on V").
         scale_self_attention (`bool`): False: alpha = 1, the self-attention is not scaled down (the paper's ablation
@@ -101,9 +103,12 @@ class HiFICLConfig(PeftConfig):
             "{'embed_tokens': [0, 1]}."
         },
     )
-    init_weights: bool = field(
+    init_weights: Union[bool, Literal["unit_keys"]] = field(
         default=True,
-        metadata={"help": "True: the paper's initialisation (V_B = 0). False: all factors random."},
+        metadata={
+            "help": "True: the paper's initialisation (V_B = 0). 'unit_keys': the same, with virtual keys of variance "
+            "one. False: all factors random."
+        },
     )
     factorize_keys: bool = field(
         default=True, metadata={"help": "False: learn the virtual keys whole instead of as K_A K_B."}
@@ -123,6 +128,8 @@ class HiFICLConfig(PeftConfig):
             # True is an int to Python, but not a number of pairs.
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 raise TypeError(f"HiFICLConfig.{name} must be {words}, found {value!r}.")
+        if isinstance(self.init_weights, str) and self.init_weights != "unit_keys":
+            raise ValueError(f"HiFICLConfig.init_weights must be {_TYPES['init_weights'][1]}, found {self.init_weights!r}.")
         for name in ("n", "r"):
             if getattr(self, name) < 1:
                 raise ValueError(f"HiFICLConfig.{name} must be {_TYPES[name][1]}, found {getattr(self, name)}.")

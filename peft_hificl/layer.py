@@ -58,6 +58,8 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self._like = like.detach().new_empty(0)
         # State of the parameters, the pairs that it gives, and the memory that keeps the state unique.
         self._multiplied_out: tuple[object, VirtualPairs, list[Tensor]] | None = None
+        # A list while demonstrations are read: the calls of the attention, run without any adapter; see `demonstrations`.
+        self.recorded: list[tuple[Tensor, Tensor]] | None = None
 
     def update_layer(self, adapter_name: str, config: HiFICLConfig) -> None:
         """Create the parameters of an adapter; its name must be new to this layer."""
@@ -78,16 +80,42 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
-    def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """Initialise an adapter: the paper's way, or (``init_weights=False``) all factors random.
+    def reset_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
+        """Initialise an adapter as `HiFICLConfig.init_weights` says.
 
-        A whole K_D starts with the spread that K_A K_B has (0.01 sqrt(r)), a whole V_D at zero.
+        A whole K_D starts with the spread that K_A K_B has, a whole V_D at zero.
         """
-        whole_std = 0.01 * self.r[adapter_name] ** 0.5 if init_weights else 1.0
-        paper = {"hificl_K_B": 0.01, "hificl_V_B": 0.0, "hificl_K": whole_std, "hificl_V": 0.0}
+        root = self.r[adapter_name] ** 0.5
+        spread = 1 / root if init_weights == "unit_keys" else 0.01  # of K_B: K_D has sqrt(r) times as much
+        stds = {"hificl_K_B": spread, "hificl_V_B": 0.0, "hificl_K": spread * root, "hificl_V": 0.0}
         for name in self.adapter_layer_names:
             if adapter_name in getattr(self, name):
-                nn.init.normal_(getattr(self, name)[adapter_name], std=paper.get(name, 1.0) if init_weights else 1.0)
+                std = stds.get(name, 1.0) if init_weights else 1.0
+                nn.init.normal_(getattr(self, name)[adapter_name], std=std)
+
+    @torch.no_grad()
+    def set_pairs(self, adapter_name: str, keys: Tensor, values: Tensor) -> None:
+        """Give an adapter these pairs, (H or G, n, d) and (H or G, n, e), or their best approximations of rank r.
+
+        With the singular value decomposition ``X = U S W`` cut off at rank r and a random rotation R,
+        ``A = sqrt(n) U R`` and ``B = R' S W / sqrt(n)``: A has the spread of the other initialisations, and no factor
+        of B is all small.
+        """
+        heads = self.head_shape[0]
+        for kind, whole in (("K", keys), ("V", values)):
+            whole = whole.repeat_interleave(heads // whole.shape[0], dim=0).float()  # (H, n, d)
+            if adapter_name in getattr(self, f"hificl_{kind}"):
+                getattr(self, f"hificl_{kind}")[adapter_name].copy_(whole)
+                continue
+            left, right = (getattr(self, f"hificl_{kind}_{factor}")[adapter_name] for factor in "AB")
+            n, rank = left.shape[1:]
+            u, s, w = torch.linalg.svd(whole, full_matrices=False)  # (H, n, k), (H, k), (H, k, d)
+            k = min(rank, s.shape[1])
+            rotation = torch.linalg.qr(torch.randn(heads, k, k, device=whole.device))[0]
+            nn.init.normal_(left)  # what a rank above k leaves over meets zeros
+            right.zero_()
+            left[:, :, :k].copy_(n**0.5 * u[:, :, :k] @ rotation)
+            right[:, :k].copy_(rotation.mT @ (s[:, :k, None] * w[:, :k]) / n**0.5)
 
     def forward(
         self, batch_size: int, adapter_names: list[str] | None = None, reuse: bool = False
@@ -103,7 +131,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: ``adapter_names`` is not one name per row.
         """
-        if self.disable_adapters:
+        if self.disable_adapters or self.recorded is not None:
             return None
         if any("_hf_hook" in vars(parameters) for parameters in self._modules.values()):
             # accelerate keeps the parameters elsewhere and brings them in for modules that are called; a

@@ -1,0 +1,104 @@
+"""Virtual pairs that begin as the keys and values of real demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from .layer import HiFICLLayer
+
+
+@torch.no_grad()
+def initialize_from_demonstrations(
+    model: nn.Module, inputs: Mapping[str, Any], tokens: Sequence[int], adapter_name: str | None = None
+) -> None:
+    """Let an adapter begin as what a prompt of demonstrations adds to every attention.
+
+    The base model reads the prompt once; virtual pair i of each head becomes the key and value of ``tokens[i]``:
+
+        K_D = K[tokens],  V_D = V[tokens],  each factorised at rank r (truncated SVD, exact for ``r >= n``)
+
+    The prompt is read at the positions -T, ..., -1, right before those of the prompts to come, so that rotary
+    embeddings keep their distances.  With ``n = T`` and ``r >= n`` the fresh adapter answers like the base model with
+    the demonstrations in its prompt; with fewer pairs, like one that remembers these tokens of it.
+
+    Args:
+        model: the adapted model.
+        inputs: what the model takes for one prompt (a batch of 1) that holds demonstrations and no query.  With
+            ``position_ids`` of your own if the model has no rotary embedding.
+        tokens: as many positions in the prompt as the adapter has pairs; for a question and a short answer the last
+            word of each answer is a good choice.
+        adapter_name: the active adapter if left out.
+
+    Raises:
+        ValueError: no such adapter, a number of tokens other than n, a token that the prompt does not have, or a batch
+            of more than one prompt.
+
+    Example:
+
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from peft_hificl import HiFICLConfig, initialize_from_demonstrations
+        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+        >>> base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+        >>> model = get_peft_model(base, HiFICLConfig(task_type="CAUSAL_LM", n=2, r=2))
+        >>> initialize_from_demonstrations(model, {"input_ids": torch.tensor([[1, 2, 3, 4, 5, 6]])}, tokens=[2, 5])
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, HiFICLLayer)}
+    if adapter_name is None:
+        active = sorted({name for layer in layers.values() for name in layer.active_adapters if name in layer.n})
+        if len(active) != 1:
+            raise ValueError(f"The model has {active} as active HiFICL adapters: name one with adapter_name=.")
+        adapter_name = active[0]
+    adapted = {name: layer for name, layer in layers.items() if adapter_name in layer.n}
+    if not adapted:
+        raise ValueError(f"There is no HiFICL adapter {adapter_name!r} on this model.")
+    pairs = {layer.n[adapter_name] for layer in adapted.values()}
+    if pairs != {len(tokens)}:
+        raise ValueError(
+            f"{len(tokens)} tokens for an adapter of n={', '.join(map(str, sorted(pairs)))} virtual pairs: give one "
+            "token for each pair."
+        )
+    read = _read(model, inputs, adapted)
+    places = list(tokens)
+    for name, (key, value) in read.items():
+        size = key.shape[2]
+        if key.shape[0] != 1:
+            raise ValueError(f"The demonstrations are a batch of {key.shape[0]}: give one prompt.")
+        if not all(-size <= place < size for place in places):
+            raise ValueError(f"tokens={places} for a prompt of {size} tokens: each must be one of them.")
+        adapted[name].set_pairs(adapter_name, key[0][:, places], value[0][:, places])
+
+
+def _read(
+    model: nn.Module, inputs: Mapping[str, Any], layers: Mapping[str, HiFICLLayer]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Keys and values (1, G, T, d) that each adapted attention sees in a forward pass of the base model."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    inputs = dict(inputs)
+    if "position_ids" not in inputs:
+        shape = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
+        inputs["position_ids"] = torch.arange(-shape.shape[1], 0, device=shape.device)[None]
+    training = model.training
+    model.eval()
+    try:
+        for layer in layers.values():
+            layer.recorded = []
+        base(**inputs, use_cache=False)
+        calls = {name: list(layer.recorded or []) for name, layer in layers.items()}
+    finally:
+        for layer in layers.values():
+            layer.recorded = None
+        model.train(training)
+    for name, of_layer in calls.items():
+        if len(of_layer) != 1:
+            raise ValueError(
+                f"{name.rpartition('.')[0]} attends {len(of_layer)} times in one forward pass: demonstrations can "
+                "only be read where each attention is called once."
+            )
+    return {name: of_layer[0] for name, of_layer in calls.items()}

@@ -1,0 +1,107 @@
+"""Adapters that begin as demonstrations, and the other initialisations."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from peft_hificl import HiFICLConfig, HiFICLLayer, initialize_from_demonstrations
+
+from .conftest import build
+
+DEMONSTRATIONS = torch.tensor([[5, 6, 7, 8, 9]])
+QUERY = torch.tensor([[3, 4, 11]])
+
+
+def adapted(kind, **settings):
+    torch.manual_seed(0)
+    return get_peft_model(build(kind), HiFICLConfig(task_type="CAUSAL_LM", **settings)).eval()
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, HiFICLLayer)]
+
+
+@torch.no_grad()
+def in_context(model):
+    """The logits of the query with the demonstrations in the prompt."""
+    with model.disable_adapter():
+        return model(input_ids=torch.cat([DEMONSTRATIONS, QUERY], dim=1)).logits[:, -QUERY.shape[1] :]
+
+
+@pytest.mark.parametrize("kind", ["mha", "gqa"])
+@pytest.mark.parametrize("settings", [{"r": 5}, {"r": 7}, {"factorize_keys": False, "factorize_values": False}])
+def test_all_tokens_as_pairs_give_the_logits_of_the_prompt(kind, settings):
+    model = adapted(kind, n=5, **settings)
+    wanted = in_context(model)
+    initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, range(5))
+    with torch.no_grad():
+        found = model(input_ids=QUERY).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_lower_rank_keeps_the_best_approximation():
+    model = adapted("gqa", n=5, r=5)
+    initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, range(5))
+    whole = [layer._pairs("default") for layer in layers(model)]
+    model = adapted("gqa", n=5, r=2)
+    initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, range(5))
+    for layer, exact in zip(layers(model), whole, strict=True):
+        for mine, theirs in zip(layer._pairs("default")[:2], exact[:2], strict=True):
+            lost = torch.linalg.svdvals(theirs[0])[:, 2:].square().sum(dim=-1)
+            torch.testing.assert_close((mine - theirs)[0].square().sum(dim=(-1, -2)), lost, rtol=1e-3, atol=1e-5)
+
+
+def test_the_chosen_tokens_and_no_others_matter_and_nothing_else_changes():
+    model = adapted("gqa", n=2)
+    frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
+    model.train()
+    initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [1, -1])
+    first = [layer._pairs("default") for layer in layers(model)]
+    assert model.training
+    assert all(layer.recorded is None for layer in layers(model))
+    initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [1, 4])
+    for layer, before in zip(layers(model), first, strict=True):
+        torch.testing.assert_close(layer._pairs("default").keys, before.keys)
+    for name, value in model.named_parameters():
+        assert name not in frozen or torch.equal(value, frozen[name])
+    assert all(p.requires_grad for layer in layers(model) for p in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "name", "message"),
+    [
+        ([0], DEMONSTRATIONS, None, "1 tokens for an adapter of n=2"),
+        ([0, 5], DEMONSTRATIONS, None, r"tokens=\[0, 5\] for a prompt of 5 tokens"),
+        ([0, 1], DEMONSTRATIONS.expand(2, -1), None, "batch of 2"),
+        ([0, 1], DEMONSTRATIONS, "nope", "no HiFICL adapter 'nope'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_changes_nothing(tokens, inputs, name, message):
+    model = adapted("gqa", n=2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        initialize_from_demonstrations(model, {"input_ids": inputs}, tokens, adapter_name=name)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(layer.recorded is None for layer in layers(model))
+
+
+def test_several_active_adapters_need_a_name():
+    model = adapted("gqa", n=2)
+    model.add_adapter("other", HiFICLConfig(task_type="CAUSAL_LM", n=3))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"\['default', 'other'\] as active"):
+        initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [0, 1])
+    initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [0, 1, 2], adapter_name="other")
+
+
+@pytest.mark.parametrize("factorize", [True, False])
+def test_unit_keys_have_variance_one_and_values_are_zero(factorize):
+    model = adapted("mha", n=64, r=16, init_weights="unit_keys", factorize_keys=factorize)
+    keys = torch.cat([layer._pairs("default").keys.flatten() for layer in layers(model)])
+    assert keys.std().item() == pytest.approx(1, abs=0.1)
+    assert not any(layer._pairs("default").values.any() for layer in layers(model))
+
+
+def test_an_unknown_initialisation_is_refused():
+    with pytest.raises(ValueError, match="init_weights must be True, False or 'unit_keys', found 'svd'"):
+        HiFICLConfig(init_weights="svd")
