@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ import torch
 
 from benchmarks.base_model import train
 from benchmarks.base_model.episodes import Block, Episodes, collate, split_of_rule
-from benchmarks.base_model.evaluate import SERIES, TARGETS, draw, evaluate
-from benchmarks.base_model.language import END, IMAGE, LABELS, PAD, QUESTION_TYPES, TOKEN, ask, caption
+from benchmarks.base_model.evaluate import SERIES, TARGETS, draw, evaluate, measure_series
+from benchmarks.base_model.language import END, HIDDEN, IMAGE, LABELS, PAD, QUESTION_TYPES, TOKEN, ask, caption
 from benchmarks.base_model.model import load_base, make_model, make_processor
 from benchmarks.base_model.scaffold import pointing
 from benchmarks.base_model.scenes import ATTRIBUTES, EMPTY, OBJECTS, SPLITS, digit_rows, make_scenes
+
+CHECKPOINT = Path(train.__file__).parent / "checkpoint"
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +239,31 @@ def test_training_resumes_to_the_same_weights_and_the_saved_model_is_the_trained
     json.dumps(results)
     draw(tmp_path / "evaluation.png", results["series"])
     assert (tmp_path / "evaluation.png").stat().st_size > 10_000
+
+
+def test_training_starts_from_a_model_that_lacks_the_last_words(tmp_path):
+    _, small = load_base(CHECKPOINT)
+    small.resize_token_embeddings(len(TOKEN) - len(HIDDEN) + 1)
+    small.save_pretrained(tmp_path / "small")
+    make_processor().save_pretrained(tmp_path / "small")
+    (tmp_path / "small" / "training.json").write_text(json.dumps({"steps": 5}))
+    training = train.Training(dataclasses.replace(train.SMOKE, see=0), 0, tmp_path, tmp_path / "small")
+    known = small.state_dict()
+    for name, value in training.model.state_dict().items():
+        assert torch.equal(value[: len(known[name])], known[name]), name
+    training.run()
+    training.save_model()
+    assert json.loads((tmp_path / "model" / "training.json").read_text())["started from"] == {"steps": 5}
+
+
+def test_the_shipped_model_knows_the_words_and_is_what_its_card_says():
+    _, model = load_base(CHECKPOINT)
+    assert model.get_input_embeddings().num_embeddings == len(TOKEN)
+    assert f"{model.num_parameters():,} parameters" in (CHECKPOINT / "README.md").read_text()
+    assert (CHECKPOINT / "model.safetensors").stat().st_size < 12e6
+    scenes = make_scenes("validation", 1000)
+    right = measure_series(model, scenes, "validation", "rename 4, named", 8, 100)
+    assert right["accuracy"] > 0.95 * right["ceiling"]
 
 
 def test_training_moves_every_weight(tmp_path):

@@ -71,7 +71,6 @@ def write_card(folder: Path) -> None:
     results: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
     series = results["series"]
     shots = list(next(iter(series.values())))
-    recipe = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in training["recipe"].items())
     rows = {
         "targets": [f"| {name} | {r['reached']:.3f} | {r['target']:.2f} |" for name, r in results["targets"].items()],
         "series": [
@@ -86,9 +85,7 @@ def write_card(folder: Path) -> None:
         digits=len(digit_rows()["train"]),
         types=len(QUESTION_TYPES),
         questions=", ".join(f"`{name}`" for name in (*ATTRIBUTES, *QUESTION_TYPES[len(ATTRIBUTES) :])),
-        training=f"`python -m benchmarks.base_model.train --seed {training['seed']}`: {training['steps']:,} steps in "
-        f"{training['seconds'] / 60:.0f} minutes on a CPU ({training['threads']} threads), torch {training['torch']}, "
-        f"transformers {training['transformers']}. The recipe: {recipe}.",
+        training="\n".join(_stages(training)),
         images=results["images"],
         episodes=results["episodes"],
         shots=" | ".join(shots),
@@ -100,3 +97,18 @@ def write_card(folder: Path) -> None:
         **{name: "\n".join(lines) for name, lines in rows.items()},
     )
     (folder / "README.md").write_text(text)
+
+
+def _stages(training: dict[str, Any]) -> list[str]:
+    """One line for each training that led here, the first one first."""
+    before = _stages(training["started from"]) if "started from" in training else []
+    start = " --start (the model of the line above)" if before else ""
+    recipe = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in training["recipe"].items())
+    line = (
+        f"{len(before) + 1}. `python -m benchmarks.base_model.train --seed {training['seed']}{start}`: "
+        f"{training['steps']:,} steps in {training['seconds'] / 60:.0f} minutes, threads of a CPU: {training['threads']}, "
+        f"torch {training['torch']}, transformers {training['transformers']}. The recipe: {recipe}."
+    )
+    if "note" in training:
+        line += f" {training['note']}"
+    return [*before, line]

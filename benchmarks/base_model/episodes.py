@@ -70,10 +70,10 @@ class Episodes:
     def rename(self, pictures: int, classes: int, *, hidden: bool = False, attribute: str | None = None) -> Episode:
         attribute, words = self.rule(classes, attribute)
         values = self.rng.choice(np.array(list(words)), pictures)
+        question = self.choose.choice(HIDDEN) if hidden else attribute
         seen: set[int] = set()
         episode = []
         for row, value in zip(self.scenes.draw_with(attribute, values, self.rng), values.tolist(), strict=True):
-            question = HIDDEN if hidden else attribute
             episode.append(Block(row, question, words[value], known=value in seen, means=ATTRIBUTES[attribute][value]))
             seen.add(value)
         return episode
@@ -81,11 +81,11 @@ class Episodes:
     def choice(self, pictures: int) -> Episode:
         """Which attribute is asked for is hidden; its values have their own names."""
         attribute = self.choose.choice(RULE_ATTRIBUTES)
-        names = ATTRIBUTES[attribute]
+        question, names = self.choose.choice(HIDDEN), ATTRIBUTES[attribute]
         values = self.rng.integers(len(names), size=pictures)
         rows = self.scenes.draw_with(attribute, values, self.rng)
         return [
-            Block(row, HIDDEN, names[value], known=place > 0)
+            Block(row, question, names[value], known=place > 0)
             for place, (row, value) in enumerate(zip(rows, values.tolist(), strict=True))
         ]
 
@@ -147,7 +147,7 @@ def collate(episodes: Sequence[Episode], length: int | None = None, *, tell_hidd
             ids += [*prompt, TOKEN[MARK], *answer, TOKEN[END]]
             weights += [0.0] * (len(prompt) + 1) + [float(block.known)] * len(answer) + [END_WEIGHT]
             meant = TOKEN[block.means] if block.means else 0
-            told = meant * (block.question != HIDDEN or (tell_hidden and block.known))
+            told = meant * (block.question not in HIDDEN or (tell_hidden and block.known))
             queries += [0] * len(prompt) + [meant] + [0] * (len(answer) + 1)
             labels += [0] * (len(prompt) + 1) + [meant] * len(answer) + [0]
             meanings += [0] * len(prompt) + [told] * (len(answer) + 1) + [0]

@@ -25,15 +25,17 @@ PLAIN = (
 )
 LABELS = tuple(f"{NONSENSE} {PLAIN}".split())
 
-HIDDEN = "what"  # asks for an attribute that only the demonstrations tell
+# Each asks for something that only the demonstrations tell.  The base learns no more of them than that, so that tasks
+# made later can ask by a word of their own.
+HIDDEN = ("what", "parity", "next", "warmth", "sides", "case", "code", "group")
 CAPTION = "caption"
 NEIGHBORS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 QUESTION_TYPES = (*ATTRIBUTES, "color of", "corner of", "which is", "next to", "is there")
 QUESTION_WEIGHTS = [1 if name in ATTRIBUTES else 3 for name in QUESTION_TYPES]  # about one object among several: harder
 
 _values = [word for values in ATTRIBUTES.values() for word in values]
-_other = [HIDDEN, CAPTION, *ATTRIBUTES, *NEIGHBORS, "of", "which", "is", "there", "yes", "no", NOTHING, "and", "on"]
-VOCABULARY = tuple(dict.fromkeys([PAD, UNKNOWN, END, IMAGE, MARK, *_other, *_values, *LABELS]))
+_other = [HIDDEN[0], CAPTION, *ATTRIBUTES, *NEIGHBORS, "of", "which", "is", "there", "yes", "no", NOTHING, "and", "on"]
+VOCABULARY = tuple(dict.fromkeys([PAD, UNKNOWN, END, IMAGE, MARK, *_other, *_values, *LABELS, *HIDDEN]))
 TOKEN = {word: index for index, word in enumerate(VOCABULARY)}
 
 

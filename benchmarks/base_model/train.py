@@ -8,6 +8,9 @@ Five phases, under one optimizer and one schedule:
 4. hide: more rules of a hidden attribute, whose values the scaffold now tells too;
 5. settle: the same without the scaffold, which holds in the three phases before (see `scaffold`).
 
+`--start FOLDER` begins with the weights of a model instead, which may lack the last words of the vocabulary, and takes
+a share of the last two phases at half the rate.
+
 A step's data depends on the seed and the step alone, so a run that was killed continues from its last checkpoint to the
 weights that it would have reached.
 """
@@ -19,7 +22,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,7 +34,7 @@ from transformers import LlavaForConditionalGeneration, set_seed
 
 from .episodes import Batch, Episode, Episodes, collate
 from .evaluate import measure_series
-from .model import make_model, make_processor
+from .model import load_base, make_model, make_processor
 from .scaffold import Probes, scaffold_loss
 from .scenes import Scenes, make_scenes
 
@@ -41,7 +44,7 @@ class Recipe:
     see: int = 1200
     speak: int = 2000
     rules: int = 1300
-    hide: int = 1300
+    hide: int = 2100
     settle: int = 1500
     scenes: int = 60_000
     batch_images: int = 288  # and as many blocks of a rule
@@ -79,6 +82,17 @@ SMOKE = Recipe(
 )  # fmt: skip
 
 
+def start_from(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Take the weights of a model that knows the first of the words, or all."""
+    _, trained = load_base(folder)
+    known = trained.get_input_embeddings().num_embeddings
+    state, fresh = trained.state_dict(), model.state_dict()
+    for name, value in fresh.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            state[name] = torch.cat([state[name], value[known:]])
+    model.load_state_dict(state)
+
+
 def draw_episodes(source: Episodes, phase: str, batch_images: int) -> Batch:
     """A batch of one length: short episodes, or half as many long ones."""
     choose = source.choose
@@ -93,7 +107,7 @@ def draw_episodes(source: Episodes, phase: str, batch_images: int) -> Batch:
         if kind < 0.45:
             return source.choice(pictures)
         classes = choose.choice((2, 2, 3, 4, 5) if pictures == 9 else (2, 3, 4, 6, 8, 8, 10))
-        return source.rename(pictures, classes, hidden=kind > (0.77 if phase == "rules" else 0.65))
+        return source.rename(pictures, classes, hidden=kind > (0.77 if phase == "rules" else 0.55))
 
     return collate([draw() for _ in range(batch_images // pictures)], length=8 * pictures, tell_hidden=phase == "hide")
 
@@ -122,12 +136,17 @@ def episode_loss(
 class Training:
     """The state of a run; everything in it is in the checkpoint or follows from seed and step."""
 
-    def __init__(self, recipe: Recipe, seed: int, out: Path) -> None:
+    def __init__(self, recipe: Recipe, seed: int, out: Path, start: Path | None = None) -> None:
         self.recipe, self.seed, self.out, self.step, self.seconds = recipe, seed, out, 0, 0.0
+        self.start = start
+        # Where the processor must emulate it, bfloat16 takes ten times as long as float32.
+        self.half = torch.cpu.get_capabilities().get("avx512_bf16", False)
         set_seed(seed)
         self.scenes = make_scenes("train", recipe.scenes, seed)
         self.validation = make_scenes("validation", max(500, recipe.scenes // 20), seed)
         self.model = make_model()
+        if start is not None:
+            start_from(self.model, start)
         self.model.set_attn_implementation("eager")  # gives the attention, and is the faster at these sizes
         self.probes = Probes(self.model.get_input_embeddings())
         self.parameters = [*self.model.parameters(), *self.probes.parameters()]
@@ -170,7 +189,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate(self.step) * (recipe.tower_rate if group["tower"] and phase != "see" else 1)
         source = Episodes(self.scenes, "train", [self.seed, self.step])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
             if phase == "see":
                 rows = source.rng.integers(len(self.scenes), size=recipe.see_images)
                 features = self.model.get_image_features(pixel_values=self.scenes.pixel_values(rows)).pooler_output
@@ -231,6 +250,8 @@ class Training:
         about = {"seed": self.seed, "steps": self.step, "seconds": self.seconds, "threads": torch.get_num_threads()}
         about |= {"parameters": self.model.num_parameters(), "recipe": asdict(self.recipe)}
         about |= {name: version(name) for name in ("torch", "transformers")}
+        if self.start is not None:
+            about["started from"] = json.loads((self.start / "training.json").read_text())
         (folder / "training.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
@@ -243,10 +264,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/base_model"), help="folder to write to, and resume from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--start", type=Path, help="folder of a model to begin with; the phases up to `rules` are left out"
+    )
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    training = Training(SMOKE if args.smoke else Recipe(), args.seed, args.out)
+    recipe = SMOKE if args.smoke else Recipe()
+    if args.start is not None:
+        recipe = replace(recipe, see=0, speak=0, rules=0, hide=recipe.hide * 2 // 3, settle=recipe.settle // 2)
+        recipe = replace(recipe, learning_rate=recipe.learning_rate / 2)
+    training = Training(recipe, args.seed, args.out, args.start)
     training.resume()
     training.run()
     training.save_model()
