@@ -129,7 +129,9 @@ class HiFICLConfig(PeftConfig):
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 raise TypeError(f"HiFICLConfig.{name} must be {words}, found {value!r}.")
         if isinstance(self.init_weights, str) and self.init_weights != "unit_keys":
-            raise ValueError(f"HiFICLConfig.init_weights must be {_TYPES['init_weights'][1]}, found {self.init_weights!r}.")
+            raise ValueError(
+                f"HiFICLConfig.init_weights must be {_TYPES['init_weights'][1]}, found {self.init_weights!r}."
+            )
         for name in ("n", "r"):
             if getattr(self, name) < 1:
                 raise ValueError(f"HiFICLConfig.{name} must be {_TYPES[name][1]}, found {getattr(self, name)}.")

@@ -58,7 +58,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self._like = like.detach().new_empty(0)
         # State of the parameters, the pairs that it gives, and the memory that keeps the state unique.
         self._multiplied_out: tuple[object, VirtualPairs, list[Tensor]] | None = None
-        # A list while demonstrations are read: the calls of the attention, run without any adapter; see `demonstrations`.
+        # While demonstrations are read (see `demonstrations`): what the attention, run without an adapter, is called with.
         self.recorded: list[tuple[Tensor, Tensor]] | None = None
 
     def update_layer(self, adapter_name: str, config: HiFICLConfig) -> None:
@@ -102,8 +102,8 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         of B is all small.
         """
         heads = self.head_shape[0]
-        for kind, whole in (("K", keys), ("V", values)):
-            whole = whole.repeat_interleave(heads // whole.shape[0], dim=0).float()  # (H, n, d)
+        for kind, pairs in (("K", keys), ("V", values)):
+            whole = pairs.repeat_interleave(heads // pairs.shape[0], dim=0).float()  # (H, n, d)
             if adapter_name in getattr(self, f"hificl_{kind}"):
                 getattr(self, f"hificl_{kind}")[adapter_name].copy_(whole)
                 continue

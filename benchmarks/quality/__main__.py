@@ -1,0 +1,43 @@
+"""`python -m benchmarks.quality`: see the package's docstring."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from . import __doc__ as what_it_does
+
+RESULTS = Path(__file__).parents[1] / "results" / "quality"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality",
+        description=what_it_does,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=("run", "costs", "report"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to, and to go on from")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--tasks", nargs="+", help="default: all")
+    parser.add_argument("--methods", nargs="+", help="default: all")
+    args = parser.parse_args()
+    if args.command == "report":
+        from . import report
+
+        print(report.write(args.results))
+        return
+    from . import costs, runner
+    from .plan import jobs
+    from .tasks import TASKS
+
+    if args.command == "costs":
+        runner.prepare_process()
+        runner.write(args.results / "costs.json", costs.measure())
+        return
+    chosen = [job for job in jobs(tuple(args.tasks or TASKS)) if args.methods is None or job.method in args.methods]
+    runner.run(chosen, args.results, args.processes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""A folder of results as tidy tables, and what the report asks of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .statistics import Paired, paired
+
+TASKS = {
+    "convention": "hidden convention",
+    "knowledge": "outside knowledge",
+    "captions": "captions",
+    "composed": "composed rules",
+    "renaming": "renaming",
+    "coarse": "coarse colors",
+}
+COMPARED = {
+    "zero-shot": "zero-shot",
+    "icl-1": "1-shot",
+    "icl-2": "2-shot",
+    "icl-4": "4-shot",
+    "icl-8": "8-shot",
+    "icl-16": "16-shot",
+    "task-vector": "Task Vector",
+    "live": "LIVE",
+    "mimic": "MimIC",
+    "lora-8": "LoRA, r = 8",
+    "lora-16": "LoRA, r = 16",
+    "prefix": "prefix tuning",
+    "prefix-demos": "prefix tuning from demonstrations",
+    "cartridge": "CARTRIDGE",
+    "cartridge-demos": "CARTRIDGE from demonstrations",
+    "ia3": "IA3",
+    "hificl": "HiFICL",
+}
+ABLATIONS = {
+    "hificl-teacher": "+ teacher",
+    "hificl-whole-k": "- LoRA on K",
+    "hificl-whole-v": "- LoRA on V",
+    "hificl-alpha-1": "w/o SA scaling (alpha = 1)",
+}
+# HiFICL itself has r = 8 and n = 8.
+RANKS = {1: "hificl-r1", 2: "hificl-r2", 4: "hificl-r4", 8: "hificl", 16: "hificl-r16"}
+PAIRS = {1: "hificl-n1", 2: "hificl-n2", 4: "hificl-n4", 8: "hificl", 16: "hificl-n16", 32: "hificl-n32"}
+METHODS = (
+    COMPARED
+    | ABLATIONS
+    | {method: f"HiFICL, r = {r}" for r, method in RANKS.items() if method != "hificl"}
+    | {method: f"HiFICL, n = {n}" for n, method in PAIRS.items() if method != "hificl"}
+)
+SHOTS = {0: "zero-shot", 1: "icl-1", 2: "icl-2", 4: "icl-4", 8: "icl-8", 16: "icl-16"}
+TEACHERS = ("mimic", "live")  # the methods that read a k-shot prompt at every step of training
+
+SIZES = (16, 64, 256, 1000)
+FULL = SIZES[-1]
+SEEDS = 5
+
+CAPTION_MEASURES = ("cider", "exact_match", "chair_i", "chair_s", "recall")
+RUN = ("task", "method", "samples", "seed", "rate", "parameters", "seconds", "score", *CAPTION_MEASURES)
+SWEEP = ("task", "method", "samples", "rate", "score")
+_NONE = pd.Series(dtype=float)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The learning rates of one method, task and size: those that were tried, and those that the runs had."""
+
+    grid: tuple[float, ...]
+    chosen: tuple[float, ...]
+    better: float | None = None  # one that did better on validation than those that were chosen
+
+    @property
+    def at_edge(self) -> bool:
+        """A better rate may lie outside a grid that ends with the chosen one."""
+        return bool(self.grid) and any(rate <= self.grid[0] or rate >= self.grid[-1] for rate in self.chosen)
+
+
+@dataclass(frozen=True)
+class Results:
+    runs: pd.DataFrame
+    sweeps: pd.DataFrame
+    costs: Mapping
+    unusable: list[str]
+
+    @cached_property
+    def _runs(self) -> dict[tuple, pd.DataFrame]:
+        return {key: of.set_index("seed") for key, of in self.runs.groupby(["method", "task", "samples"])}
+
+    @cached_property
+    def _sweeps(self) -> dict[tuple, pd.DataFrame]:
+        return dict(iter(self.sweeps.groupby(["method", "task", "samples"])))
+
+    @property
+    def cost_rows(self) -> dict[str, Mapping]:
+        return {row["method"]: row for row in self.costs.get("rows") or () if "method" in row}
+
+    def scores(self, method: str, task: str, samples: int, measure: str = "score", exact: bool = False) -> pd.Series:
+        """By seed.  What draws on no training samples (0) stands for every size, unless `exact`."""
+        of = self._runs.get((method, task, samples))
+        if of is None and not exact:
+            of = self._runs.get((method, task, 0))
+        return _NONE if of is None else of[measure].dropna()
+
+    def means(self, method: str, samples: int, exact: bool = False) -> pd.Series:
+        """By seed, over all tasks: a seed that lacks one is left out, as the rest would be a mean of something else."""
+        by_task = [self.scores(method, task, samples, exact=exact) for task in TASKS]
+        return pd.concat(by_task, axis=1, join="inner").mean(axis=1)
+
+    def difference(self, first: str, second: str, samples: int, task: str | None = None) -> Paired | None:
+        """First less second, paired by seed; without a task, of the means over all tasks."""
+        both = [self.scores(m, task, samples) if task else self.means(m, samples) for m in (first, second)]
+        pairs = pd.concat(both, axis=1, join="inner")
+        return paired(pairs.iloc[:, 0], pairs.iloc[:, 1])
+
+    def parameters(self, method: str) -> tuple[int, ...]:
+        """Numbers of trainable parameters of its runs, increasing; more than one if they depend on task or size."""
+        found = self.runs.loc[self.runs["method"] == method, "parameters"].dropna().unique()
+        if not found.size and (cost := self.cost_rows.get(method, {}).get("trainable_parameters")) is not None:
+            return (int(cost),)
+        return tuple(sorted(int(number) for number in found))
+
+    def training_ratio(self, method: str, reference: str = "hificl") -> float | None:
+        """Geometric mean of the ratios of training time, over runs of the same task, samples and seed."""
+        keys = ["task", "samples", "seed"]
+        timed = self.runs[self.runs["seconds"] > 0].set_index(keys)
+        mine, theirs = (timed.loc[timed["method"] == name, "seconds"] for name in (method, reference))
+        ratios = (mine / theirs).dropna()
+        return float(np.exp(np.log(ratios).mean())) if len(ratios) else None
+
+    def rates(self, method: str, task: str, samples: int) -> Rates | None:
+        tried, ran = self._sweeps.get((method, task, samples)), self._runs.get((method, task, samples))
+        chosen = () if ran is None else tuple(sorted(ran["rate"].dropna().unique().tolist()))
+        if tried is None:
+            return Rates((), chosen) if chosen else None
+        scores = tried.groupby("rate")["score"].mean()  # over seeds, where there are several
+        best = float(scores.idxmax())
+        chosen = chosen or (best,)
+        is_best = any(scores.get(rate, math.nan) == scores.max() for rate in chosen)
+        return Rates(tuple(scores.index.tolist()), chosen, None if is_best else best)
+
+
+def load(folder: Path) -> Results:
+    """Read what is there; a file that cannot be used is named, not passed over."""
+    unusable: list[str] = []
+
+    def read(pattern: str, parse: Callable[[Path], dict]) -> list[dict]:
+        parsed = []
+        for path in sorted(folder.glob(pattern)):
+            try:
+                parsed.append(parse(path))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                unusable.append(f"{path.relative_to(folder)}: {type(error).__name__}: {error}")
+        return parsed
+
+    runs = read("runs/*/*.json", _run)
+    sweeps = read("sweeps/*/*.json", _sweep)
+    costs = read("costs.json", lambda path: dict(json.loads(path.read_text())))
+    return Results(_tidy(runs, RUN), _tidy(sweeps, SWEEP), costs[0] if costs else {}, unusable)
+
+
+def _run(path: Path) -> dict:
+    run = json.loads(path.read_text())
+    key = run["task"], run["method"], int(run["samples"]), int(run["seed"])
+    if (path.parent.name, path.stem) != (key[0], ".".join(map(str, key[1:]))):
+        raise ValueError(f"holds the run {key}")
+    test = run["test"]
+    numbers = [_number(run.get(name)) for name in ("rate", "trainable_parameters", "training_seconds")]
+    measures = [_number(test.get(name)) for name in CAPTION_MEASURES]
+    return dict(zip(RUN, (*key, *numbers, _finite(test["score"]), *measures), strict=True))
+
+
+def _sweep(path: Path) -> dict:
+    sweep = json.loads(path.read_text())
+    score = _finite(sweep["validation"]["score"])
+    values = sweep["task"], sweep["method"], int(sweep["samples"]), _finite(sweep["rate"]), score
+    return dict(zip(SWEEP, values, strict=True))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(float(value)):
+        raise ValueError(f"{value} where a finite number is needed")
+    return float(value)
+
+
+def _tidy(records: list[dict], columns: tuple[str, ...]) -> pd.DataFrame:
+    return pd.DataFrame(records, columns=list(columns))

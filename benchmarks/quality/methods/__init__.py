@@ -1,0 +1,64 @@
+"""The methods that are compared, by the name that results carry.
+
+`learner` says what a method is; what PEFT has comes from PEFT (`adapters`), the others are here and nowhere else:
+`task_vector`, `live` and `mimic`, the latter two with a `teacher`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from transformers import LlavaForConditionalGeneration
+
+from . import live, mimic, task_vector
+from .adapters import adapter, cartridge, hificl, ia3, lora, prefix
+from .learner import Attach, Fitted, Learner, Method, Setup, trainable, trained
+from .teacher import Teacher, drawn_to_states
+
+SHOTS = (1, 2, 4, 8, 16)
+
+
+def _prompting(base: LlavaForConditionalGeneration, setup: Setup, shots: int) -> Fitted:
+    return Fitted(base, shots=shots)
+
+
+def _own(**changes: Any) -> Attach:
+    """HiFICL as it did best on validation data: its pairs begin as demonstrations."""
+    return adapter(hificl(**changes), from_demonstrations=True)
+
+
+def _hificl_with_teacher(base: LlavaForConditionalGeneration, setup: Setup) -> Learner:
+    teacher = Teacher(base, setup)
+    learner = _own()(base, setup)
+    return Learner(learner.model, learner.groups, drawn_to_states(learner.model, base, setup, teacher))
+
+
+# Three rates for each method, about the one that was best in trials on validation data.
+_LORA, _HIFICL, _LARGE = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (3e-2, 1e-1, 3e-1)
+
+METHODS = {
+    "zero-shot": Method("zero-shot", partial(_prompting, shots=0)),
+    **{f"icl-{k}": Method(f"{k}-shot", partial(_prompting, shots=k)) for k in SHOTS},
+    "task-vector": Method("Task Vector", task_vector.fit),
+    "live": trained("LIVE", _LARGE, live.attach),
+    "mimic": trained("MimIC", _LARGE, mimic.attach),
+    "lora-8": trained("LoRA, r = 8", _LORA, adapter(lora(8))),
+    "lora-16": trained("LoRA, r = 16", _LORA, adapter(lora(16))),
+    "prefix": trained("prefix tuning", _LARGE, adapter(prefix)),
+    "prefix-demos": trained("prefix tuning from demonstrations", _LARGE, adapter(prefix, from_demonstrations=True)),
+    "cartridge": trained("CARTRIDGE", _LARGE, adapter(cartridge)),
+    "cartridge-demos": trained("CARTRIDGE from demonstrations", _LARGE, adapter(cartridge, from_demonstrations=True)),
+    "ia3": trained("IA3", _LARGE, adapter(ia3)),
+    "hificl": trained("HiFICL", _HIFICL, _own()),
+    "hificl-paper": trained("the paper's init", _HIFICL, adapter(hificl())),
+    "hificl-unit": trained("init with unit keys", _HIFICL, adapter(hificl(init_weights="unit_keys"))),
+    "hificl-teacher": trained("+ teacher", _HIFICL, _hificl_with_teacher),
+    "hificl-whole-k": trained("- LoRA on K", _HIFICL, _own(factorize_keys=False)),
+    "hificl-whole-v": trained("- LoRA on V", _HIFICL, _own(factorize_values=False)),
+    "hificl-alpha-1": trained("alpha = 1", _HIFICL, _own(scale_self_attention=False)),
+    **{f"hificl-r{r}": trained(f"HiFICL, r = {r}", _HIFICL, _own(r=r)) for r in (1, 2, 4, 16)},
+    **{f"hificl-n{n}": trained(f"HiFICL, n = {n}", _HIFICL, _own(n=n)) for n in (1, 2, 4, 16, 32)},
+}
+
+__all__ = ["METHODS", "SHOTS", "Fitted", "Learner", "Method", "Setup", "trainable"]

@@ -1,0 +1,79 @@
+"""Methods that are adapters of PEFT: HiFICL with its ablations, LoRA, IA3, prefix tuning and CARTRIDGE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import CartridgeConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
+from transformers import LlavaForConditionalGeneration
+
+from peft_hificl import HiFICLConfig, initialize_from_demonstrations
+
+from ..encoding import Row, collate, demonstrated
+from .learner import Attach, Learner, Setup, cross_entropy, trainable
+
+DECODER = r".*language_model\..*\."  # the vision tower has projections of the same names
+PREFIX_TOKENS = 20  # as many parameters as HiFICL with n = 8, r = 8 has on the shipped base
+
+
+def adapter(config: Callable[[], PeftConfig], *, from_demonstrations: bool = False) -> Attach:
+    """An adapter that is trained by cross-entropy alone."""
+
+    def attach(base: LlavaForConditionalGeneration, setup: Setup) -> Learner:
+        model = get_peft_model(base, config())
+        if from_demonstrations:
+            read_demonstrations(model, setup)
+        groups: list[dict[str, object]] = [{"params": trainable(model), "lr": setup.rate}]
+        return Learner(model, groups, cross_entropy(model, setup))
+
+    return attach
+
+
+@torch.no_grad()
+def read_demonstrations(model: PeftModel, setup: Setup) -> None:
+    """Let an adapter begin as what training samples add to attention.
+
+    A prefix begins as the first tokens of a prompt, as PEFT has it; HiFICL's pairs as the last word of each answer.
+    """
+    config = model.active_peft_config
+    if not isinstance(config, HiFICLConfig):
+        inputs = _prompt(setup, [("train", row) for row in setup.samples[: config.num_virtual_tokens]])
+        cache = model.get_base_model()(**inputs, use_cache=True).past_key_values
+        initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
+        return
+    rows: list[Row] = [("train", row) for row in setup.samples[: config.n]]
+    ends = [len(demonstrated(setup.splits, rows[: number + 1])) for number in range(len(rows))]
+    initialize_from_demonstrations(model, _prompt(setup, rows), [end - 2 for end in ends])
+
+
+def _prompt(setup: Setup, rows: list[Row]) -> dict[str, Any]:
+    """Demonstrations and no query."""
+    inputs = collate(setup.splits, rows[-1:], [rows[:-1]])
+    del inputs["labels"]
+    return inputs
+
+
+def hificl(**changes: Any) -> Callable[[], PeftConfig]:
+    return lambda: HiFICLConfig(**{"task_type": "CAUSAL_LM", "n": 8, "r": 8, **changes})
+
+
+def lora(r: int) -> Callable[[], PeftConfig]:
+    """As in the paper's comparison: queries, keys, values and outputs, alpha = 2 r, dropout 0.05."""
+    targets = DECODER + r"[qkvo]_proj"
+    return lambda: LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=2 * r, lora_dropout=0.05, target_modules=targets)
+
+
+def ia3() -> PeftConfig:
+    targets, feedforward = DECODER + "(k_proj|v_proj|down_proj)", DECODER + "down_proj"
+    return IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=feedforward)
+
+
+def prefix() -> PeftConfig:
+    return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX_TOKENS)
+
+
+def cartridge() -> PeftConfig:
+    return CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX_TOKENS, num_frozen_tokens=1)

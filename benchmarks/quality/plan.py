@@ -1,0 +1,100 @@
+"""Which runs there are: the grid, in the order in which it is worked through, and what one run waits for.
+
+What is alike for every method is fixed here and in `training`: samples, their order, steps, batch, schedule, seeds, the
+number of rates that a method may try, and that validation data alone chooses among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .methods import METHODS, SHOTS
+from .tasks import TASKS
+from .training import STEPS
+
+SEEDS = range(5)
+SWEEP_SEED = 100  # of the runs that choose a rate: none of those that are tested
+SIZES = tuple(STEPS)
+FULL = SIZES[-1]
+SWEPT_AT = {16: 64, 64: 64, 256: 1000, 1000: 1000}  # the size whose sweep chooses the rate
+
+# Methods that are trained, with their sizes, most wanted first.  Slow or secondary ones have fewer sizes: see README.
+TRAINED: dict[str, tuple[int, ...]] = {
+    "hificl": SIZES,
+    "lora-8": SIZES,
+    "prefix-demos": SIZES,
+    "mimic": (FULL,),
+    "hificl-paper": (64, FULL),
+    "lora-16": (64, FULL),
+    "live": (FULL,),
+    "prefix": (64, FULL),
+    "ia3": (64, FULL),
+    "cartridge-demos": (64, FULL),
+    "cartridge": (FULL,),
+    "hificl-alpha-1": (FULL,),
+    "hificl-whole-k": (FULL,),
+    "hificl-whole-v": (FULL,),
+    "hificl-unit": (FULL,),
+    "hificl-teacher": (FULL,),
+}
+# Ranks and numbers of pairs take HiFICL's own rate, on half of the tasks.
+MATCHED = tuple(name for name in METHODS if name.startswith(("hificl-r", "hificl-n")))
+MATCHED_TASKS = ("convention", "knowledge", "captions")
+SLOW = {"mimic": 3.0, "live": 3.0, "hificl-teacher": 3.0}  # a step's time, about; only for the time that is left
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training with one measurement: on validation data if it is to choose a rate, else on test data."""
+
+    task: str
+    method: str
+    samples: int
+    seed: int
+    rate: float | None = None  # of a sweep; a run takes the rate that its sweep has chosen
+
+    @property
+    def sweeps(self) -> bool:
+        return self.rate is not None
+
+    def path(self, results: Path) -> Path:
+        if self.sweeps:
+            return results / "sweeps" / self.task / f"{self.method}.{self.samples}.{self.rate:g}.json"
+        return results / "runs" / self.task / f"{self.method}.{self.samples}.{self.seed}.json"
+
+    @property
+    def waits_for(self) -> list[Job]:
+        """The sweep that chooses its rate."""
+        method = "hificl" if self.method in MATCHED else self.method
+        if self.sweeps or not METHODS[method].rates:
+            return []
+        return sweep(self.task, method, SWEPT_AT[self.samples])
+
+    @property
+    def cost(self) -> float:
+        """Seconds, about."""
+        steps = STEPS.get(self.samples, 0) if METHODS[self.method].rates else 50
+        return (2 if self.task == "captions" else 1) * (2 + 0.045 * steps * SLOW.get(self.method, 1))
+
+
+def sweep(task: str, method: str, samples: int) -> list[Job]:
+    return [Job(task, method, samples, SWEEP_SEED, rate) for rate in METHODS[method].rates]
+
+
+def jobs(tasks: tuple[str, ...] = tuple(TASKS)) -> Iterator[Job]:
+    """The whole grid.  A run comes after the sweep that it waits for."""
+    for task in tasks:
+        yield Job(task, "zero-shot", 0, 0)
+        for method in (*(f"icl-{k}" for k in SHOTS), "task-vector"):
+            yield from (Job(task, method, FULL, seed) for seed in SEEDS)
+    sizes_of_first = [(method, size) for size in (FULL, 64, 16, 256) for method in list(TRAINED)[:3]]
+    others = [(method, size) for method, sizes in list(TRAINED.items())[3:] for size in reversed(sizes)]
+    for method, size in (*sizes_of_first, *others):
+        for task in tasks:
+            if SWEPT_AT[size] == size:
+                yield from sweep(task, method, size)
+            yield from (Job(task, method, size, seed) for seed in SEEDS)
+    for method in MATCHED:
+        yield from (Job(task, method, FULL, seed) for task in MATCHED_TASKS if task in tasks for seed in SEEDS)

@@ -1,0 +1,177 @@
+"""The pictures of the report; bars, bands and whiskers are 95 % intervals over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, NullLocator
+
+from ..speed.presets import HIFICL, LORA, PREFIX
+from ..speed.report import COLORS as SPEED_COLORS
+from ..speed.report import GREY, NOT_MEASURED
+from .frame import FULL, METHODS, PAIRS, RANKS, SHOTS, SIZES, TASKS, Results
+from .statistics import Interval, interval
+
+BLUE, ORANGE, GREEN = (SPEED_COLORS[method] for method in (HIFICL, LORA, PREFIX))
+PALE = "#7fb3e0"
+LINES = {  # color, marker
+    "lora-8": ("#f2bb73", "v"),
+    "lora-16": (ORANGE, "^"),
+    "prefix": (GREEN, "s"),
+    "ia3": ("#8c6bb1", "D"),
+    "live": ("#c994c7", "P"),
+    "mimic": ("#ce3a4a", "X"),
+    "hificl": (BLUE, "o"),
+}
+PREFIXES = {"prefix-demos": (GREEN, "p"), "cartridge": ("#3f7f93", "<"), "cartridge-demos": ("#3f7f93", ">")}
+LEVELS = {"zero-shot": ":", "icl-8": "--"}
+
+Score = Callable[[str, int], pd.Series]
+
+
+def save(found: Results, folder: Path) -> dict[str, str]:
+    """Draw every picture; returns titles by file name."""
+    drawn: dict[str, tuple[str, tuple[float, float], Callable[[Results, Figure], None]]] = {
+        "samples.png": ("Test score by number of training samples", (14, 7), draw_samples),
+        "parameters.png": (f"Mean test score by trainable parameters, {FULL} samples", (9, 5.5), draw_parameters),
+        "shots.png": ("Test score of prompting by number of demonstrations", (14, 7), draw_shots),
+    }
+    for name, (title, size, draw) in drawn.items():
+        figure = Figure(figsize=size, layout="constrained")
+        draw(found, figure)
+        figure.suptitle(title)
+        figure.savefig(folder / name, dpi=110)
+    return {name: title for name, (title, *_) in drawn.items()}
+
+
+def draw_samples(found: Results, figure: Figure) -> None:
+    for axes, score in _panels(found, figure):
+        for place, (method, (color, marker)) in enumerate(LINES.items()):
+            # side by side within a size, as whiskers on one another cannot be told apart
+            nudge = 1.035 ** (place - (len(LINES) - 1) / 2)
+            points = {samples * nudge: interval(score(method, samples)) for samples in SIZES}
+            _whiskers(axes, points, METHODS[method], color, marker, strong=method == "hificl")
+        for method, style in LEVELS.items():
+            _level(axes, interval(score(method, FULL)), METHODS[method], GREY, style)
+        axes.set_xscale("log")
+        axes.set_xticks(SIZES, list(map(str, SIZES)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("training samples")
+        _finish(axes)
+    _legend(figure)
+
+
+def draw_shots(found: Results, figure: Figure) -> None:
+    for axes, score in _panels(found, figure):
+        shown = {place: interval(score(method, FULL)) for place, method in enumerate(SHOTS.values())}
+        _whiskers(axes, shown, "prompting", GREY, "o", strong=True)
+        _level(axes, interval(score("hificl", FULL)), f"HiFICL, {FULL} samples", BLUE, "-")
+        axes.set_xticks(range(len(SHOTS)), list(map(str, SHOTS)))
+        axes.set_xlabel("demonstrations")
+        _finish(axes)
+    _legend(figure)
+
+
+def draw_parameters(found: Results, figure: Figure) -> None:
+    axes = figure.subplots()
+    for variants, name, color in ((RANKS, "r", BLUE), (PAIRS, "n", PALE)):
+        by_number = {number: point for number, method in variants.items() if (point := _with_parameters(found, method))}
+        _whiskers(axes, dict(by_number.values()), f"HiFICL by {name}", color, "o", strong=name == "r")
+        for number in {min(by_number, default=None), max(by_number, default=None)} - {None}:
+            x, point = by_number[number]
+            side = 1 if name == "n" else -1  # above the curve of n, below that of r
+            end = 100 * (point.mean + side * (point.half or 0))
+            text = {"textcoords": "offset points", "ha": "center", "va": "center", "color": color}
+            axes.annotate(f"{name} = {number}", (x, end), (0, 10 * side), **text)
+    taken: list[float] = []
+    for method, (color, marker) in (LINES | PREFIXES).items():
+        if point := _with_parameters(found, method):
+            x, score = point
+            # whoever has as many parameters as another stands beside it
+            beside, strong = x * 1.06 ** taken.count(x), method == "hificl"
+            taken.append(x)
+            label = "HiFICL, r = 8, n = 8" if strong else METHODS[method]
+            _whiskers(axes, {beside: score}, label, color, "*" if strong else marker, strong)
+    axes.set_xscale("log")
+    axes.set_xlabel("trainable parameters")
+    _finish(axes)
+    _legend(figure)
+
+
+def _with_parameters(found: Results, method: str) -> tuple[float, Interval] | None:
+    numbers, score = found.parameters(method), interval(found.means(method, FULL))
+    return (numbers[-1], score) if score and any(numbers) else None
+
+
+def _panels(found: Results, figure: Figure) -> list[tuple[Axes, Score]]:
+    """One per task and one for their mean, with the scores that belong in it; the eighth place is for the legend."""
+    grid = list(figure.subplots(2, 4).flat)
+    grid[-1].set_axis_off()
+    by_panel: list[tuple[str, Score]] = [
+        (title, lambda method, samples, task=task: found.scores(method, task, samples)) for task, title in TASKS.items()
+    ]
+    by_panel.append(("mean over tasks", found.means))
+    panels = []
+    for axes, (title, score) in zip(grid, by_panel, strict=False):
+        axes.set_title(title, fontsize=10)
+        panels.append((axes, score))
+    return panels
+
+
+def _whiskers(
+    axes: Axes, points: Mapping[float, Interval | None], label: str, color: str, marker: str, strong: bool = False
+) -> None:
+    measured = sorted((x, point) for x, point in points.items() if point)
+    if not measured:
+        return
+    line, *_ = axes.errorbar(
+        [x for x, _ in measured],
+        [100 * point.mean for _, point in measured],
+        [100 * (point.half or 0) for _, point in measured],
+        label=label,
+        color=color,
+        marker=marker,
+        markersize=14 if marker == "*" else 6,
+        linestyle="-" if len(points) > 1 else "none",
+        linewidth=2 if strong else 1.1,
+        elinewidth=1,
+        capsize=2,
+        zorder=3 if strong else 2,
+    )
+    line.set(markeredgecolor="white", markeredgewidth=0.6)  # given above, the caps would be white, too
+
+
+def _level(axes: Axes, at: Interval | None, label: str, color: str, style: str) -> None:
+    if at is None:
+        return
+    axes.axhline(100 * at.mean, label=label, color=color, linestyle=style, linewidth=1.5, zorder=1)
+    if at.half:
+        axes.axhspan(100 * (at.mean - at.half), 100 * (at.mean + at.half), color=color, alpha=0.12, linewidth=0)
+
+
+def _finish(axes: Axes) -> None:
+    if axes.get_subplotspec().is_first_col():
+        axes.set_ylabel("test score, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if not axes.has_data():
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, NOT_MEASURED, transform=axes.transAxes, ha="center", color=GREY)
+
+
+def _legend(figure: Figure) -> None:
+    """One for all panels, of whatever any of them shows."""
+    entries = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    if not entries:
+        return
+    if len(figure.axes) > 1:
+        figure.axes[-1].legend(entries.values(), entries.keys(), frameon=False, loc="center")
+    else:
+        figure.legend(entries.values(), entries.keys(), frameon=False, loc="outside right center", fontsize=9)
