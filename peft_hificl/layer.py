@@ -58,7 +58,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self._like = like.detach().new_empty(0)
         # State of the parameters, the pairs that it gives, and the memory that keeps the state unique.
         self._multiplied_out: tuple[object, VirtualPairs, list[Tensor]] | None = None
-        # While demonstrations are read (see `demonstrations`): what the attention, run without an adapter, is called with.
+        # While demonstrations are read (see there): what the attention, run without an adapter, is called with.
         self.recorded: list[tuple[Tensor, Tensor]] | None = None
 
     def update_layer(self, adapter_name: str, config: HiFICLConfig) -> None:

@@ -12,7 +12,8 @@ import pytest
 from scipy import stats
 
 from benchmarks.quality import frame, goals, report, tables
-from benchmarks.quality.frame import ABLATIONS, FULL, METHODS, SHOTS, SIZES, TASKS
+from benchmarks.quality.frame import ABLATIONS, METHODS, SHOTS, TASKS
+from benchmarks.quality.plan import FULL, SIZES
 from benchmarks.quality.statistics import holm, interval, paired
 
 LEVELS = dict.fromkeys(METHODS, 0.5) | {"hificl": 0.7}
@@ -154,13 +155,13 @@ def test_missing_task_leaves_no_mean(tmp_path: Path) -> None:
     write_all(tmp_path, {"hificl": 0.7, "lora-8": 0.6})
     (tmp_path / "runs" / "coarse" / f"lora-8.{FULL}.4.json").unlink()
     row = row_of(tables.main(frame.load(tmp_path)), METHODS["lora-8"])
-    assert row["coarse colors"].endswith("(4 seeds)") and row[tables.MEAN].endswith("(4 seeds)")
+    assert row[TASKS["coarse"]].endswith("(4 seeds)") and row[tables.MEAN].endswith("(4 seeds)")
     for path in (tmp_path / "runs" / "coarse").glob("lora-8.*"):
         path.unlink()
     found = frame.load(tmp_path)
     row = row_of(tables.main(found), METHODS["lora-8"])
-    assert (row["coarse colors"], row[tables.MEAN]) == ("-", "-")
-    assert row["captions"] != "-"
+    assert (row[TASKS["coarse"]], row[tables.MEAN]) == ("-", "-")
+    assert row[TASKS["captions"]] != "-"
     assert found.difference("hificl", "lora-8", FULL) is None
     assert found.difference("hificl", "lora-8", FULL, "captions").count == 5
     assert row_of(tables.comparisons(found), METHODS["lora-8"])["1,000 samples"] == "-"
@@ -170,7 +171,7 @@ def test_main_table(tmp_path: Path) -> None:
     table = tables.main(write_all(tmp_path, seeds=1))
     row = row_of(table, "HiFICL")
     assert row["trainable parameters"] == "1,000 (1.00x)"
-    assert row["renaming"].startswith("**") and row["renaming"].endswith("(1 seed)**")
+    assert row[TASKS["renaming"]].startswith("**") and row[TASKS["renaming"]].endswith("(1 seed)**")
     assert row_of(table, METHODS["lora-8"])["trainable parameters"] == "2,500 (2.50x)"
     assert row_of(table, METHODS["zero-shot"])["trainable parameters"] == "-"
     assert row_of(table, METHODS["zero-shot"])[tables.MEAN] != "-"  # its runs draw on no samples
@@ -223,7 +224,7 @@ def test_rates(grid: dict[float, float], shown: str, tmp_path: Path) -> None:
     write_grid(tmp_path, "lora-8", grid)
     found = frame.load(tmp_path)
     row = row_of(tables.rates(found), METHODS["lora-8"])
-    assert row["coarse colors"] == shown and row["captions"] == "-"
+    assert row[TASKS["coarse"]] == shown and row[TASKS["captions"]] == "-"
     assert row["rates tried"] == (", ".join(map(str, grid)) or "-")
     assert tables.edges(found) == (int("edge" in shown), int(bool(grid)))
 

@@ -106,7 +106,7 @@ def _stages(training: dict[str, Any]) -> list[str]:
     recipe = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in training["recipe"].items())
     line = (
         f"{len(before) + 1}. `python -m benchmarks.base_model.train --seed {training['seed']}{start}`: "
-        f"{training['steps']:,} steps in {training['seconds'] / 60:.0f} minutes, threads of a CPU: {training['threads']}, "
+        f"{training['steps']:,} steps in {training['seconds'] / 60:.0f} minutes, CPU threads: {training['threads']}, "
         f"torch {training['torch']}, transformers {training['transformers']}. The recipe: {recipe}."
     )
     if "note" in training:

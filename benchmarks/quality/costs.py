@@ -1,4 +1,4 @@
-"""What a method costs: parameters; time, memory and FLOPs of a training step and of an answer, measured side by side."""
+"""What a method costs: parameters; time, memory and FLOPs of a training step and of an answer, side by side."""
 
 from __future__ import annotations
 

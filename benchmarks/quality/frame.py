@@ -12,16 +12,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from . import plan, tasks
 from .statistics import Paired, paired
 
-TASKS = {
-    "convention": "hidden convention",
-    "knowledge": "outside knowledge",
-    "captions": "captions",
-    "composed": "composed rules",
-    "renaming": "renaming",
-    "coarse": "coarse colors",
-}
+TASKS = {name: task.title for name, task in tasks.TASKS.items()}
 COMPARED = {
     "zero-shot": "zero-shot",
     "icl-1": "1-shot",
@@ -40,6 +34,8 @@ COMPARED = {
     "cartridge-demos": "CARTRIDGE from demonstrations",
     "ia3": "IA3",
     "hificl": "HiFICL",
+    "hificl-unit": "HiFICL, unit keys at the start",
+    "hificl-paper": "HiFICL, the paper's start",
 }
 ABLATIONS = {
     "hificl-teacher": "+ teacher",
@@ -59,9 +55,7 @@ METHODS = (
 SHOTS = {0: "zero-shot", 1: "icl-1", 2: "icl-2", 4: "icl-4", 8: "icl-8", 16: "icl-16"}
 TEACHERS = ("mimic", "live")  # the methods that read a k-shot prompt at every step of training
 
-SIZES = (16, 64, 256, 1000)
-FULL = SIZES[-1]
-SEEDS = 5
+SEEDS = len(plan.SEEDS)
 
 CAPTION_MEASURES = ("cider", "exact_match", "chair_i", "chair_s", "recall")
 RUN = ("task", "method", "samples", "seed", "rate", "parameters", "seconds", "score", *CAPTION_MEASURES)
@@ -136,9 +130,10 @@ class Results:
         return float(np.exp(np.log(ratios).mean())) if len(ratios) else None
 
     def rates(self, method: str, task: str, samples: int) -> Rates | None:
-        tried, ran = self._sweeps.get((method, task, samples)), self._runs.get((method, task, samples))
+        chooser, size = plan.swept_as(method, samples)
+        tried, ran = self._sweeps.get((chooser, task, size)), self._runs.get((method, task, samples))
         chosen = () if ran is None else tuple(sorted(ran["rate"].dropna().unique().tolist()))
-        if tried is None:
+        if tried is None or (ran is None and size != samples):
             return Rates((), chosen) if chosen else None
         scores = tried.groupby("rate")["score"].mean()  # over seeds, where there are several
         best = float(scores.idxmax())

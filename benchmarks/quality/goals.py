@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from ..speed.report import Table, count
 from . import paper
-from .frame import ABLATIONS, FULL, METHODS, TASKS, TEACHERS, Results
+from .frame import ABLATIONS, METHODS, TASKS, TEACHERS, Results
+from .plan import FULL
 from .statistics import Paired
 from .tables import cost_ratio, p_value, percent, times
 

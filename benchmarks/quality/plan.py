@@ -67,16 +67,20 @@ class Job:
     @property
     def waits_for(self) -> list[Job]:
         """The sweep that chooses its rate."""
-        method = "hificl" if self.method in MATCHED else self.method
-        if self.sweeps or not METHODS[method].rates:
+        if self.sweeps or not METHODS[self.method].rates:
             return []
-        return sweep(self.task, method, SWEPT_AT[self.samples])
+        return sweep(self.task, *swept_as(self.method, self.samples))
 
     @property
     def cost(self) -> float:
         """Seconds, about."""
         steps = STEPS.get(self.samples, 0) if METHODS[self.method].rates else 50
         return (2 if self.task == "captions" else 1) * (2 + 0.045 * steps * SLOW.get(self.method, 1))
+
+
+def swept_as(method: str, samples: int) -> tuple[str, int]:
+    """The method and size whose sweep chooses the rate for this one."""
+    return "hificl" if method in MATCHED else method, SWEPT_AT.get(samples, samples)
 
 
 def sweep(task: str, method: str, samples: int) -> list[Job]:

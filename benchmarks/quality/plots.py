@@ -13,7 +13,8 @@ from matplotlib.ticker import NullFormatter, NullLocator
 from ..speed.presets import HIFICL, LORA, PREFIX
 from ..speed.report import COLORS as SPEED_COLORS
 from ..speed.report import GREY, NOT_MEASURED
-from .frame import FULL, METHODS, PAIRS, RANKS, SHOTS, SIZES, TASKS, Results
+from .frame import METHODS, PAIRS, RANKS, SHOTS, TASKS, Results
+from .plan import FULL, SIZES
 from .statistics import Interval, interval
 
 BLUE, ORANGE, GREEN = (SPEED_COLORS[method] for method in (HIFICL, LORA, PREFIX))

@@ -55,6 +55,16 @@ def chosen_rate(job: Job, results: Path) -> float | None:
     return max(found, key=lambda pair: pair[0])[1] if found else None  # the lower rate where two are equal
 
 
+def is_done(job: Job, results: Path) -> bool:
+    """Whether its file is there and, of a run, has the rate that its sweep chooses: a grid may have grown since."""
+    if not job.path(results).exists():
+        return False
+    if not job.waits_for:
+        return True
+    swept = all(of.path(results).exists() for of in job.waits_for)
+    return swept and json.loads(job.path(results).read_text())["rate"] == chosen_rate(job, results)
+
+
 def perform(job: Job, results: Path) -> None:
     """Train, measure and write one job."""
     splits = encoded_task(job.task)
@@ -94,10 +104,14 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 
 def run(jobs: Sequence[Job], results: Path, processes: int) -> None:
-    """Perform what is not there yet, in this order as far as runs wait for their sweeps."""
+    """Perform what is not there yet, in this order as far as runs wait for their sweeps.
+
+    Raises:
+        ValueError: what a run waits for is neither there nor among the jobs.
+    """
     results.mkdir(parents=True, exist_ok=True)
     write(results / "environment.json", environment())
-    left = [job for job in jobs if not job.path(results).exists()]
+    left = [job for job in jobs if not is_done(job, results)]
     done = sum(job.cost for job in jobs) - sum(job.cost for job in left)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("s of work"))
     running: dict[Future[None], Job] = {}
@@ -108,9 +122,16 @@ def run(jobs: Sequence[Job], results: Path, processes: int) -> None:
         task = bar.add_task(f"{len(left)} runs left", total=round(done + sum(job.cost for job in left)), completed=done)
         while left or running:
             ready = [job for job in left if all(of.path(results).exists() for of in job.waits_for)]
-            for job in ready[: processes - len(running)]:
+            if not ready and not running:
+                raise ValueError(f"{left[0].method} waits for the sweep of a method that is not among the jobs")
+            for job in ready:
+                if len(running) == processes:
+                    break
                 left.remove(job)
-                running[pool.submit(perform, job, results)] = job
+                if is_done(job, results):  # a run that waited to be judged by a sweep
+                    bar.update(task, advance=job.cost)
+                else:
+                    running[pool.submit(perform, job, results)] = job
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 future.result()

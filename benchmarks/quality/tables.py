@@ -7,20 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..speed.report import Table, bytes_of, count, duration, scientific
 from . import paper
-from .frame import (
-    ABLATIONS,
-    COMPARED,
-    FULL,
-    METHODS,
-    PAIRS,
-    RANKS,
-    SEEDS,
-    SIZES,
-    TASKS,
-    TEACHERS,
-    Rates,
-    Results,
-)
+from .frame import ABLATIONS, COMPARED, METHODS, PAIRS, RANKS, SEEDS, TASKS, TEACHERS, Rates, Results
+from .plan import FULL, SIZES
 from .statistics import Interval, Paired, holm, interval
 
 NOTHING = "-"

@@ -1,0 +1,241 @@
+"""The grid of the quality benchmark, and how it is worked through."""
+
+import json
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from benchmarks.quality import plan, runner
+from benchmarks.quality.encoding import encoded_task
+from benchmarks.quality.methods import METHODS, SHOTS
+from benchmarks.quality.plan import SEEDS, SIZES, SWEEP_SEED, TRAINED, Job, jobs, sweep
+from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.training import STEPS
+
+from .test_quality_tasks import SMALL_SIZES, small_tasks
+
+
+@pytest.fixture(scope="module")
+def task():
+    with small_tasks():
+        yield encoded_task("convention")
+
+
+@pytest.fixture
+def quick(task, monkeypatch):
+    """Few steps, on a task of few examples, in threads; metrics and seeds are a process's, so one where they matter."""
+    for size in SIZES:
+        monkeypatch.setitem(STEPS, size, 3)
+    monkeypatch.setattr(runner, "encoded_task", lambda name: task)
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda processes, *_: ThreadPoolExecutor(processes))
+
+
+def read(job, results):
+    return json.loads(job.path(results).read_text())
+
+
+# -- plan --------------------------------------------------------------------------------------------------------------
+
+
+def test_no_job_is_there_twice():
+    grid = list(jobs())
+    assert len(set(grid)) == len(grid) == len({job.path(plan.Path("x")) for job in grid})
+    assert all(job.cost > 0 for job in grid)
+
+
+def test_every_method_has_its_runs():
+    runs = Counter((job.method, job.samples) for job in jobs() if not job.sweeps)
+    seeds = len(SEEDS)
+    assert seeds >= 5
+    expected = {("zero-shot", 0): len(TASKS)}
+    expected |= {(method, 1000): len(TASKS) * seeds for method in (*(f"icl-{k}" for k in SHOTS), "task-vector")}
+    expected |= {(method, size): len(TASKS) * seeds for method, sizes in TRAINED.items() for size in sizes}
+    expected |= {(method, 1000): len(plan.MATCHED_TASKS) * seeds for method in plan.MATCHED}
+    assert runs == expected
+    assert {method for method, _ in runs} == set(METHODS)
+
+
+def test_every_method_that_is_trained_may_try_as_many_rates():
+    trained = {name: method.rates for name, method in METHODS.items() if method.attach}
+    assert set(trained) == set(TRAINED) | set(plan.MATCHED)
+    assert {len(set(rates)) for rates in trained.values()} == {4}
+    assert all(list(rates) == sorted(rates) for rates in trained.values())  # of two equal ones, the lower is chosen
+    assert not any(method.rates for method in METHODS.values() if not method.attach)
+
+
+def test_a_run_comes_after_the_sweep_that_it_waits_for():
+    seen = set()
+    for job in jobs():
+        assert set(job.waits_for) <= seen
+        assert bool(job.waits_for) == (not job.sweeps and METHODS[job.method].attach is not None)
+        assert all(of.sweeps and of.task == job.task for of in job.waits_for)
+        seen.add(job)
+
+
+def test_sweeps_draw_samples_of_their_own():
+    assert SWEEP_SEED not in SEEDS
+    assert {job.seed for job in jobs() if job.sweeps} == {SWEEP_SEED}
+    assert {job.seed for job in jobs() if not job.sweeps} == set(SEEDS)
+
+
+def test_a_part_of_the_tasks_is_that_part_of_the_grid():
+    assert set(jobs(("coarse", "captions"))) == {job for job in jobs() if job.task in ("coarse", "captions")}
+
+
+# -- one job -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_measured_on_validation_data_and_never_sees_test_data(task, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "encoded_task", lambda name: {s: of for s, of in task.items() if s != "test"})
+    for method in ("lora-8", "hificl", "mimic"):
+        job = Job("convention", method, 64, SWEEP_SEED, 0.01)
+        runner.perform(job, tmp_path)
+        record = read(job, tmp_path)
+        assert 0 <= record["validation"]["score"] <= 1
+        assert "test" not in record
+        assert (record["rate"], record["seed"], record["steps"], record["batch"]) == (0.01, SWEEP_SEED, 3, 16)
+
+
+def test_a_run_takes_the_rate_that_is_best_on_validation(quick, tmp_path):
+    scores = {1e-3: (0.5, 0.0), 3e-3: (0.7, 0.1), 1e-2: (0.6, 0.9), 3e-2: (0.2, 1.0)}  # validation; what a test would have said
+    for job in sweep("convention", "lora-8", 64):
+        validation, test = scores[job.rate]
+        runner.write(job.path(tmp_path), {"validation": {"score": validation}, "test": {"score": test}})
+    for samples in (16, 64):
+        job = Job("convention", "lora-8", samples, 0)
+        assert runner.chosen_rate(job, tmp_path) == 3e-3
+        runner.perform(job, tmp_path)
+        record = read(job, tmp_path)
+        assert record["rate"] == 3e-3
+        assert "validation" not in record
+        assert record["trainable_parameters"] == 43008
+        assert record["training_seconds"] > 0
+
+
+def test_of_equal_rates_the_lower_is_chosen(tmp_path):
+    for job in sweep("coarse", "ia3", 64):
+        runner.write(job.path(tmp_path), {"validation": {"score": 0.5}})
+    assert runner.chosen_rate(Job("coarse", "ia3", 64, 3), tmp_path) == METHODS["ia3"].rates[0]
+
+
+def test_a_run_is_done_again_where_a_longer_grid_chooses_another_rate(tmp_path):
+    job = Job("coarse", "ia3", 64, 3)
+    low, *_, high = of = sweep("coarse", "ia3", 64)
+    for each in of[:-1]:
+        runner.write(each.path(tmp_path), {"validation": {"score": 0.5}})
+    runner.write(job.path(tmp_path), {"rate": low.rate})
+    assert not runner.is_done(job, tmp_path)  # nobody knows yet
+    runner.write(high.path(tmp_path), {"validation": {"score": 0.4}})
+    assert runner.is_done(job, tmp_path)
+    runner.write(high.path(tmp_path), {"validation": {"score": 0.6}})
+    assert not runner.is_done(job, tmp_path)
+
+
+def test_ranks_take_the_rate_of_hificl(tmp_path):
+    for job, score in zip(sweep("captions", "hificl", 1000), (0.1, 0.2, 0.3, 0.4), strict=True):
+        runner.write(job.path(tmp_path), {"validation": {"score": score}})
+    assert runner.chosen_rate(Job("captions", "hificl-r4", 1000, 0), tmp_path) == METHODS["hificl"].rates[-1]
+    assert runner.chosen_rate(Job("captions", "icl-8", 1000, 0), tmp_path) is None
+
+
+def test_a_sweep_that_diverges_scores_nothing(quick, tmp_path, monkeypatch):
+    monkeypatch.setitem(STEPS, 64, 10)
+    job = Job("convention", "lora-8", 64, SWEEP_SEED, 1e30)
+    runner.perform(job, tmp_path)
+    record = read(job, tmp_path)
+    assert record["validation"] == {"score": 0.0}
+    assert "too high" in record["diverged"]
+
+
+def test_prompting_shows_training_samples_and_the_seed_draws_them(task, quick, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(runner, "measure", lambda *args: shown.append(args[3:]) or {"score": 0.5})
+    for seed in (0, 0, 1):
+        runner.perform(Job("convention", "icl-4", 1000, seed), tmp_path)
+    runner.perform(Job("convention", "zero-shot", 0, 0), tmp_path)
+    *prompted, (split, none) = shown
+    assert (split, none) == ("test", None)
+    first, again, other = (of for _, of in prompted)
+    assert first == again != other
+    assert len(first) == SMALL_SIZES["test"]
+    assert all(len(set(of)) == 4 and {s for s, _ in of} == {"train"} for of in first)
+
+
+def test_the_same_job_gives_the_same_record(quick, tmp_path):
+    job = Job("convention", "hificl", 64, SWEEP_SEED, 0.01)
+    records = []
+    for name in ("a", "b"):
+        runner.perform(job, tmp_path / name)
+        records.append(read(job, tmp_path / name))
+        del records[-1]["training_seconds"]
+    assert records[0] == records[1]
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_there_is_not_done_again(quick, tmp_path):
+    prompted = [Job("convention", "zero-shot", 0, 0), Job("convention", "icl-1", 1000, 0)]
+    grid = [*prompted, *sweep("convention", "lora-8", 64), Job("convention", "lora-8", 64, 0)]
+    runner.run(grid, tmp_path, 1)
+    paths = [job.path(tmp_path) for job in grid]
+    assert all(path.exists() for path in paths)
+    assert not list(tmp_path.rglob("*.part"))
+    written = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+    paths[1].unlink()
+    runner.run(grid, tmp_path, 1)
+    for path in paths:
+        content, time = written[path]
+        assert (path.stat().st_mtime_ns != time) == (path == paths[1])
+        assert path.read_bytes() == content  # the one done again gives the same answers
+
+
+def test_a_run_goes_on_where_it_broke_off(quick, tmp_path, monkeypatch):
+    grid = [Job("convention", "icl-1", 1000, seed) for seed in SEEDS]
+    done, broken = [], [grid[2]]
+
+    def perform(job, results):
+        if job in broken:
+            raise MemoryError
+        done.append(job)
+        runner.write(job.path(results), {})
+
+    monkeypatch.setattr(runner, "perform", perform)
+    with pytest.raises(MemoryError):
+        runner.run(grid, tmp_path, 1)
+    assert done == grid[:2]
+    broken.clear()
+    runner.run(grid, tmp_path, 1)
+    assert done == grid
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_jobs_are_done_in_their_order_but_for_those_that_wait(quick, tmp_path, monkeypatch, processes):
+    run, free = Job("coarse", "lora-8", 64, 0), Job("coarse", "zero-shot", 0, 0)
+    rates = sweep("coarse", "lora-8", 64)
+    done = []
+
+    def perform(job, results):
+        assert all(of.path(results).exists() for of in job.waits_for)
+        done.append(job)
+        runner.write(job.path(results), {})
+
+    monkeypatch.setattr(runner, "perform", perform)
+    runner.run([run, *rates, free], tmp_path, processes)
+    assert set(done) == {run, *rates, free}
+    assert processes > 1 or done == [*rates, run, free]
+
+
+def test_a_run_whose_sweep_is_nowhere_is_refused(quick, tmp_path):
+    with pytest.raises(ValueError, match="hificl-r4 waits for the sweep of a method that is not among the jobs"):
+        runner.run([Job("coarse", "zero-shot", 0, 0), Job("coarse", "hificl-r4", 1000, 0)], tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_processes_of_their_own_give_the_same_as_one(tmp_path):
+    grid = [Job("coarse", "zero-shot", 0, 0), Job("coarse", "icl-1", 1000, 0)]
+    runner.run(grid, tmp_path / "two", 2)
+    for job in grid:
+        runner.perform(job, tmp_path / "one")
+        assert read(job, tmp_path / "one") == read(job, tmp_path / "two")
