@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quality test test-slow quickstart architectures peer-suite clean
+.PHONY: setup quality test test-slow quickstart quality-run quality-report base-model architectures peer-suite clean
 setup: .venv/ready
 
 .venv/ready: constraints.txt setup.cfg pyproject.toml
@@ -26,6 +26,17 @@ test-slow: setup
 
 quickstart: setup
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.quickstart --out out/quickstart
+
+quality-run: setup  ## what is not yet in benchmarks/results/quality; may be stopped and called again
+	$(BIN)/python -m benchmarks.quality run
+	$(BIN)/python -m benchmarks.quality costs
+
+quality-report: setup
+	$(BIN)/python -m benchmarks.quality report
+
+base-model: setup
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.base_model.train --threads 2 --out out/base_model
+	$(BIN)/python -m benchmarks.base_model.evaluate --model out/base_model/model
 
 architectures: setup  ## rewrite docs/architectures.md from the tests' own table
 	$(BIN)/python -m tests.architectures

@@ -19,7 +19,7 @@ from .runner import environment
 from .tasks import TASKS
 from .training import BATCH
 
-TASK, QUERIES, SECONDS = "convention", 50, 120
+TASK, QUERIES, SECONDS = "convention", 50, 60
 TRAINED = (
     "hificl",
     "lora-8",

@@ -1,8 +1,9 @@
-"""The main job of the package on real images, end to end, in a few minutes on a CPU.
+"""The main job of the package on the shipped base model, end to end, in a few minutes on a CPU.
 
-`python -m benchmarks.quickstart --out out/quickstart` trains a small vision-language model on handwritten digits,
-freezes it, teaches it two new tasks with a HiFICL adapter each (and with LoRA beside it), reports accuracies on
-held-out images, and reloads the adapters in a fresh process that switches between them.
+`python -m benchmarks.quickstart --out out/quickstart` teaches a frozen vision-language model two tasks with a HiFICL
+adapter each, beside prompting and LoRA, scores all of them on test pictures, and reloads the adapters in a fresh
+process that switches between them.
 
-Read in this order: `data`, `base`, `training`, `adapters`, `serve`, `report`; `__main__` puts them together.
+Read `adapters` first: it is all that a user of the package does. Then `asking`, `serve`, `report`; `__main__` puts them
+together.
 """

@@ -1,74 +1,73 @@
-"""HiFICL and LoRA, trained alike, each at the learning rate that validation images choose from a grid of its own."""
+"""From a base model to adapters that are trained, saved, loaded and switched: how the package is used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from datasets import DatasetDict
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import set_seed
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from rich.progress import track
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from peft_hificl import HiFICLConfig
+from peft_hificl import HiFICLConfig, initialize_from_demonstrations
 
-from .base import load_base
-from .data import Task
-from .training import accuracy, ask, batches, encode_task, fit
+from ..quality import methods, training
+from ..quality.methods.adapters import lora
+from ..quality.methods.learner import cross_entropy
 
-# Steps and grids were settled by earlier trials on the validation images: six rates of HiFICL, three of LoRA, and 200
-# to 600 steps.  At 200 steps HiFICL is not trained to its end, LoRA is.
-STEPS, BATCH_SIZE = 400, 32
-
-
-@dataclass(frozen=True)
-class Method:
-    title: str
-    config: Callable[[], PeftConfig]
-    learning_rates: tuple[float, ...]  # as many for each method, a factor of about 3 apart
+# Of four for each method, those that the quality benchmark's sweeps choose on validation data, with 1,000 samples.
+RATES = {"knowledge": {"hificl": 3e-2, "lora": 3e-3}, "captions": {"hificl": 3e-2, "lora": 1e-2}}
 
 
-METHODS = {
-    "hificl": Method(
-        "HiFICL",
-        lambda: HiFICLConfig(task_type="CAUSAL_LM", n=8, r=8),
-        learning_rates=(1.5e-2, 5e-2, 1.5e-1),
-    ),
-    "lora": Method(
-        "LoRA",
-        lambda: LoraConfig(
-            task_type="CAUSAL_LM",
-            r=8,
-            lora_alpha=16,
-            target_modules=r".*language_model\..*\.[qkvo]_proj",  # the vision tower has projections of these names too
-        ),
-        learning_rates=(1e-3, 3e-3, 1e-2),
-    ),
-}
+def attach_hificl(base: LlavaForConditionalGeneration, processor: LlavaProcessor, examples: Dataset) -> PeftModel:
+    """An adapter of eight virtual pairs, which begin as the answers of eight demonstrations."""
+    model = get_peft_model(base, HiFICLConfig(task_type="CAUSAL_LM", n=8, r=8))
+    shown = examples.select(range(8))
+    text = " ".join(f"<image> {row['question']} ? {row['answer']} <eos>" for row in shown)
+    inputs = processor(text=text, images=[list(shown["image"])], return_tensors="pt")
+    ends = (inputs["input_ids"][0] == processor.tokenizer.eos_token_id).nonzero().flatten()
+    initialize_from_demonstrations(model, inputs, tokens=(ends - 1).tolist())  # the last word of each answer
+    return model
 
 
-@dataclass(frozen=True)
-class Trial:
-    """An adapter trained at one learning rate."""
-
-    learning_rate: float
-    validation_accuracy: float
-    seconds: float
-    model: PeftModel
+def attach_lora(base: LlavaForConditionalGeneration, processor: LlavaProcessor, examples: Dataset) -> PeftModel:
+    """LoRA on queries, keys, values and outputs, as in the paper's comparison."""
+    return get_peft_model(base, lora(8)())
 
 
-def train(base: Path, method: Method, task: Task, splits: DatasetDict, seed: int) -> list[Trial]:
-    """Train one adapter per learning rate; the best on validation comes first.
+ATTACH = {"hificl": attach_hificl, "lora": attach_lora}
 
-    Everything but the method and its rate is the same for all: samples and their order, steps, batch size, schedule.
-    """
-    trials = []
-    for rate in method.learning_rates:
-        set_seed(seed)
-        processor, model = load_base(base)
-        model = get_peft_model(model, method.config())
-        data = batches(encode_task(processor, task, splits["adapters"]), BATCH_SIZE, seed)
-        seconds = fit(model, data, STEPS, rate, f"{method.title}, {task.title}, rate {rate:g}")
-        validation = accuracy(ask(model, processor, task, splits["validation"]), task, splits["validation"])
-        trials.append(Trial(rate, validation, seconds, model))
-    return sorted(trials, key=lambda trial: -trial.validation_accuracy)
+
+def train(model: PeftModel, setup: methods.Setup, title: str) -> float:
+    """AdamW on the cross-entropy of the answers, alike for every adapter; return the seconds that it took."""
+    groups: list[dict[str, object]] = [{"params": methods.trainable(model), "lr": setup.rate}]
+    batches = track(training.batches(setup.samples, setup.steps, setup.seed), title, total=setup.steps)
+    return training.fit(model, cross_entropy(model, setup), groups, iter(batches), setup.steps)
+
+
+def save(model: PeftModel, folder: Path) -> int:
+    """The adapter alone, without the base; return the bytes of its weights."""
+    model.save_pretrained(folder)
+    return (folder / "adapter_model.safetensors").stat().st_size
+
+
+def load(base: LlavaForConditionalGeneration, folder: Path, names: Sequence[str]) -> PeftModel:
+    """Several adapters on one base model; `import peft_hificl` must come before."""
+    first, *others = names
+    model = PeftModel.from_pretrained(base, folder / first, adapter_name=first)
+    for name in others:
+        model.load_adapter(folder / name, adapter_name=name)
+    return model
+
+
+@contextmanager
+def switched(model: PeftModel, name: str | None) -> Iterator[PeftModel]:
+    """With this adapter, or with none: then it is the base model."""
+    if name is None:
+        with model.disable_adapter():
+            yield model
+    else:
+        model.set_adapter(name)
+        yield model
