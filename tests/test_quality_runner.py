@@ -98,7 +98,8 @@ def test_a_sweep_is_measured_on_validation_data_and_never_sees_test_data(task, q
 
 
 def test_a_run_takes_the_rate_that_is_best_on_validation(quick, tmp_path):
-    scores = {1e-3: (0.5, 0.0), 3e-3: (0.7, 0.1), 1e-2: (0.6, 0.9), 3e-2: (0.2, 1.0)}  # validation; what a test would have said
+    # On validation data, and what a test would have said.
+    scores = {1e-3: (0.5, 0.0), 3e-3: (0.7, 0.1), 1e-2: (0.6, 0.9), 3e-2: (0.2, 1.0)}
     for job in sweep("convention", "lora-8", 64):
         validation, test = scores[job.rate]
         runner.write(job.path(tmp_path), {"validation": {"score": validation}, "test": {"score": test}})
