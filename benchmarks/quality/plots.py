@@ -23,6 +23,7 @@ LINES = {  # color, marker
     "lora-8": ("#f2bb73", "v"),
     "lora-16": (ORANGE, "^"),
     "prefix": (GREEN, "s"),
+    "prefix-demos": ("#9ccf8f", "s"),
     "ia3": ("#8c6bb1", "D"),
     "live": ("#c994c7", "P"),
     "mimic": ("#ce3a4a", "X"),
