@@ -29,7 +29,7 @@ LINES = {  # color, marker
     "mimic": ("#ce3a4a", "X"),
     "hificl": (BLUE, "o"),
 }
-PREFIXES = {"prefix-demos": (GREEN, "p"), "cartridge": ("#3f7f93", "<"), "cartridge-demos": ("#3f7f93", ">")}
+PREFIXES = {"cartridge": ("#3f7f93", "<"), "cartridge-demos": ("#3f7f93", ">")}
 LEVELS = {"zero-shot": ":", "icl-8": "--"}
 
 Score = Callable[[str, int], pd.Series]
