@@ -29,14 +29,14 @@ def initialize_from_demonstrations(
     Args:
         model: the adapted model.
         inputs: what the model takes for one prompt (a batch of 1) that holds demonstrations and no query.  With
-            ``position_ids`` of your own if the model has no rotary embedding.
+            ``position_ids`` of your own if the model has no rotary embedding, or does not count positions from 0.
         tokens: as many positions in the prompt as the adapter has pairs; for a question and a short answer the last
             word of each answer is a good choice.
         adapter_name: the active adapter if left out.
 
     Raises:
-        ValueError: no such adapter, a number of tokens other than n, a token that the prompt does not have, or a batch
-            of more than one prompt.
+        ValueError: no such adapter, a number of tokens other than n, a token that the prompt does not have, a batch of
+            more than one prompt, padding, M-RoPE without ``position_ids``, or an adapter that is merged or offloaded.
 
     Example:
 
@@ -64,6 +64,8 @@ def initialize_from_demonstrations(
             f"{len(tokens)} tokens for an adapter of n={', '.join(map(str, sorted(pairs)))} virtual pairs: give one "
             "token for each pair."
         )
+    if any(parameter.is_meta for layer in adapted.values() for parameter in layer.parameters()):
+        raise ValueError("The adapter is offloaded by accelerate: initialize it before the model is dispatched.")
     read = _read(model, inputs, adapted)
     places = list(tokens)
     for name, (key, value) in read.items():
@@ -79,14 +81,30 @@ def _read(
     model: nn.Module, inputs: Mapping[str, Any], layers: Mapping[str, HiFICLLayer]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Keys and values (1, G, T, d) that each adapted attention sees in a forward pass of the base model."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     inputs = dict(inputs)
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and not mask.all():
+        raise ValueError("attention_mask has zeros, which would shift positions: give the demonstrations unpadded.")
     if "position_ids" not in inputs:
+        rope = getattr(base.config.get_text_config(), "rope_parameters", None)
+        if "mrope_section" in str(rope):
+            raise ValueError(
+                f"{type(base).__name__} has positions in several dimensions (M-RoPE): give position_ids in inputs, "
+                "shifted so that the prompts to come follow them."
+            )
         shape = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
         inputs["position_ids"] = torch.arange(-shape.shape[1], 0, device=shape.device)[None]
-    training = model.training
-    model.eval()
+    # What PEFT's tuners have in common.  `enable_adapters` would also change what requires a gradient.
+    switches: dict[Any, bool]
+    switches = {m: m._disable_adapters for m in base.modules() if "_disable_adapters" in vars(m)}
+    if any(getattr(module, "merged", False) for module in switches):
+        raise ValueError("An adapter is merged into the base weights: unmerge it before demonstrations are read.")
+    modes = {module: module.training for module in base.modules()}
     try:
+        base.eval()
+        for module in switches:
+            module._disable_adapters = True
         for layer in layers.values():
             layer.recorded = []
         base(**inputs, use_cache=False)
@@ -94,7 +112,10 @@ def _read(
     finally:
         for layer in layers.values():
             layer.recorded = None
-        model.train(training)
+        for module, disabled in switches.items():
+            module._disable_adapters = disabled
+        for module, mode in modes.items():
+            module.training = mode
     for name, of_layer in calls.items():
         if len(of_layer) != 1:
             raise ValueError(

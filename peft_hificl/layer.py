@@ -131,7 +131,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: ``adapter_names`` is not one name per row.
         """
-        if self.disable_adapters or self.recorded is not None:
+        if self.disable_adapters:
             return None
         if any("_hf_hook" in vars(parameters) for parameters in self._modules.values()):
             # accelerate keeps the parameters elsewhere and brings them in for modules that are called; a

@@ -1,8 +1,9 @@
 """Adapters that begin as demonstrations, and the other initialisations."""
 
+import accelerate
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from peft_hificl import HiFICLConfig, HiFICLLayer, initialize_from_demonstrations
 
@@ -83,6 +84,60 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tokens, inputs, name, 
         initialize_from_demonstrations(model, {"input_ids": inputs}, tokens, adapter_name=name)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(layer.recorded is None for layer in layers(model))
+
+
+def pairs_of(model, adapter):
+    return [layer._pairs(adapter) for layer in layers(model) if adapter in layer.n]
+
+
+@pytest.mark.parametrize("other", ["hificl", "lora"])
+def test_other_adapters_have_no_part_in_what_is_read(other):
+    clean = adapted("gqa", n=2, r=2, layers_to_transform=[1])
+    initialize_from_demonstrations(clean, {"input_ids": DEMONSTRATIONS}, [1, 4])
+    model = adapted("gqa", n=2, r=2, layers_to_transform=[1])
+    if other == "hificl":
+        config = HiFICLConfig(task_type="CAUSAL_LM", n=2, layers_to_transform=[0], init_weights=False)
+        model.add_adapter("other", config)
+        model.base_model.set_adapter(["default", "other"])
+    else:
+        config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model.base_model.model.add_adapter(config, "other")
+    gradients = {name: p.requires_grad for name, p in model.named_parameters()}
+    initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [1, 4], adapter_name="default")
+    for mine, theirs in zip(pairs_of(model, "default"), pairs_of(clean, "default"), strict=True):
+        torch.testing.assert_close(mine.keys, theirs.keys)
+        torch.testing.assert_close(mine.values, theirs.values)
+    assert gradients == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert not any(getattr(module, "_disable_adapters", False) for module in model.modules())
+
+
+def test_each_module_keeps_its_mode():
+    model = adapted("gqa", n=2).train()
+    frozen = model.get_base_model().model.layers[0].eval()
+    initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [0, 1])
+    assert model.training and not frozen.training
+
+
+def test_padding_is_refused():
+    model, mask = adapted("gqa", n=2), torch.tensor([[1, 1, 1, 1, 0]])
+    with pytest.raises(ValueError, match="attention_mask has zeros"):
+        initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS, "attention_mask": mask}, [0, 1])
+
+
+def test_positions_in_several_dimensions_are_refused_unless_given():
+    model = adapted("gqa", n=2)
+    model.get_base_model().config.rope_parameters["mrope_section"] = [2, 3, 3]
+    with pytest.raises(ValueError, match="M-RoPE"):
+        initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [0, 1])
+    positions = torch.arange(-5, 0)[None]
+    initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS, "position_ids": positions}, [0, 1])
+
+
+def test_an_offloaded_adapter_is_refused():
+    model = adapted("gqa", n=2)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(ValueError, match="offloaded by accelerate"):
+        initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [0, 1])
 
 
 def test_several_active_adapters_need_a_name():

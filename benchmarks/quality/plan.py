@@ -20,7 +20,7 @@ SIZES = tuple(STEPS)
 FULL = SIZES[-1]
 SWEPT_AT = {16: 64, 64: 64, 256: 1000, 1000: 1000}  # the size whose sweep chooses the rate
 
-# Methods that are trained, with their sizes, most wanted first.  Slow or secondary ones have fewer sizes: see README.
+# Methods that are trained, with their sizes, most wanted first.  Slow or secondary ones have fewer: docs/benchmark.md.
 TRAINED: dict[str, tuple[int, ...]] = {
     "hificl": SIZES,
     "lora-8": SIZES,
