@@ -113,9 +113,19 @@ def test_other_adapters_have_no_part_in_what_is_read(other):
 
 def test_each_module_keeps_its_mode():
     model = adapted("gqa", n=2).train()
-    frozen = model.get_base_model().model.layers[0].eval()
+    trained, frozen = model.get_base_model().model.layers
+    frozen.eval()
     initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [0, 1])
-    assert model.training and not frozen.training
+    assert all(module.training for module in (model, model.get_base_model(), *trained.modules()))
+    assert not any(module.training for module in frozen.modules())
+
+
+def test_a_merged_adapter_is_refused():
+    model = adapted("gqa", n=2)
+    model.get_base_model().add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "other")
+    model.get_base_model().model.layers[0].self_attn.q_proj.merge()
+    with pytest.raises(ValueError, match="merged into the base weights"):
+        initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [0, 1], adapter_name="default")
 
 
 def test_padding_is_refused():

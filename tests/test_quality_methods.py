@@ -287,7 +287,7 @@ def test_demonstrations_are_other_samples_and_none_twice():
             assert len(set(before)) == len(before) == shots
             assert ("train", query) not in before
             assert set(before) <= {("train", row) for row in rows}
-    drawn = draw_demonstrations(rows, None, 4, rng, number=30)
+    drawn = draw_demonstrations(rows, [None] * 30, 4, rng)
     assert len(drawn) == 30
     assert all(len(set(before)) == 4 for before in drawn)
     assert len({tuple(before) for before in drawn}) > 20  # anew for each

@@ -272,8 +272,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     recipe = SMOKE if args.smoke else Recipe()
     if args.start is not None:
-        recipe = replace(recipe, see=0, speak=0, rules=0, hide=recipe.hide * 2 // 3, settle=recipe.settle // 2)
-        recipe = replace(recipe, learning_rate=recipe.learning_rate / 2)
+        shares = {"hide": recipe.hide * 2 // 3, "settle": recipe.settle // 2, "learning_rate": recipe.learning_rate / 2}
+        recipe = replace(recipe, see=0, speak=0, rules=0, **shares)
     training = Training(recipe, args.seed, args.out, args.start)
     training.resume()
     training.run()

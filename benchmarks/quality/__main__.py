@@ -28,8 +28,13 @@ def main() -> None:
         print(report.write(args.results))
         return
     from . import costs, runner
+    from .methods import METHODS
     from .plan import jobs
     from .tasks import TASKS
+
+    for named, known in ((args.tasks, TASKS), (args.methods, METHODS)):
+        if unknown := sorted(set(named or ()) - set(known)):
+            parser.error(f"unknown: {', '.join(unknown)}; known are {', '.join(known)}")
 
     if args.command == "costs":
         runner.prepare_process()

@@ -55,7 +55,7 @@ def measure() -> dict[str, Any]:
         else:
             shots = METHODS[name].fit(base, setup).shots
             model = base
-            shown = draw_demonstrations(samples, None, shots, np.random.default_rng(0), QUERIES) if shots else None
+            shown = draw_demonstrations(samples, [None] * QUERIES, shots, np.random.default_rng(0)) if shots else None
         asked[name] = lambda model=model, shown=shown: answers(  # type: ignore[misc]
             model, splits, queries, TASKS[TASK].max_new_tokens, shown
         )

@@ -12,47 +12,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import plan, tasks
+from . import methods, plan, tasks
 from .statistics import Paired, paired
 
 TASKS = {name: task.title for name, task in tasks.TASKS.items()}
-COMPARED = {
-    "zero-shot": "zero-shot",
-    "icl-1": "1-shot",
-    "icl-2": "2-shot",
-    "icl-4": "4-shot",
-    "icl-8": "8-shot",
-    "icl-16": "16-shot",
-    "task-vector": "Task Vector",
-    "live": "LIVE",
-    "mimic": "MimIC",
-    "lora-8": "LoRA, r = 8",
-    "lora-16": "LoRA, r = 16",
-    "prefix": "prefix tuning",
-    "prefix-demos": "prefix tuning from demonstrations",
-    "cartridge": "CARTRIDGE",
-    "cartridge-demos": "CARTRIDGE from demonstrations",
-    "ia3": "IA3",
-    "hificl": "HiFICL",
-    "hificl-unit": "HiFICL, unit keys at the start",
-    "hificl-paper": "HiFICL, the paper's start",
-}
-ABLATIONS = {
-    "hificl-teacher": "+ teacher",
-    "hificl-whole-k": "- LoRA on K",
-    "hificl-whole-v": "- LoRA on V",
-    "hificl-alpha-1": "w/o SA scaling (alpha = 1)",
-}
-# HiFICL itself has r = 8 and n = 8.
-RANKS = {1: "hificl-r1", 2: "hificl-r2", 4: "hificl-r4", 8: "hificl", 16: "hificl-r16"}
-PAIRS = {1: "hificl-n1", 2: "hificl-n2", 4: "hificl-n4", 8: "hificl", 16: "hificl-n16", 32: "hificl-n32"}
-METHODS = (
-    COMPARED
-    | ABLATIONS
-    | {method: f"HiFICL, r = {r}" for r, method in RANKS.items() if method != "hificl"}
-    | {method: f"HiFICL, n = {n}" for n, method in PAIRS.items() if method != "hificl"}
-)
-SHOTS = {0: "zero-shot", 1: "icl-1", 2: "icl-2", 4: "icl-4", 8: "icl-8", 16: "icl-16"}
+METHODS = {name: method.title for name, method in methods.METHODS.items()}
+_ABLATED = ("hificl-teacher", "hificl-whole-k", "hificl-whole-v", "hificl-alpha-1")
+ABLATIONS = {name: METHODS[name] for name in _ABLATED}
+COMPARED = {name: title for name, title in METHODS.items() if name not in (*ABLATIONS, *plan.MATCHED)}
+# By r, by n and by number of demonstrations.
+RANKS = {r: "hificl" if r == 8 else f"hificl-r{r}" for r in sorted((*methods.RANKS, 8))}
+PAIRS = {n: "hificl" if n == 8 else f"hificl-n{n}" for n in sorted((*methods.PAIRS, 8))}
+SHOTS = {0: "zero-shot"} | {k: f"icl-{k}" for k in methods.SHOTS}
 TEACHERS = ("mimic", "live")  # the methods that read a k-shot prompt at every step of training
 
 SEEDS = len(plan.SEEDS)

@@ -87,7 +87,7 @@ def perform(job: Job, results: Path) -> None:
         shown = None
         if fitted.shots:
             rng = np.random.default_rng([job.seed, fitted.shots])
-            shown = draw_demonstrations(of_run, None, fitted.shots, rng, len(splits[split].prompts))
+            shown = draw_demonstrations(of_run, [None] * len(splits[split].prompts), fitted.shots, rng)
         record |= {"trainable_parameters": fitted.parameters, "training_seconds": round(fitted.seconds, 2)}
         record[split] = {
             name: round(value, 5) for name, value in measure(fitted.model, job.task, splits, split, shown).items()

@@ -34,7 +34,7 @@ def ask(model: nn.Module, task: str, splits: Splits) -> list[str]:
 def ask_behind_demonstrations(model: nn.Module, task: str, splits: Splits, seed: int) -> list[str]:
     """The same with eight training samples in each prompt, drawn anew for each."""
     queries, rng = _queries(splits), np.random.default_rng([seed, SHOTS])
-    shown = draw_demonstrations(list(range(len(splits["train"].prompts))), None, SHOTS, rng, len(queries))
+    shown = draw_demonstrations(range(len(splits["train"].prompts)), [None] * len(queries), SHOTS, rng)
     return answers(model, splits, queries, TASKS[task].max_new_tokens, shown)
 
 

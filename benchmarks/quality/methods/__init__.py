@@ -17,6 +17,7 @@ from .learner import Attach, Fitted, Learner, Method, Setup, trainable, trained
 from .teacher import Teacher, drawn_to_states
 
 SHOTS = (1, 2, 4, 8, 16)
+RANKS, PAIRS = (1, 2, 4, 16), (1, 2, 4, 16, 32)  # beside HiFICL's own r = 8, n = 8
 
 
 def _prompting(base: LlavaForConditionalGeneration, setup: Setup, shots: int) -> Fitted:
@@ -52,14 +53,14 @@ METHODS = {
     "cartridge-demos": trained("CARTRIDGE from demonstrations", _LARGE, adapter(cartridge, from_demonstrations=True)),
     "ia3": trained("IA3", _LARGE, adapter(ia3)),
     "hificl": trained("HiFICL", _HIFICL, _own()),
-    "hificl-paper": trained("the paper's init", _HIFICL, adapter(hificl())),
-    "hificl-unit": trained("init with unit keys", _HIFICL, adapter(hificl(init_weights="unit_keys"))),
+    "hificl-paper": trained("HiFICL, the paper's start", _HIFICL, adapter(hificl())),
+    "hificl-unit": trained("HiFICL, unit keys at the start", _HIFICL, adapter(hificl(init_weights="unit_keys"))),
     "hificl-teacher": trained("+ teacher", _HIFICL, _hificl_with_teacher),
     "hificl-whole-k": trained("- LoRA on K", _HIFICL, _own(factorize_keys=False)),
     "hificl-whole-v": trained("- LoRA on V", _HIFICL, _own(factorize_values=False)),
-    "hificl-alpha-1": trained("alpha = 1", _HIFICL, _own(scale_self_attention=False)),
-    **{f"hificl-r{r}": trained(f"HiFICL, r = {r}", _HIFICL, _own(r=r)) for r in (1, 2, 4, 16)},
-    **{f"hificl-n{n}": trained(f"HiFICL, n = {n}", _HIFICL, _own(n=n)) for n in (1, 2, 4, 16, 32)},
+    "hificl-alpha-1": trained("w/o SA scaling (alpha = 1)", _HIFICL, _own(scale_self_attention=False)),
+    **{f"hificl-r{r}": trained(f"HiFICL, r = {r}", _HIFICL, _own(r=r)) for r in RANKS},
+    **{f"hificl-n{n}": trained(f"HiFICL, n = {n}", _HIFICL, _own(n=n)) for n in PAIRS},
 }
 
-__all__ = ["METHODS", "SHOTS", "Fitted", "Learner", "Method", "Setup", "trainable"]
+__all__ = ["METHODS", "PAIRS", "RANKS", "SHOTS", "Fitted", "Learner", "Method", "Setup", "trainable"]

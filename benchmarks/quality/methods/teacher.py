@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, mse_loss
 from transformers import LlavaForConditionalGeneration
 
-from ..encoding import IGNORED, collate
+from ..encoding import IGNORED, Row, collate
 from .learner import Loss, Setup
 
 SHOTS = 8
@@ -43,11 +43,11 @@ class Teacher:
 
 
 def draw_demonstrations(
-    samples: list[int], queries: list[int] | None, shots: int, rng: np.random.Generator, number: int = 0
-) -> list[list[tuple[str, int]]]:
-    """Training samples to show before each query: none twice, and never the query itself."""
+    samples: Sequence[int], queries: Iterable[int | None], shots: int, rng: np.random.Generator
+) -> list[list[Row]]:
+    """Training samples to show before each query: none twice, and never the query itself (None: not one of them)."""
     shown = []
-    for query in [None] * number if queries is None else queries:
+    for query in queries:
         chosen = [row for row in rng.permutation(samples)[: shots + 1].tolist() if row != query]
         shown.append([("train", row) for row in chosen[:shots]])
     return shown
@@ -80,7 +80,7 @@ def _run(
     base: LlavaForConditionalGeneration,
     setup: Setup,
     rows: list[int],
-    shown: list[list[tuple[str, int]]] | None = None,
+    shown: list[list[Row]] | None = None,
 ) -> Run:
     """A forward pass of the model, which is the base or is wrapped around it."""
     split = setup.splits["train"]
