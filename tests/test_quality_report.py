@@ -209,6 +209,16 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
     assert row_of(tables.coverage(found), "HiFICL")["1,000"] == 30
 
 
+def test_a_rate_is_told_of_what_ran_or_was_swept_alone(tmp_path: Path) -> None:
+    write_grid(tmp_path, "hificl", {0.001: 0.1, 0.005: 0.9, 0.01: 0.2})
+    write_run(tmp_path, "coarse", "hificl-n4", FULL, 0, 0.5)
+    found = frame.load(tmp_path)
+    assert found.rates("hificl", "coarse", FULL).chosen == (0.005,)
+    assert found.rates("hificl-n4", "coarse", FULL).grid == (0.001, 0.005, 0.01)
+    assert found.rates("hificl-r4", "coarse", FULL) is None
+    assert found.rates("hificl", "coarse", 256) is None
+
+
 @pytest.mark.parametrize(
     ("grid", "shown"),
     [

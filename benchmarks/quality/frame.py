@@ -104,7 +104,7 @@ class Results:
         chooser, size = plan.swept_as(method, samples)
         tried, ran = self._sweeps.get((chooser, task, size)), self._runs.get((method, task, samples))
         chosen = () if ran is None else tuple(sorted(ran["rate"].dropna().unique().tolist()))
-        if tried is None or (ran is None and size != samples):
+        if tried is None or (ran is None and (chooser, size) != (method, samples)):
             return Rates((), chosen) if chosen else None
         scores = tried.groupby("rate")["score"].mean()  # over seeds, where there are several
         best = float(scores.idxmax())

@@ -13,7 +13,18 @@ from .statistics import Interval, Paired, holm, interval
 
 NOTHING = "-"
 MEAN = "mean over tasks"
-OTHERS = ("lora-8", "lora-16", "prefix", "prefix-demos", "icl-8", "task-vector", "live", "mimic")
+OTHERS = (
+    "lora-8",
+    "lora-16",
+    "prefix",
+    "prefix-demos",
+    "icl-8",
+    "task-vector",
+    "live",
+    "mimic",
+    "hificl-paper",
+    "hificl-unit",
+)
 
 
 def markdown(table: Table) -> list[str]:
