@@ -13,6 +13,7 @@ from .demonstrations import initialize_from_demonstrations  # noqa: E402
 from .functional import VirtualPairs, concatenate_pairs, select_rows, virtual_attention  # noqa: E402
 from .layer import HiFICLLayer  # noqa: E402
 from .model import HiFICLModel  # noqa: E402
+from .optimizer import parameter_groups  # noqa: E402
 
 register(HiFICLConfig, HiFICLModel)
 
@@ -24,6 +25,7 @@ __all__ = [
     "VirtualPairs",
     "concatenate_pairs",
     "initialize_from_demonstrations",
+    "parameter_groups",
     "select_rows",
     "virtual_attention",
 ]

@@ -30,8 +30,8 @@ def initialize_from_demonstrations(
         model: the adapted model.
         inputs: what the model takes for one prompt (a batch of 1) that holds demonstrations and no query.  With
             ``position_ids`` of your own if the model has no rotary embedding, or does not count positions from 0.
-        tokens: as many positions in the prompt as the adapter has pairs; for a question and a short answer the last
-            word of each answer is a good choice.
+        tokens: as many positions in the prompt as the adapter has pairs; a good choice is one word of each
+            demonstration's answer, spread over the answers where they are long.
         adapter_name: the active adapter if left out.
 
     Raises:

@@ -22,6 +22,7 @@ OTHERS = (
     "task-vector",
     "live",
     "mimic",
+    "hificl-one-rate",
     "hificl-paper",
     "hificl-unit",
 )

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from rich.progress import track
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from peft_hificl import HiFICLConfig, initialize_from_demonstrations
+from peft_hificl import HiFICLConfig, initialize_from_demonstrations, parameter_groups
 
 from ..quality import methods, training
 from ..quality.methods.adapters import lora
@@ -22,13 +22,19 @@ RATES = {"knowledge": {"hificl": 3e-2, "lora": 3e-3}, "captions": {"hificl": 3e-
 
 
 def attach_hificl(base: LlavaForConditionalGeneration, processor: LlavaProcessor, examples: Dataset) -> PeftModel:
-    """An adapter of eight virtual pairs, which begin as the answers of eight demonstrations."""
+    """An adapter of eight virtual pairs, which begin as words of eight demonstrations' answers."""
     model = get_peft_model(base, HiFICLConfig(task_type="CAUSAL_LM", n=8, r=8))
     shown = examples.select(range(8))
     text = " ".join(f"<image> {row['question']} ? {row['answer']} <eos>" for row in shown)
     inputs = processor(text=text, images=[list(shown["image"])], return_tensors="pt")
-    ends = (inputs["input_ids"][0] == processor.tokenizer.eos_token_id).nonzero().flatten()
-    initialize_from_demonstrations(model, inputs, tokens=(ends - 1).tolist())  # the last word of each answer
+    marks, ends = (
+        (inputs["input_ids"][0] == processor.tokenizer.convert_tokens_to_ids(token)).nonzero().flatten().tolist()
+        for token in ("?", "<eos>")
+    )
+    # One word of each answer, from the first of the first on: where answers are long, pairs spread over them.
+    answers = zip(marks, ends, strict=True)
+    tokens = [mark + 1 + number * (end - mark - 1) // 8 for number, (mark, end) in enumerate(answers)]
+    initialize_from_demonstrations(model, inputs, tokens)
     return model
 
 
@@ -43,6 +49,8 @@ ATTACH = {"hificl": attach_hificl, "lora": attach_lora}
 def train(model: PeftModel, setup: methods.Setup, title: str) -> float:
     """AdamW on the cross-entropy of the answers, alike for every adapter; return the seconds that it took."""
     groups: list[dict[str, object]] = [{"params": methods.trainable(model), "lr": setup.rate}]
+    if isinstance(model.active_peft_config, HiFICLConfig):
+        groups = parameter_groups(model, setup.rate)  # virtual keys learn more slowly than values
     batches = track(training.batches(setup.samples, setup.steps, setup.seed), title, total=setup.steps)
     return training.fit(model, cross_entropy(model, setup), groups, iter(batches), setup.steps)
 

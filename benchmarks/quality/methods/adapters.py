@@ -10,23 +10,27 @@ from peft import CartridgeConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, 
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
 from transformers import LlavaForConditionalGeneration
 
-from peft_hificl import HiFICLConfig, initialize_from_demonstrations
+from peft_hificl import HiFICLConfig, initialize_from_demonstrations, parameter_groups
 
-from ..encoding import Row, collate, demonstrated
+from ..encoding import Row, collate
 from .learner import Attach, Learner, Setup, cross_entropy, trainable
 
 DECODER = r".*language_model\..*\."  # the vision tower has projections of the same names
 PREFIX_TOKENS = 20  # as many parameters as HiFICL with n = 8, r = 8 has on the shipped base
 
 
-def adapter(config: Callable[[], PeftConfig], *, from_demonstrations: bool = False) -> Attach:
-    """An adapter that is trained by cross-entropy alone."""
+def adapter(
+    config: Callable[[], PeftConfig], *, from_demonstrations: bool = False, rate_per_factor: bool = False
+) -> Attach:
+    """An adapter that is trained by cross-entropy alone; HiFICL's keys may learn more slowly than its values."""
 
     def attach(base: LlavaForConditionalGeneration, setup: Setup) -> Learner:
         model = get_peft_model(base, config())
         if from_demonstrations:
             read_demonstrations(model, setup)
         groups: list[dict[str, object]] = [{"params": trainable(model), "lr": setup.rate}]
+        if rate_per_factor:
+            groups = parameter_groups(model, setup.rate)
         return Learner(model, groups, cross_entropy(model, setup))
 
     return attach
@@ -36,7 +40,9 @@ def adapter(config: Callable[[], PeftConfig], *, from_demonstrations: bool = Fal
 def read_demonstrations(model: PeftModel, setup: Setup) -> None:
     """Let an adapter begin as what training samples add to attention.
 
-    A prefix begins as the first tokens of a prompt, as PEFT has it; HiFICL's pairs as the last word of each answer.
+    A prefix begins as the first tokens of a prompt, as PEFT has it; each of HiFICL's pairs as one word of a
+    demonstration's answer: of the first its first word, and further on in each of the others, so that pairs of long
+    answers spread over them.
     """
     config = model.active_peft_config
     if not isinstance(config, HiFICLConfig):
@@ -45,8 +51,12 @@ def read_demonstrations(model: PeftModel, setup: Setup) -> None:
         initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
         return
     rows: list[Row] = [("train", row) for row in setup.samples[: config.n]]
-    ends = [len(demonstrated(setup.splits, rows[: number + 1])) for number in range(len(rows))]
-    initialize_from_demonstrations(model, _prompt(setup, rows), [end - 2 for end in ends])
+    tokens, start = [], 0
+    for number, (split, row) in enumerate(rows):
+        prompt, answer = (len(of[row]) for of in (setup.splits[split].prompts, setup.splits[split].answers))
+        tokens.append(start + prompt + number * (answer - 1) // len(rows))  # the end token is no word
+        start += prompt + answer
+    initialize_from_demonstrations(model, _prompt(setup, rows), tokens)
 
 
 def _prompt(setup: Setup, rows: list[Row]) -> dict[str, Any]:

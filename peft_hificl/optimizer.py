@@ -1,0 +1,62 @@
+"""Learning rates of an adapter's parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .layer import HiFICLLayer
+
+KEY_KINDS = ("hificl_K_A", "hificl_K_B", "hificl_K")
+
+
+def parameter_groups(model: nn.Module, lr: float, key_lr_ratio: float = 0.3) -> list[dict[str, Any]]:
+    """Groups for any torch optimizer: virtual keys learn at ``key_lr_ratio * lr``, all else that is trained at ``lr``.
+
+    Keys move the softmax, `out = alpha SA + sum_i beta_i V_D,i`, through their exponential scores; values enter it
+    linearly.  A rate at which values learn fast enough is one at which keys overshoot.  The ratio was chosen on
+    validation data of the small base in ``benchmarks``; the paper has one rate, ``key_lr_ratio=1``.
+
+    Args:
+        model: the adapted model.
+        lr: rate of the virtual values, and of whatever else requires a gradient (``modules_to_save``, a LoRA).
+        key_lr_ratio: rate of the virtual keys (``hificl_K_A``, ``hificl_K_B``, or ``hificl_K``), of ``lr``.
+
+    Returns:
+        One group or two, as ``torch.optim.AdamW(parameter_groups(model, lr=3e-2))`` takes them; empty ones are left
+        out.
+
+    Raises:
+        ValueError: a rate or ratio that is not positive, or no HiFICL adapter that requires a gradient.
+
+    Example:
+
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from peft_hificl import HiFICLConfig, parameter_groups
+        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+        >>> base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+        >>> model = get_peft_model(base, HiFICLConfig(task_type="CAUSAL_LM", n=2, r=2))
+        >>> optimizer = torch.optim.AdamW(parameter_groups(model, lr=0.1))
+        >>> [round(group["lr"], 3) for group in optimizer.param_groups]
+        [0.1, 0.03]
+    """
+    for name, value in (("lr", lr), ("key_lr_ratio", key_lr_ratio)):
+        if not value > 0:
+            raise ValueError(f"{name}={value}: it must be positive.")
+    layers = [module for module in model.modules() if isinstance(module, HiFICLLayer)]
+    keys = {id(p) for layer in layers for kind in KEY_KINDS for p in getattr(layer, kind).parameters()}
+    adapter = {id(p) for layer in layers for p in layer.parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not any(id(parameter) in adapter for parameter in trained):
+        raise ValueError(
+            "No HiFICL adapter of this model requires a gradient: attach one with get_peft_model, and load a trained "
+            "one with is_trainable=True."
+        )
+    groups = [
+        {"params": [p for p in trained if id(p) not in keys], "lr": lr},
+        {"params": [p for p in trained if id(p) in keys], "lr": key_lr_ratio * lr},
+    ]
+    return [group for group in groups if group["params"]]

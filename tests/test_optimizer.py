@@ -1,0 +1,99 @@
+"""Rates for virtual keys and for everything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer
+
+from peft_hificl import HiFICLConfig, parameter_groups
+
+from .conftest import build, inputs_for
+from .test_training import adapter_of, fresh, trainer
+
+
+def names(model: PeftModel, group: dict) -> set[str]:
+    ids = {id(parameter) for parameter in group["params"]}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in ids}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_keys_are_one_group_and_all_else_that_is_trained_the_other(whole: bool) -> None:
+    settings = {"factorize_keys": not whole, "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
+    model = get_peft_model(build("gqa"), HiFICLConfig(n=2, r=2, **settings))
+    model.add_adapter("other", HiFICLConfig(n=2, r=2, **settings))  # is not active, so it is not trained
+    rest, keys = parameter_groups(model, lr=0.1, key_lr_ratio=0.25)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names(model, keys) == {name for name in trained if "hificl_K" in name} != set()
+    assert names(model, rest) == trained - names(model, keys)
+    assert any("lm_head" in name for name in names(model, rest))
+    assert sum(len(group["params"]) for group in (rest, keys)) == len(trained)
+    assert (rest["lr"], keys["lr"]) == (0.1, pytest.approx(0.025))
+
+
+def step(model: PeftModel, groups: list[dict]) -> None:
+    optimizer = torch.optim.SGD(groups)
+    model(**inputs_for("gqa"), labels=inputs_for("gqa")["input_ids"]).loss.backward()
+    optimizer.step()
+
+
+def test_keys_move_by_the_ratio() -> None:
+    moved = {}
+    for ratio in (1.0, 0.3):
+        torch.manual_seed(1)
+        model = get_peft_model(build("gqa"), HiFICLConfig(n=2, r=2, init_weights=False, task_type="CAUSAL_LM"))
+        start = adapter_of(model)
+        step(model, parameter_groups(model, 0.1, ratio))
+        moved[ratio] = {name: new - start[name] for name, new in adapter_of(model).items()}
+    for name, one in moved[1.0].items():
+        assert one.abs().max() > 0
+        wanted = one * (0.3 if "hificl_K" in name else 1.0)
+        torch.testing.assert_close(moved[0.3][name], wanted, rtol=1e-3, atol=1e-7, msg=name)
+
+
+def test_trainer_schedules_both_rates(tmp_path: Path) -> None:
+    model = fresh()
+    like = trainer(tmp_path, model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1))
+    start = adapter_of(model)
+    run = Trainer(model, like.args, train_dataset=like.train_dataset, optimizers=(optimizer, None))
+    run.train()
+    assert [group["initial_lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.03])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.0, 0.0], abs=1e-6)  # cosine's end
+    assert all(not torch.equal(start[name], new) for name, new in adapter_of(model).items())
+
+
+def test_beside_a_lora() -> None:
+    model = get_peft_model(build("gqa"), HiFICLConfig(n=2, r=2, task_type="CAUSAL_LM"))
+    model.get_base_model().add_adapter(LoraConfig(target_modules=["q_proj"]), "lora")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or "hificl_" in name)
+    rest, keys = parameter_groups(model, 0.1)
+    assert all("hificl_K" in name for name in names(model, keys))
+    assert {"lora_" in name for name in names(model, rest)} == {True, False}
+
+
+def test_what_has_no_keys_is_one_group() -> None:
+    model = fresh()
+    for name, parameter in model.named_parameters():
+        if "hificl_K" in name:
+            parameter.requires_grad_(False)
+    assert [group["lr"] for group in parameter_groups(model, 0.1)] == [0.1]
+
+
+@pytest.mark.parametrize(("field", "value"), [("lr", 0.0), ("lr", float("nan")), ("key_lr_ratio", -0.3)])
+def test_rates_must_be_positive(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{field}={value}: it must be positive"):
+        parameter_groups(fresh(), **{"lr": 0.1, field: value})
+
+
+def test_nothing_to_train() -> None:
+    with pytest.raises(ValueError, match="No HiFICL adapter of this model requires a gradient"):
+        parameter_groups(build("gqa"), 0.1)
+    model = fresh()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        parameter_groups(model, 0.1)
