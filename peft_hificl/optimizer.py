@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
 
 from .layer import HiFICLLayer
 
-KEY_KINDS = ("hificl_K_A", "hificl_K_B", "hificl_K")
-
 
 def parameter_groups(model: nn.Module, lr: float, key_lr_ratio: float = 0.3) -> list[dict[str, Any]]:
     """Groups for any torch optimizer: virtual keys learn at ``key_lr_ratio * lr``, all else that is trained at ``lr``.
 
-    Keys move the softmax, `out = alpha SA + sum_i beta_i V_D,i`, through their exponential scores; values enter it
-    linearly.  A rate at which values learn fast enough is one at which keys overshoot.  The ratio was chosen on
-    validation data of the small base in ``benchmarks``; the paper has one rate, ``key_lr_ratio=1``.
+    In `out = alpha SA + sum_i beta_i V_D,i` values enter linearly and keys through the exponential of their scores.
+    The ratio was chosen on validation data of the small base in ``benchmarks`` (docs/benchmark.md); the paper has one
+    rate, ``key_lr_ratio=1``.
 
     Args:
-        model: the adapted model.
-        lr: rate of the virtual values, and of whatever else requires a gradient (``modules_to_save``, a LoRA).
+        model: the adapted model.  Under FSDP call it where the optimizer is to be made, with ``use_orig_params=True``.
+        lr: rate of the virtual values, and of whatever else requires a gradient.  What wants a smaller rate than
+            values, as a LoRA or a module of ``modules_to_save`` may, belongs into a group of your own.
         key_lr_ratio: rate of the virtual keys (``hificl_K_A``, ``hificl_K_B``, or ``hificl_K``), of ``lr``.
 
     Returns:
@@ -28,7 +28,7 @@ def parameter_groups(model: nn.Module, lr: float, key_lr_ratio: float = 0.3) -> 
         out.
 
     Raises:
-        ValueError: a rate or ratio that is not positive, or no HiFICL adapter that requires a gradient.
+        ValueError: a rate or ratio that is not positive and finite, or no HiFICL adapter that requires a gradient.
 
     Example:
 
@@ -44,10 +44,10 @@ def parameter_groups(model: nn.Module, lr: float, key_lr_ratio: float = 0.3) -> 
         [0.1, 0.03]
     """
     for name, value in (("lr", lr), ("key_lr_ratio", key_lr_ratio)):
-        if not value > 0:
-            raise ValueError(f"{name}={value}: it must be positive.")
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}={value}: it must be positive and finite.")
     layers = [module for module in model.modules() if isinstance(module, HiFICLLayer)]
-    keys = {id(p) for layer in layers for kind in KEY_KINDS for p in getattr(layer, kind).parameters()}
+    keys = {id(p) for layer in layers for name, p in layer.named_parameters() if name.startswith("hificl_K")}
     adapter = {id(p) for layer in layers for p in layer.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not any(id(parameter) in adapter for parameter in trained):

@@ -11,11 +11,11 @@ from transformers import set_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
-from benchmarks.base_model.language import END, IMAGE, PAD, TOKEN, VOCABULARY
+from benchmarks.base_model.language import END, IMAGE, MARK, PAD, TOKEN, VOCABULARY
 from benchmarks.base_model.model import load_base
 from benchmarks.quality.encoding import CHECKPOINT, IGNORED, answers, collate, demonstrated, encoded_task
 from benchmarks.quality.methods import METHODS, Learner, Setup, learner, task_vector, teacher
-from benchmarks.quality.methods.adapters import PREFIX_TOKENS
+from benchmarks.quality.methods.adapters import PREFIX_TOKENS, one_word_each
 from benchmarks.quality.methods.mimic import Shift
 from benchmarks.quality.methods.teacher import draw_demonstrations, recorded_states
 from benchmarks.quality.tasks import TASKS
@@ -370,10 +370,20 @@ def test_a_teacher_stays_the_base_while_its_student_learns(tasks, base):
 
 
 @torch.no_grad()
-def test_hificl_begins_as_the_last_words_of_its_demonstrations(tasks, base):
-    setup = setup_of(tasks, "captions", samples=ALL[10:])
+@pytest.mark.parametrize("task", ["captions", "convention"])
+def test_hificl_begins_as_words_of_its_demonstrations_answers(tasks, base, task):
+    setup = setup_of(tasks, task, samples=ALL[10:])
     ids = demonstrated(setup.splits, [("train", row) for row in setup.samples[:8]])
-    ends = [place - 1 for place, token in enumerate(ids) if token == TOKEN[END]]
+    marks, ends = ([place for place, token in enumerate(ids) if token == TOKEN[of]] for of in (MARK, END))
+    if task == "convention":  # answers of one word
+        words = [end - 1 for end in ends]
+    else:  # eighths of the way from the first word to the end
+        words = [
+            math.floor(mark + 1 + (end - mark - 1) * i / 8)
+            for i, (mark, end) in enumerate(zip(marks, ends, strict=True))
+        ]
+        assert words[0] == marks[0] + 1 and words[7] > marks[7] + 5
+    assert all(mark < word < end for mark, word, end in zip(marks, words, ends, strict=True))
     features = [setup.splits["train"].features[row] for row in setup.samples[:8]]
     places = torch.arange(-len(ids), 0)[None]  # right before the query
     inputs = {"input_ids": torch.tensor([ids]), "position_ids": places, "mm_encoder_outputs": encoded(features)}
@@ -384,7 +394,17 @@ def test_hificl_begins_as_the_last_words_of_its_demonstrations(tasks, base):
     for layer, (keys, values, *_) in zip(layers, cache, strict=True):
         pairs = layer._pairs("default")
         for found, expected in ((pairs.keys, keys), (pairs.values, values)):
-            assert torch.allclose(found, expected[:, :, ends].repeat_interleave(2, dim=1), atol=1e-4)
+            assert torch.allclose(found, expected[:, :, words].repeat_interleave(2, dim=1), atol=1e-4)
+
+
+@pytest.mark.parametrize("words", [1, 2, 7, 8, 16])
+@pytest.mark.parametrize("number", [1, 2, 8, 32])
+def test_one_word_of_each_answer(number, words):
+    answers = [range(100 * i, 100 * i + words) for i in range(number)]
+    places = [place - 100 * i for i, place in enumerate(one_word_each(answers))]
+    assert places[0] == 0 and places == sorted(places)
+    assert len(set(places)) == min(number, words)
+    assert places[-1] < words <= places[-1] + max(1, words / number) + 1
 
 
 @torch.no_grad()

@@ -9,8 +9,18 @@ import pytest
 
 from benchmarks.base_model.scenes import make_scenes
 from benchmarks.quality import tasks
+from benchmarks.quality.__main__ import RESULTS
+from benchmarks.quality.plan import FULL, Job
+from benchmarks.quality.runner import chosen_rate
 from benchmarks.quickstart import __main__ as quickstart
-from benchmarks.quickstart import asking, report, serve
+from benchmarks.quickstart import adapters, asking, report, serve
+
+
+def test_rates_are_those_that_the_benchmark_chooses():
+    names = {"hificl": "hificl", "lora": "lora-8"}
+    for task, rates in adapters.RATES.items():
+        chosen = {method: chosen_rate(Job(task, name, FULL, 0), RESULTS) for method, name in names.items()}
+        assert rates == chosen
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ SCORES = f"""\
 Mean ± half the width of the 95 % t-interval over {SEEDS} seeds; the number of seeds is given where there are fewer, `-`
 where nothing was measured. A mean over tasks is given only where every task was measured, and is over the seeds that
 have them all. Captions score by their CIDEr over that of a right caption. What draws on no training samples stands for
-every number of them. HiFICL and its ablations begin as demonstrations, but where the row names another start. In bold:
-the best of a column."""
+every number of them. HiFICL and its ablations begin as demonstrations, but where the row names another start, and their
+keys learn at 0.3 of the rate, but where it says one rate. In bold: the best of a column."""
 
 
 def write(results: Path) -> Path:

@@ -14,11 +14,11 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from peft_hificl import HiFICLConfig, initialize_from_demonstrations, parameter_groups
 
 from ..quality import methods, training
-from ..quality.methods.adapters import lora
+from ..quality.methods.adapters import lora, one_word_each
 from ..quality.methods.learner import cross_entropy
 
 # Of four for each method, those that the quality benchmark's sweeps choose on validation data, with 1,000 samples.
-RATES = {"knowledge": {"hificl": 3e-2, "lora": 3e-3}, "captions": {"hificl": 3e-2, "lora": 1e-2}}
+RATES = {"knowledge": {"hificl": 1e-1, "lora": 3e-3}, "captions": {"hificl": 1e-1, "lora": 1e-2}}
 
 
 def attach_hificl(base: LlavaForConditionalGeneration, processor: LlavaProcessor, examples: Dataset) -> PeftModel:
@@ -31,10 +31,8 @@ def attach_hificl(base: LlavaForConditionalGeneration, processor: LlavaProcessor
         (inputs["input_ids"][0] == processor.tokenizer.convert_tokens_to_ids(token)).nonzero().flatten().tolist()
         for token in ("?", "<eos>")
     )
-    # One word of each answer, from the first of the first on: where answers are long, pairs spread over them.
-    answers = zip(marks, ends, strict=True)
-    tokens = [mark + 1 + number * (end - mark - 1) // 8 for number, (mark, end) in enumerate(answers)]
-    initialize_from_demonstrations(model, inputs, tokens)
+    answers = [range(mark + 1, end) for mark, end in zip(marks, ends, strict=True)]
+    initialize_from_demonstrations(model, inputs, tokens=one_word_each(answers))
     return model
 
 

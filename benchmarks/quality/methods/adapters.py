@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,7 @@ DECODER = r".*language_model\..*\."  # the vision tower has projections of the s
 PREFIX_TOKENS = 20  # as many parameters as HiFICL with n = 8, r = 8 has on the shipped base
 
 
-def adapter(
-    config: Callable[[], PeftConfig], *, from_demonstrations: bool = False, rate_per_factor: bool = False
-) -> Attach:
+def adapter(config: Callable[[], PeftConfig], *, from_demonstrations: bool = False, slow_keys: bool = False) -> Attach:
     """An adapter that is trained by cross-entropy alone; HiFICL's keys may learn more slowly than its values."""
 
     def attach(base: LlavaForConditionalGeneration, setup: Setup) -> Learner:
@@ -29,7 +27,7 @@ def adapter(
         if from_demonstrations:
             read_demonstrations(model, setup)
         groups: list[dict[str, object]] = [{"params": trainable(model), "lr": setup.rate}]
-        if rate_per_factor:
+        if slow_keys:
             groups = parameter_groups(model, setup.rate)
         return Learner(model, groups, cross_entropy(model, setup))
 
@@ -41,8 +39,7 @@ def read_demonstrations(model: PeftModel, setup: Setup) -> None:
     """Let an adapter begin as what training samples add to attention.
 
     A prefix begins as the first tokens of a prompt, as PEFT has it; each of HiFICL's pairs as one word of a
-    demonstration's answer: of the first its first word, and further on in each of the others, so that pairs of long
-    answers spread over them.
+    demonstration's answer.
     """
     config = model.active_peft_config
     if not isinstance(config, HiFICLConfig):
@@ -51,12 +48,20 @@ def read_demonstrations(model: PeftModel, setup: Setup) -> None:
         initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
         return
     rows: list[Row] = [("train", row) for row in setup.samples[: config.n]]
-    tokens, start = [], 0
-    for number, (split, row) in enumerate(rows):
-        prompt, answer = (len(of[row]) for of in (setup.splits[split].prompts, setup.splits[split].answers))
-        tokens.append(start + prompt + number * (answer - 1) // len(rows))  # the end token is no word
-        start += prompt + answer
-    initialize_from_demonstrations(model, _prompt(setup, rows), tokens)
+    answers, start = [], 0
+    for split, row in rows:
+        first = start + len(setup.splits[split].prompts[row])
+        start = first + len(setup.splits[split].answers[row])
+        answers.append(range(first, start - 1))  # the end token is no word
+    initialize_from_demonstrations(model, _prompt(setup, rows), one_word_each(answers))
+
+
+def one_word_each(answers: Sequence[range]) -> list[int]:
+    """A place in each answer: the first in the first, and further on in each of the others.
+
+    So pairs of long answers spread over them, and of answers of one word each is that word.
+    """
+    return [answer[number * len(answer) // len(answers)] for number, answer in enumerate(answers)]
 
 
 def _prompt(setup: Setup, rows: list[Row]) -> dict[str, Any]:
