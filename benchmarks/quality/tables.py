@@ -18,6 +18,7 @@ OTHERS = (
     "lora-16",
     "prefix",
     "prefix-demos",
+    "ia3",
     "icl-8",
     "task-vector",
     "live",
