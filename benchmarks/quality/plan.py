@@ -27,7 +27,7 @@ TRAINED: dict[str, tuple[int, ...]] = {
     "prefix-demos": SIZES,
     "mimic": (FULL,),
     "hificl-paper": (64, FULL),
-    "lora-16": (64, FULL),
+    "lora-16": (16, 64, FULL),
     "live": (FULL,),
     "hificl-one-rate": (FULL,),
     "hificl-alpha-1": (FULL,),
