@@ -18,7 +18,7 @@ def parameter_groups(model: nn.Module, lr: float, key_lr_ratio: float = 0.3) -> 
     rate, ``key_lr_ratio=1``.
 
     Args:
-        model: the adapted model.  Under FSDP call it where the optimizer is to be made, with ``use_orig_params=True``.
+        model: the adapted model.  Not tested under FSDP; parameters that it has flattened cannot be told apart.
         lr: rate of the virtual values, and of whatever else requires a gradient.  What wants a smaller rate than
             values, as a LoRA or a module of ``modules_to_save`` may, belongs into a group of your own.
         key_lr_ratio: rate of the virtual keys (``hificl_K_A``, ``hificl_K_B``, or ``hificl_K``), of ``lr``.

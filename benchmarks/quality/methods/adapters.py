@@ -26,9 +26,8 @@ def adapter(config: Callable[[], PeftConfig], *, from_demonstrations: bool = Fal
         model = get_peft_model(base, config())
         if from_demonstrations:
             read_demonstrations(model, setup)
-        groups: list[dict[str, object]] = [{"params": trainable(model), "lr": setup.rate}]
-        if slow_keys:
-            groups = parameter_groups(model, setup.rate)
+        one_rate: list[dict[str, object]] = [{"params": trainable(model), "lr": setup.rate}]
+        groups = parameter_groups(model, setup.rate) if slow_keys else one_rate
         return Learner(model, groups, cross_entropy(model, setup))
 
     return attach
