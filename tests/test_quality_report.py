@@ -12,8 +12,8 @@ import pytest
 from scipy import stats
 
 from benchmarks.quality import frame, goals, report, tables
-from benchmarks.quality.frame import ABLATIONS, METHODS, SHOTS, TASKS
-from benchmarks.quality.plan import FULL, SIZES
+from benchmarks.quality.frame import ABLATIONS, METHODS, SHOTS, TASKS, TRIALS
+from benchmarks.quality.plan import FULL, SIZES, TRIAL_SEEDS
 from benchmarks.quality.statistics import holm, interval, paired
 
 LEVELS = dict.fromkeys(METHODS, 0.5) | {"hificl": 0.7}
@@ -239,6 +239,37 @@ def test_rates(grid: dict[float, float], shown: str, tmp_path: Path) -> None:
     assert tables.edges(found) == (int("edge" in shown), int(bool(grid)))
 
 
+def write_trial(folder: Path, name: str, method: str, rate: float, *scores: float, task: str = "captions") -> None:
+    (folder / name / task).mkdir(parents=True, exist_ok=True)
+    for seed, score in zip(TRIAL_SEEDS, scores, strict=False):
+        record = {"task": task, "method": method, "samples": FULL, "seed": seed, "rate": rate}
+        path = folder / name / task / f"{method}.{FULL}.{rate}.{seed}.json"
+        path.write_text(json.dumps(record | {"validation": {"score": score}}))
+
+
+def test_trials_are_means_over_all_their_seeds_at_the_best_rate(tmp_path: Path) -> None:
+    write_trial(tmp_path, "sweeps", "hificl", 0.01, 0.3)  # the seed that chooses a rate
+    for seeds in ("sweeps", "trials"):
+        write_trial(tmp_path, seeds, "hificl", 0.03, 0.1)
+    method = next(iter(TRIALS))
+    write_trial(tmp_path, "trials", method, 0.01, 0.2, 0.9, 0.4)
+    write_trial(tmp_path, "trials", method, 0.03, 0.5, 0.5, 0.59)
+    write_trial(tmp_path, "trials", method, 0.1, 0.9, 0.9)  # the third is yet to come
+    found = frame.load(tmp_path)
+    assert found.trial(method, "captions", FULL) == (0.03, pytest.approx(0.53))
+    assert found.trial("hificl", "captions", FULL) is None
+    few, many = tables.trials(found)
+    assert few.rows == []
+    assert [row[0] for row in many.rows] == [TRIALS[method]]
+    row = row_of(many, TRIALS[method])
+    assert (row[TASKS["captions"]], row[TASKS["composed"]], row["mean"]) == ("53.0 (0.03)", "-", "-")
+    for task in ("knowledge", "composed"):
+        write_trial(tmp_path, "trials", method, 0.3, 0.2, 0.2, 0.2, task=task)
+    row = row_of(tables.trials(frame.load(tmp_path))[1], TRIALS[method])
+    assert row["mean"] == "31.0"
+    assert found.rates(method, "captions", FULL) is None  # and so no part of the rates that were chosen
+
+
 # -- goals -------------------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +312,11 @@ def test_half_the_parameters(tmp_path: Path) -> None:
 def test_training_time_of_teachers(tmp_path: Path) -> None:
     for method, seconds in (("hificl", 2), ("mimic", 8), ("live", 4)):
         write_run(tmp_path, "coarse", method, FULL, 0, 0.5, training_seconds=seconds)
+    found = frame.load(tmp_path)
+    assert found.training_ratio("mimic") == pytest.approx(4)
+    # on another machine, with no run of the other method there
+    write_run(tmp_path, "coarse", "mimic", FULL, 1, 0.5, training_seconds=100, vector="AVX512")
+    write_run(tmp_path, "coarse", "hificl", FULL, 1, 0.5, training_seconds=2)
     found = frame.load(tmp_path)
     assert found.training_ratio("mimic") == pytest.approx(4)
     assert (statuses(found)["f-mimic"], statuses(found)["f-live"]) == (goals.SHOWN, goals.NOT_SHOWN)

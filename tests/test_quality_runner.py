@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks.quality import plan, runner
 from benchmarks.quality.encoding import encoded_task
-from benchmarks.quality.methods import METHODS, SHOTS
-from benchmarks.quality.plan import SEEDS, SIZES, SWEEP_SEED, TRAINED, Job, jobs, sweep
+from benchmarks.quality.methods import METHODS, SHOTS, TRIALS
+from benchmarks.quality.plan import SEEDS, SIZES, TRAINED, TRIAL_SEEDS, Job, jobs, sweep, trials
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.training import STEPS
 
@@ -73,10 +73,27 @@ def test_a_run_comes_after_the_sweep_that_it_waits_for():
         seen.add(job)
 
 
-def test_sweeps_draw_samples_of_their_own():
-    assert SWEEP_SEED not in SEEDS
-    assert {job.seed for job in jobs() if job.sweeps} == {SWEEP_SEED}
+def test_sweeps_and_trials_draw_samples_of_their_own():
+    assert not set(TRIAL_SEEDS) & set(SEEDS)
+    assert {job.seed for job in (*jobs(), *trials()) if job.sweeps} == set(TRIAL_SEEDS)
     assert {job.seed for job in jobs() if not job.sweeps} == set(SEEDS)
+
+
+def test_every_method_is_swept_by_as_many_seeds():
+    swept = Counter((job.samples, job.task, job.method, job.rate) for job in jobs() if job.sweeps)
+    for size, number in ((64, 3), (1000, 1)):
+        assert {times for (samples, *_), times in swept.items() if samples == size} == {number}
+
+
+def test_trials_are_sweeps_that_choose_no_rate(tmp_path):
+    tried = list(trials())
+    assert all(job.sweeps for job in tried)
+    assert {job.method for job in tried} == {"hificl", "lora-8", *TRIALS}
+    assert {len(set(method.rates)) for method in TRIALS.values()} == {4}
+    chooses = {job.path(tmp_path) for job in jobs() if job.sweeps}
+    for job in tried:
+        shared = job.method in METHODS and (job.samples == 64 or job.seed == TRIAL_SEEDS[0])
+        assert (job.path(tmp_path) in chooses) == shared == (job.path(tmp_path).parts[-3] == "sweeps")
 
 
 def test_a_part_of_the_tasks_is_that_part_of_the_grid():
@@ -89,12 +106,12 @@ def test_a_part_of_the_tasks_is_that_part_of_the_grid():
 def test_a_sweep_is_measured_on_validation_data_and_never_sees_test_data(task, quick, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "encoded_task", lambda name: {s: of for s, of in task.items() if s != "test"})
     for method in ("lora-8", "hificl", "mimic"):
-        job = Job("convention", method, 64, SWEEP_SEED, 0.01)
+        job = Job("convention", method, 64, TRIAL_SEEDS[0], 0.01)
         runner.perform(job, tmp_path)
         record = read(job, tmp_path)
         assert 0 <= record["validation"]["score"] <= 1
         assert "test" not in record
-        assert (record["rate"], record["seed"], record["steps"], record["batch"]) == (0.01, SWEEP_SEED, 3, 16)
+        assert (record["rate"], record["seed"], record["steps"], record["batch"]) == (0.01, TRIAL_SEEDS[0], 3, 16)
 
 
 def test_a_run_takes_the_rate_that_is_best_on_validation(quick, tmp_path):
@@ -112,6 +129,15 @@ def test_a_run_takes_the_rate_that_is_best_on_validation(quick, tmp_path):
         assert "validation" not in record
         assert record["trainable_parameters"] == 43008
         assert record["training_seconds"] > 0
+
+
+def test_a_rate_is_chosen_by_its_mean_over_seeds(tmp_path):
+    first, second, third = TRIAL_SEEDS
+    scores = {1e-3: (0.9, 0.1, 0.2), 3e-3: (0.5, 0.5, 0.6), 1e-2: (0.4, 0.9, 0.2), 3e-2: (0.0, 0.0, 0.99)}
+    for job in sweep("coarse", "lora-8", 64):
+        score = dict(zip((first, second, third), scores[job.rate], strict=True))[job.seed]
+        runner.write(job.path(tmp_path), {"validation": {"score": score}})
+    assert runner.chosen_rate(Job("coarse", "lora-8", 16, 0), tmp_path) == 3e-3
 
 
 def test_of_equal_rates_the_lower_is_chosen(tmp_path):
@@ -142,7 +168,7 @@ def test_ranks_take_the_rate_of_hificl(tmp_path):
 
 def test_a_sweep_that_diverges_scores_nothing(quick, tmp_path, monkeypatch):
     monkeypatch.setitem(STEPS, 64, 10)
-    job = Job("convention", "lora-8", 64, SWEEP_SEED, 1e30)
+    job = Job("convention", "lora-8", 64, TRIAL_SEEDS[0], 1e30)
     runner.perform(job, tmp_path)
     record = read(job, tmp_path)
     assert record["validation"] == {"score": 0.0}
@@ -164,13 +190,21 @@ def test_prompting_shows_training_samples_and_the_seed_draws_them(task, quick, t
 
 
 def test_the_same_job_gives_the_same_record(quick, tmp_path):
-    job = Job("convention", "hificl", 64, SWEEP_SEED, 0.01)
+    job = Job("convention", "hificl", 64, TRIAL_SEEDS[0], 0.01)
     records = []
     for name in ("a", "b"):
         runner.perform(job, tmp_path / name)
         records.append(read(job, tmp_path / name))
         del records[-1]["training_seconds"]
     assert records[0] == records[1]
+
+
+def test_hardware_is_noted_once(tmp_path, monkeypatch):
+    path = tmp_path / "environment.json"
+    for cores in (2, 2, 4, 2):
+        monkeypatch.setattr(runner, "environment", lambda cores=cores: {"cores": cores})
+        runner.note_environment(path)
+    assert json.loads(path.read_text()) == [{"cores": 2}, {"cores": 4}]
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ def main() -> None:
         description=what_it_does,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=("run", "costs", "report"))
+    parser.add_argument("command", choices=("run", "trials", "costs", "report"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to, and to go on from")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--tasks", nargs="+", help="default: all")
@@ -28,11 +28,11 @@ def main() -> None:
         print(report.write(args.results))
         return
     from . import costs, runner
-    from .methods import METHODS
-    from .plan import jobs
+    from .methods import ALL_METHODS
+    from .plan import jobs, trials
     from .tasks import TASKS
 
-    for named, known in ((args.tasks, TASKS), (args.methods, METHODS)):
+    for named, known in ((args.tasks, TASKS), (args.methods, ALL_METHODS)):
         if unknown := sorted(set(named or ()) - set(known)):
             parser.error(f"unknown: {', '.join(unknown)}; known are {', '.join(known)}")
 
@@ -40,7 +40,8 @@ def main() -> None:
         runner.prepare_process()
         runner.write(args.results / "costs.json", costs.measure())
         return
-    chosen = [job for job in jobs(tuple(args.tasks or TASKS)) if args.methods is None or job.method in args.methods]
+    grid = trials if args.command == "trials" else jobs
+    chosen = [job for job in grid(tuple(args.tasks or TASKS)) if args.methods is None or job.method in args.methods]
     runner.run(chosen, args.results, args.processes)
 
 

@@ -17,6 +17,7 @@ from .statistics import Paired, paired
 
 TASKS = {name: task.title for name, task in tasks.TASKS.items()}
 METHODS = {name: method.title for name, method in methods.METHODS.items()}
+TRIALS = {name: method.title for name, method in methods.TRIALS.items()}
 _ABLATED = ("hificl-teacher", "hificl-whole-k", "hificl-whole-v", "hificl-alpha-1")
 ABLATIONS = {name: METHODS[name] for name in _ABLATED}
 COMPARED = {name: title for name, title in METHODS.items() if name not in (*ABLATIONS, *plan.MATCHED)}
@@ -29,8 +30,9 @@ TEACHERS = ("mimic", "live")  # the methods that read a k-shot prompt at every s
 SEEDS = len(plan.SEEDS)
 
 CAPTION_MEASURES = ("cider", "exact_match", "chair_i", "chair_s", "recall")
-RUN = ("task", "method", "samples", "seed", "rate", "parameters", "seconds", "score", *CAPTION_MEASURES)
+RUN = ("task", "method", "samples", "seed", "vector", "rate", "parameters", "seconds", "score", *CAPTION_MEASURES)
 SWEEP = ("task", "method", "samples", "rate", "score")
+OF_OLD_RUNS = "AVX2"  # the vector instructions of runs whose records do not name them
 _NONE = pd.Series(dtype=float)
 
 
@@ -52,6 +54,7 @@ class Rates:
 class Results:
     runs: pd.DataFrame
     sweeps: pd.DataFrame
+    trials: pd.DataFrame  # sweeps that choose no rate of a run
     costs: Mapping
     unusable: list[str]
 
@@ -93,12 +96,20 @@ class Results:
         return tuple(sorted(int(number) for number in found))
 
     def training_ratio(self, method: str, reference: str = "hificl") -> float | None:
-        """Geometric mean of the ratios of training time, over runs of the same task, samples and seed."""
-        keys = ["task", "samples", "seed"]
+        """Geometric mean of the ratios of training time, over runs of the same task, samples, seed and hardware."""
+        keys = ["task", "samples", "seed", "vector"]
         timed = self.runs[self.runs["seconds"] > 0].set_index(keys)
         mine, theirs = (timed.loc[timed["method"] == name, "seconds"] for name in (method, reference))
         ratios = (mine / theirs).dropna()
         return float(np.exp(np.log(ratios).mean())) if len(ratios) else None
+
+    def trial(self, method: str, task: str, samples: int) -> tuple[float, float] | None:
+        """The rate that is best on validation data, on average over all seeds of trials, and its mean score."""
+        all_of = pd.concat([of for of in (self.sweeps, self.trials) if len(of)] or [self.sweeps])
+        mine = all_of[(all_of["method"] == method) & (all_of["task"] == task) & (all_of["samples"] == samples)]
+        by_rate = mine.groupby("rate")["score"].agg(["mean", "size"])
+        whole = by_rate[by_rate["size"] >= len(plan.TRIAL_SEEDS)]["mean"]
+        return (float(whole.idxmax()), float(whole.max())) if len(whole) else None
 
     def rates(self, method: str, task: str, samples: int) -> Rates | None:
         chooser, size = plan.swept_as(method, samples)
@@ -127,9 +138,9 @@ def load(folder: Path) -> Results:
         return parsed
 
     runs = read("runs/*/*.json", _run)
-    sweeps = read("sweeps/*/*.json", _sweep)
+    sweeps, trials = (read(f"{name}/*/*.json", _sweep) for name in ("sweeps", "trials"))
     costs = read("costs.json", lambda path: dict(json.loads(path.read_text())))
-    return Results(_tidy(runs, RUN), _tidy(sweeps, SWEEP), costs[0] if costs else {}, unusable)
+    return Results(_tidy(runs, RUN), _tidy(sweeps, SWEEP), _tidy(trials, SWEEP), costs[0] if costs else {}, unusable)
 
 
 def _run(path: Path) -> dict:
@@ -138,9 +149,10 @@ def _run(path: Path) -> dict:
     if (path.parent.name, path.stem) != (key[0], ".".join(map(str, key[1:]))):
         raise ValueError(f"holds the run {key}")
     test = run["test"]
+    vector = str(run.get("vector", OF_OLD_RUNS))
     numbers = [_number(run.get(name)) for name in ("rate", "trainable_parameters", "training_seconds")]
     measures = [_number(test.get(name)) for name in CAPTION_MEASURES]
-    return dict(zip(RUN, (*key, *numbers, _finite(test["score"]), *measures), strict=True))
+    return dict(zip(RUN, (*key, vector, *numbers, _finite(test["score"]), *measures), strict=True))
 
 
 def _sweep(path: Path) -> dict:

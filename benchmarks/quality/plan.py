@@ -6,25 +6,28 @@ number of rates that a method may try, and that validation data alone chooses am
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .methods import METHODS, SHOTS
+from .methods import ALL_METHODS, METHODS, SHOTS, TRIALS
 from .tasks import TASKS
 from .training import STEPS
 
 SEEDS = range(5)
-SWEEP_SEED = 100  # of the runs that choose a rate: none of those that are tested
+TRIAL_SEEDS = (100, 101, 102)  # of runs that are measured on validation data: none of those that are tested
 SIZES = tuple(STEPS)
 FULL = SIZES[-1]
 SWEPT_AT = {16: 64, 64: 64, 256: 1000, 1000: 1000}  # the size whose sweep chooses the rate
+# Seeds of a sweep: with few samples, which ones they are counts for more than the rate.
+SWEEP_SEEDS = {64: TRIAL_SEEDS, FULL: TRIAL_SEEDS[:1]}
 
 # Methods that are trained, with their sizes, most wanted first.  Slow or secondary ones have fewer: docs/benchmark.md.
 TRAINED: dict[str, tuple[int, ...]] = {
     "hificl": SIZES,
     "lora-8": SIZES,
     "prefix-demos": SIZES,
+    "hificl-n16": SIZES,
     "mimic": (FULL,),
     "hificl-paper": (64, FULL),
     "lora-16": (16, 64, FULL),
@@ -40,9 +43,12 @@ TRAINED: dict[str, tuple[int, ...]] = {
     "cartridge": (FULL,),
     "hificl-unit": (FULL,),
 }
-# Ranks and numbers of pairs take HiFICL's own rate, on half of the tasks.
-MATCHED = tuple(name for name in METHODS if name.startswith(("hificl-r", "hificl-n")))
+# Other ranks and numbers of pairs take HiFICL's own rate, on half of the tasks.
+MATCHED = tuple(name for name in METHODS if name.startswith(("hificl-r", "hificl-n")) and name not in TRAINED)
 MATCHED_TASKS = ("knowledge", "captions", "composed")
+# What is compared by validation data, with three seeds each: HiFICL's settings, and LoRA beside them.
+TRIED = ("hificl", "hificl-n16", "hificl-one-rate", *TRIALS, "hificl-alpha-1", "lora-8")
+TRIED_ON = {64: tuple(TASKS), FULL: MATCHED_TASKS}
 SLOW = {"mimic": 3.0, "live": 3.0, "hificl-teacher": 3.0}  # a step's time, about; only for the time that is left
 
 
@@ -61,21 +67,24 @@ class Job:
         return self.rate is not None
 
     def path(self, results: Path) -> Path:
-        if self.sweeps:
-            return results / "sweeps" / self.task / f"{self.method}.{self.samples}.{self.rate:g}.json"
-        return results / "runs" / self.task / f"{self.method}.{self.samples}.{self.seed}.json"
+        if not self.sweeps:
+            return results / "runs" / self.task / f"{self.method}.{self.samples}.{self.seed}.json"
+        swept = {SWEPT_AT[size] for size in TRAINED.get(self.method, ())}
+        chooses = self.samples in swept and self.seed in SWEEP_SEEDS[self.samples]
+        folder = results / ("sweeps" if chooses else "trials") / self.task
+        return folder / f"{self.method}.{self.samples}.{self.rate:g}.{self.seed}.json"
 
     @property
     def waits_for(self) -> list[Job]:
         """The sweep that chooses its rate."""
-        if self.sweeps or not METHODS[self.method].rates:
+        if self.sweeps or not ALL_METHODS[self.method].rates:
             return []
         return sweep(self.task, *swept_as(self.method, self.samples))
 
     @property
     def cost(self) -> float:
         """Seconds, about."""
-        steps = STEPS.get(self.samples, 0) if METHODS[self.method].rates else 50
+        steps = STEPS.get(self.samples, 0) if ALL_METHODS[self.method].rates else 50
         return (2 if self.task == "captions" else 1) * (2 + 0.045 * steps * SLOW.get(self.method, 1))
 
 
@@ -84,8 +93,9 @@ def swept_as(method: str, samples: int) -> tuple[str, int]:
     return "hificl" if method in MATCHED else method, SWEPT_AT.get(samples, samples)
 
 
-def sweep(task: str, method: str, samples: int) -> list[Job]:
-    return [Job(task, method, samples, SWEEP_SEED, rate) for rate in METHODS[method].rates]
+def sweep(task: str, method: str, samples: int, seeds: Sequence[int] | None = None) -> list[Job]:
+    seeds = SWEEP_SEEDS[samples] if seeds is None else seeds
+    return [Job(task, method, samples, seed, rate) for seed in seeds for rate in ALL_METHODS[method].rates]
 
 
 def jobs(tasks: tuple[str, ...] = tuple(TASKS)) -> Iterator[Job]:
@@ -94,8 +104,8 @@ def jobs(tasks: tuple[str, ...] = tuple(TASKS)) -> Iterator[Job]:
         yield Job(task, "zero-shot", 0, 0)
         for method in (*(f"icl-{k}" for k in SHOTS), "task-vector"):
             yield from (Job(task, method, FULL, seed) for seed in SEEDS)
-    sizes_of_first = [(method, size) for size in (FULL, 64, 16, 256) for method in list(TRAINED)[:3]]
-    others = [(method, size) for method, sizes in list(TRAINED.items())[3:] for size in reversed(sizes)]
+    sizes_of_first = [(method, size) for size in (FULL, 64, 16, 256) for method in list(TRAINED)[:4]]
+    others = [(method, size) for method, sizes in list(TRAINED.items())[4:] for size in reversed(sizes)]
     for method, size in (*sizes_of_first, *others):
         for task in tasks:
             if SWEPT_AT[size] == size:
@@ -103,3 +113,12 @@ def jobs(tasks: tuple[str, ...] = tuple(TASKS)) -> Iterator[Job]:
             yield from (Job(task, method, size, seed) for seed in SEEDS)
     for method in MATCHED:
         yield from (Job(task, method, FULL, seed) for task in MATCHED_TASKS if task in tasks for seed in SEEDS)
+
+
+def trials(tasks: tuple[str, ...] = tuple(TASKS)) -> Iterator[Job]:
+    """Settings of HiFICL beside LoRA, on validation data; with 1,000 samples on tasks that not all of them solve."""
+    for method in TRIED:
+        for size, of in TRIED_ON.items():
+            for task in of:
+                if task in tasks:
+                    yield from sweep(task, method, size, TRIAL_SEEDS)

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..speed.report import NOT_MEASURED, Table
 from . import goals, paper, plots, tables
 from .frame import METHODS, SEEDS, TASKS, Results, load
+from .plan import TRIAL_SEEDS
 
 __all__ = ["METHODS", "TASKS", "write"]
 
@@ -100,6 +101,15 @@ def _sections(found: Results, pictures: dict[str, str]) -> list[tuple[str, str, 
                 f"{at_edge} of {chosen} chosen rates lie at the edge of their grid (edge); `better` names a rate "
                 "with a higher validation score than the chosen one. Rates without a grid were set, not chosen.",
                 tables.rates(found),
+            ],
+        ),
+        (
+            "trials",
+            "Settings that were tried on validation data",
+            [
+                f"Mean of {len(TRIAL_SEEDS)} seeds, none of them one of those that are tested, at the rate that is "
+                "best for the setting and task. A row has HiFICL's settings but for what it names.",
+                *tables.trials(found),
             ],
         ),
         ("runs", "Runs", _runs(found)),

@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from transformers.utils import logging
 from benchmarks.base_model.model import load_base
 
 from .encoding import CHECKPOINT, encoded_task
-from .methods import METHODS, Setup
+from .methods import ALL_METHODS, Setup
 from .methods.teacher import draw_demonstrations
 from .plan import Job
 from .scoring import measure
@@ -50,9 +51,12 @@ def environment() -> dict[str, Any]:
 
 
 def chosen_rate(job: Job, results: Path) -> float | None:
-    """The rate of its sweep that is best on validation data; None for what is not trained."""
-    found = [(json.loads(of.path(results).read_text())["validation"]["score"], of.rate) for of in job.waits_for]
-    return max(found, key=lambda pair: pair[0])[1] if found else None  # the lower rate where two are equal
+    """The rate of its sweep that is best on validation data, on average over seeds; None for what is not trained."""
+    found: dict[float | None, list[float]] = {}
+    for of in job.waits_for:
+        found.setdefault(of.rate, []).append(json.loads(of.path(results).read_text())["validation"]["score"])
+    # Exact means, so that two are equal where they should be; of these the lower rate.
+    return max(found, key=lambda rate: fmean(found[rate])) if found else None
 
 
 def is_done(job: Job, results: Path) -> bool:
@@ -68,7 +72,7 @@ def is_done(job: Job, results: Path) -> bool:
 def perform(job: Job, results: Path) -> None:
     """Train, measure and write one job."""
     splits = encoded_task(job.task)
-    method, rate = METHODS[job.method], job.rate if job.sweeps else chosen_rate(job, results)
+    method, rate = ALL_METHODS[job.method], job.rate if job.sweeps else chosen_rate(job, results)
     number = len(splits["train"].prompts)
     of_run = samples(number, job.samples or number, job.seed)
     steps = STEPS.get(job.samples, 0) if method.rates else 0
@@ -89,13 +93,21 @@ def perform(job: Job, results: Path) -> None:
             rng = np.random.default_rng([job.seed, fitted.shots])
             shown = draw_demonstrations(of_run, [None] * len(splits[split].prompts), fitted.shots, rng)
         record |= {"trainable_parameters": fitted.parameters, "training_seconds": round(fitted.seconds, 2)}
+        record["vector"] = torch.backends.cpu.get_cpu_capability()  # a grid may be worked through on several machines
         record[split] = {
             name: round(value, 5) for name, value in measure(fitted.model, job.task, splits, split, shown).items()
         }
     write(job.path(results), record)
 
 
-def write(path: Path, record: dict[str, Any]) -> None:
+def note_environment(path: Path) -> None:
+    """Each that had a part in these results, once."""
+    known = json.loads(path.read_text()) if path.exists() else []
+    if (this := environment()) not in known:
+        write(path, [*known, this])
+
+
+def write(path: Path, record: Any) -> None:
     """Never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -110,7 +122,7 @@ def run(jobs: Sequence[Job], results: Path, processes: int) -> None:
         ValueError: what a run waits for is neither there nor among the jobs.
     """
     results.mkdir(parents=True, exist_ok=True)
-    write(results / "environment.json", environment())
+    note_environment(results / "environment.json")
     left = [job for job in jobs if not is_done(job, results)]
     done = sum(job.cost for job in jobs) - sum(job.cost for job in left)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("s of work"))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 
 from ..speed.report import Table, bytes_of, count, duration, scientific
 from . import paper
-from .frame import ABLATIONS, COMPARED, METHODS, PAIRS, RANKS, SEEDS, TASKS, TEACHERS, Rates, Results
-from .plan import FULL, SIZES
+from .frame import ABLATIONS, COMPARED, METHODS, PAIRS, RANKS, SEEDS, TASKS, TEACHERS, TRIALS, Rates, Results
+from .plan import FULL, SIZES, TRIED, TRIED_ON
 from .statistics import Interval, Paired, holm, interval
 
 NOTHING = "-"
@@ -183,6 +184,23 @@ def ranks(found: Results) -> Table:
 def pairs(found: Results) -> Table:
     methods = {method: f"n = {n}" for n, method in PAIRS.items()}
     return beside(accuracy(found, "Virtual pairs per head, with r = 8", methods), 1, _parameters(found, methods))
+
+
+def trials(found: Results) -> list[Table]:
+    """Settings that were compared on validation data: the mean of each at its best rate."""
+    tables = []
+    for samples, tasks in TRIED_ON.items():
+        rows = []
+        for method in TRIED:
+            of_tasks = [found.trial(method, task, samples) for task in tasks]
+            if any(of_tasks):
+                cells = [NOTHING if of is None else f"{100 * of[1]:.1f} ({of[0]:g})" for of in of_tasks]
+                mean = fmean(of[1] for of in of_tasks if of) if all(of_tasks) else None
+                title = (METHODS | TRIALS)[method]
+                rows.append((title, *cells, NOTHING if mean is None else f"{100 * mean:.1f}"))
+        columns = ("setting", *(TASKS[task] for task in tasks), "mean")
+        tables.append(Table(f"Validation scores in % after {samples} training samples (rate)", columns, rows))
+    return tables
 
 
 def _parameters(found: Results, methods: Iterable[str]) -> dict[str, list[str]]:

@@ -24,9 +24,9 @@ def _prompting(base: LlavaForConditionalGeneration, setup: Setup, shots: int) ->
     return Fitted(base, shots=shots)
 
 
-def _own(**changes: Any) -> Attach:
+def _own(*, key_lr_ratio: float = 0.3, **changes: Any) -> Attach:
     """HiFICL as it did best on validation data: pairs begin as demonstrations, and keys learn at 0.3 of the rate."""
-    return adapter(hificl(**changes), from_demonstrations=True, slow_keys=True)
+    return adapter(hificl(**changes), from_demonstrations=True, key_lr_ratio=key_lr_ratio)
 
 
 def _hificl_with_teacher(base: LlavaForConditionalGeneration, setup: Setup) -> Learner:
@@ -65,4 +65,8 @@ METHODS = {
     **{f"hificl-n{n}": trained(f"HiFICL, n = {n}", _HIFICL, _own(n=n)) for n in PAIRS},
 }
 
-__all__ = ["METHODS", "PAIRS", "RANKS", "SHOTS", "Fitted", "Learner", "Method", "Setup", "trainable"]
+# A setting of HiFICL that is compared on validation data only (`plan.trials`).
+TRIALS = {"hificl-keys-0.1": trained("HiFICL, keys at 0.1 of the rate", _HIFICL, _own(key_lr_ratio=0.1))}
+ALL_METHODS = METHODS | TRIALS
+
+__all__ = ["ALL_METHODS", "METHODS", "PAIRS", "RANKS", "SHOTS", "TRIALS", "Fitted", "Learner", "Setup", "trainable"]

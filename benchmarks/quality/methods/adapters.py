@@ -19,7 +19,9 @@ DECODER = r".*language_model\..*\."  # the vision tower has projections of the s
 PREFIX_TOKENS = 20  # as many parameters as HiFICL with n = 8, r = 8 has on the shipped base
 
 
-def adapter(config: Callable[[], PeftConfig], *, from_demonstrations: bool = False, slow_keys: bool = False) -> Attach:
+def adapter(
+    config: Callable[[], PeftConfig], *, from_demonstrations: bool = False, key_lr_ratio: float = 1.0
+) -> Attach:
     """An adapter that is trained by cross-entropy alone; HiFICL's keys may learn more slowly than its values."""
 
     def attach(base: LlavaForConditionalGeneration, setup: Setup) -> Learner:
@@ -27,7 +29,7 @@ def adapter(config: Callable[[], PeftConfig], *, from_demonstrations: bool = Fal
         if from_demonstrations:
             read_demonstrations(model, setup)
         one_rate: list[dict[str, object]] = [{"params": trainable(model), "lr": setup.rate}]
-        groups = parameter_groups(model, setup.rate) if slow_keys else one_rate
+        groups = parameter_groups(model, setup.rate, key_lr_ratio) if key_lr_ratio != 1 else one_rate
         return Learner(model, groups, cross_entropy(model, setup))
 
     return attach
