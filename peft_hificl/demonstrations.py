@@ -22,14 +22,16 @@ def initialize_from_demonstrations(
 
         K_D = K[tokens],  V_D = V[tokens],  each factorised at rank r (truncated SVD, exact for ``r >= n``)
 
-    The prompt is read at the positions -T, ..., -1, right before those of the prompts to come, so that rotary
-    embeddings keep their distances.  With ``n = T`` and ``r >= n`` the fresh adapter answers like the base model with
-    the demonstrations in its prompt; with fewer pairs, like one that remembers these tokens of it.
+    A model with rotary embeddings reads the prompt at the positions -T, ..., -1, right before those of the prompts to
+    come, so that all distances are kept.  With ``n = T`` and ``r >= n`` the fresh adapter then answers like the base
+    model with the demonstrations in its prompt; with fewer pairs, like one that remembers these tokens of it.  Pairs
+    stay in sight of every token, also where the model attends within a sliding window.  A model without rotary
+    embeddings reads the prompt where it reads any other, so its demonstrations and the prompts to come overlap.
 
     Args:
         model: the adapted model.
         inputs: what the model takes for one prompt (a batch of 1) that holds demonstrations and no query.  With
-            ``position_ids`` of your own if the model has no rotary embedding, or does not count positions from 0.
+            ``position_ids`` of your own if the model does not count positions from 0.
         tokens: as many positions in the prompt as the adapter has pairs; a good choice is one word of each
             demonstration's answer, spread over the answers where they are long.
         adapter_name: the active adapter if left out.
@@ -93,8 +95,9 @@ def _read(
                 f"{type(base).__name__} has positions in several dimensions (M-RoPE): give position_ids in inputs, "
                 "shifted so that the prompts to come follow them."
             )
-        shape = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
-        inputs["position_ids"] = torch.arange(-shape.shape[1], 0, device=shape.device)[None]
+        if rope:
+            shape = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
+            inputs["position_ids"] = torch.arange(-shape.shape[1], 0, device=shape.device)[None]
     # What PEFT's tuners have in common.  `enable_adapters` would also change what requires a gradient.
     switches: dict[Any, bool]
     switches = {m: m._disable_adapters for m in base.modules() if "_disable_adapters" in vars(m)}

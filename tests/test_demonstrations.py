@@ -4,6 +4,14 @@ import accelerate
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from peft_hificl import HiFICLConfig, HiFICLLayer, initialize_from_demonstrations
 
@@ -38,6 +46,69 @@ def test_all_tokens_as_pairs_give_the_logits_of_the_prompt(kind, settings):
     with torch.no_grad():
         found = model(input_ids=QUERY).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sliding_window_hides_no_pair():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    wide, narrow = (
+        get_peft_model(
+            MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=window)),
+            HiFICLConfig(task_type="CAUSAL_LM", n=5, r=5),
+        ).eval()
+        for window in (8, 5)
+    )
+    narrow.load_state_dict(wide.state_dict())
+    wanted = in_context(wide)  # 5 + 3 tokens
+    for model in (wide, narrow):
+        initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, range(5))
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=QUERY).logits, wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(AssertionError):  # unlike tokens of the prompt
+        torch.testing.assert_close(in_context(narrow), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_of_the_base_is_read_and_pairs_stay_in_float32():
+    model = get_peft_model(build("gqa").bfloat16(), HiFICLConfig(task_type="CAUSAL_LM", n=5, r=5)).eval()
+    exact = get_peft_model(build("gqa").bfloat16().float(), HiFICLConfig(task_type="CAUSAL_LM", n=5, r=5)).eval()
+    for each in (model, exact):
+        initialize_from_demonstrations(each, {"input_ids": DEMONSTRATIONS}, range(5))
+    for mine, theirs in zip(pairs_of(model, "default"), pairs_of(exact, "default"), strict=True):
+        torch.testing.assert_close(mine.keys.float(), theirs.keys, rtol=0.05, atol=0.02)
+        torch.testing.assert_close(mine.values.float(), theirs.values, rtol=0.05, atol=0.02)
+    assert {parameter.dtype for layer in layers(model) for parameter in layer.parameters()} == {torch.float32}
+    wanted = in_context(model)
+    with torch.no_grad():
+        found = model(input_ids=QUERY).logits
+        with model.disable_adapter():
+            without = model(input_ids=QUERY).logits
+    assert (found - wanted).abs().mean() < 0.1 * (without - wanted).abs().mean()  # as near as rounding lets it be
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_without_rotary_embeddings_the_prompt_is_read_where_any_other_is(kind):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "gpt2":
+        base, attention = GPT2LMHeadModel(GPT2Config(**sizes)), "transformer.h.1.attn"
+    else:
+        base = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=16))
+        attention = "bert.encoder.layer.1.attention.self"
+    model = get_peft_model(base, HiFICLConfig(n=2, r=2)).eval()
+    initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [1, 4])
+    with model.disable_adapter(), torch.no_grad():
+        states = model(input_ids=DEMONSTRATIONS, output_hidden_states=True).hidden_states[1]
+        module = model.get_base_model().get_submodule(attention)
+        if kind == "gpt2":
+            states = base.transformer.h[1].ln_1(states)
+            keys, values = module.c_attn(states).split(16, dim=-1)[1:]
+        else:
+            keys, values = module.key(states), module.value(states)
+    found = pairs_of(model, "default")[1]
+    for mine, theirs in ((found.keys, keys), (found.values, values)):
+        heads = theirs[:, [1, 4]].unflatten(-1, (4, 4)).transpose(1, 2)  # (1, H, n, d)
+        torch.testing.assert_close(mine, heads, rtol=1e-4, atol=1e-4)
 
 
 def test_a_lower_rank_keeps_the_best_approximation():

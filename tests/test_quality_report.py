@@ -16,8 +16,8 @@ from benchmarks.quality.frame import ABLATIONS, METHODS, SHOTS, TASKS, TRIALS
 from benchmarks.quality.plan import FULL, SIZES, TRIAL_SEEDS
 from benchmarks.quality.statistics import holm, interval, paired
 
-LEVELS = dict.fromkeys(METHODS, 0.5) | {"hificl": 0.7}
-PARAMETERS = {"hificl": 1000, "lora-8": 2500, "lora-16": 5000}
+LEVELS = dict.fromkeys(METHODS, 0.5) | {"hificl": 0.7, "hificl-n16": 0.7}
+PARAMETERS = {"hificl": 1000, "hificl-n16": 1200, "lora-8": 2500, "lora-16": 5000}
 
 
 def write_run(folder: Path, task: str, method: str, samples: int, seed: int, score: float, **more: object) -> None:
@@ -275,12 +275,20 @@ def test_trials_are_means_over_all_their_seeds_at_the_best_rate(tmp_path: Path) 
 
 @pytest.mark.parametrize("level", [0.7, 0.3], ids=["ahead", "behind"])
 def test_goals_follow_the_data(level: float, tmp_path: Path) -> None:
-    found = statuses(write_all(tmp_path, LEVELS | {"hificl": level}, sizes=SIZES))
+    found = statuses(write_all(tmp_path, LEVELS | {"hificl": level, "hificl-n16": level}, sizes=SIZES))
     expected = goals.SHOWN if level == 0.7 else goals.NOT_SHOWN
     assert {status for key, status in found.items() if key[0] in "abce"} == {expected}
     assert {status for key, status in found.items() if key[0] == "d"} == {goals.SHOWN}
     assert {status for key, status in found.items() if key[0] == "f"} == {goals.NOT_SHOWN}  # all train for 2 s
-    assert len(found) == 4 + 4 + 4 + 2 + len(ABLATIONS) + 2
+    assert len(found) == 4 + 2 * (4 + 4 + 2) + len(ABLATIONS) + 2
+
+
+def test_each_number_of_pairs_is_judged_by_its_own_runs(tmp_path: Path) -> None:
+    levels = {"hificl": 0.7, "hificl-n16": 0.3, "lora-8": 0.5}
+    found = statuses(write_all(tmp_path, levels, sizes=(16, FULL)))
+    for goal in ("b-lora-8", "c-lora-8-16"):
+        assert (found[goal], found[f"{goal}-n16"]) == (goals.SHOWN, goals.NOT_SHOWN)
+    assert found["d-lora-8-n16"] == goals.SHOWN and found["c-lora-16-16-n16"] == goals.NOT_MEASURED
 
 
 def test_one_task_decides_a_goal_on_every_task(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ LINES = {  # color, marker
     "ia3": ("#8c6bb1", "D"),
     "live": ("#c994c7", "P"),
     "mimic": ("#ce3a4a", "X"),
+    "hificl-n16": ("#12406e", "h"),
     "hificl": (BLUE, "o"),
 }
 PREFIXES = {"cartridge": ("#3f7f93", "<"), "cartridge-demos": ("#3f7f93", ">")}
@@ -91,6 +92,8 @@ def draw_parameters(found: Results, figure: Figure) -> None:
             axes.annotate(f"{name} = {number}", (x, end), (0, 10 * side), **text)
     taken: list[float] = []
     for method, (color, marker) in (LINES | PREFIXES).items():
+        if method in PAIRS.values() and method != "hificl":  # on the curve of n
+            continue
         if point := _with_parameters(found, method):
             x, score = point
             # whoever has as many parameters as another stands beside it

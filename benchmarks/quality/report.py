@@ -69,7 +69,9 @@ def _sections(found: Results, pictures: dict[str, str]) -> list[tuple[str, str, 
                 "p of the two-sided paired t-test over seeds. Holm's correction is across tasks, within one "
                 "comparison and number of samples.",
                 tables.comparisons(found),
+                tables.comparisons(found, "hificl-n16", tables.OTHERS_OF_16),
                 *(tables.comparison(found, other) for other in tables.OTHERS),
+                *(tables.comparison(found, other, "hificl-n16") for other in tables.OTHERS_OF_16),
             ],
         ),
         (

@@ -28,6 +28,7 @@ OTHERS = (
     "hificl-paper",
     "hificl-unit",
 )
+OTHERS_OF_16 = ("hificl", "lora-8", "lora-16", "prefix-demos")
 
 
 def markdown(table: Table) -> list[str]:
@@ -134,17 +135,18 @@ def _best_in_bold(column: Sequence[Interval | None]) -> list[str]:
 # -- paired tests ------------------------------------------------------------------------------------------------------
 
 
-def comparisons(found: Results) -> Table:
+def comparisons(found: Results, method: str = "hificl", others: Sequence[str] = OTHERS) -> Table:
     rows = []
-    for other in OTHERS:
-        cells = [found.difference("hificl", other, samples) for samples in SIZES]
+    for other in others:
+        cells = [found.difference(method, other, samples) for samples in SIZES]
         rows.append((METHODS[other], *(text for cell in cells for text in (percent(cell, True), _p(cell)))))
-    return Table("HiFICL less another method, over all tasks, in points", _columns("compared with", SIZES), rows)
+    title = f"{METHODS[method]} less another method, over all tasks, in points"
+    return Table(title, _columns("compared with", SIZES), rows)
 
 
-def comparison(found: Results, other: str) -> Table:
+def comparison(found: Results, other: str, method: str = "hificl") -> Table:
     """By task; p is followed by Holm's, corrected for the number of tasks."""
-    tested = {samples: [found.difference("hificl", other, samples, task) for task in TASKS] for samples in SIZES}
+    tested = {samples: [found.difference(method, other, samples, task) for task in TASKS] for samples in SIZES}
     tested = {samples: cells for samples, cells in tested.items() if any(cells)}
     columns = []
     for cells in tested.values():
@@ -152,7 +154,7 @@ def comparison(found: Results, other: str) -> Table:
         corrected = holm([cell and cell.p for cell in cells])
         columns.append([f"{_p(cell)} ({p_value(p)})" for cell, p in zip(cells, corrected, strict=True)])
     rows = [(title, *(column[place] for column in columns)) for place, title in enumerate(TASKS.values())]
-    return Table(f"HiFICL less {METHODS[other]}, in points; p (Holm's p)", _columns("task", tested), rows)
+    return Table(f"{METHODS[method]} less {METHODS[other]}, in points; p (Holm's p)", _columns("task", tested), rows)
 
 
 def _p(found: Paired | None) -> str:
