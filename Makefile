@@ -29,6 +29,7 @@ quickstart: setup
 
 quality-run: setup  ## what is not yet in benchmarks/results/quality; may be stopped and called again
 	$(BIN)/python -m benchmarks.quality run
+	$(BIN)/python -m benchmarks.quality trials
 	$(BIN)/python -m benchmarks.quality costs
 
 quality-report: setup

@@ -95,7 +95,7 @@ def _read(
                 f"{type(base).__name__} has positions in several dimensions (M-RoPE): give position_ids in inputs, "
                 "shifted so that the prompts to come follow them."
             )
-        if rope:
+        if rope or any("Rotary" in type(module).__name__ for module in base.modules()):
             shape = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
             inputs["position_ids"] = torch.arange(-shape.shape[1], 0, device=shape.device)[None]
     # What PEFT's tuners have in common.  `enable_adapters` would also change what requires a gradient.

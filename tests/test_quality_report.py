@@ -13,6 +13,7 @@ from scipy import stats
 
 from benchmarks.quality import frame, goals, report, tables
 from benchmarks.quality.frame import ABLATIONS, METHODS, SHOTS, TASKS, TRIALS
+from benchmarks.quality.methods import ALL_METHODS
 from benchmarks.quality.plan import FULL, SIZES, TRIAL_SEEDS
 from benchmarks.quality.statistics import holm, interval, paired
 
@@ -248,23 +249,25 @@ def write_trial(folder: Path, name: str, method: str, rate: float, *scores: floa
 
 
 def test_trials_are_means_over_all_their_seeds_at_the_best_rate(tmp_path: Path) -> None:
-    write_trial(tmp_path, "sweeps", "hificl", 0.01, 0.3)  # the seed that chooses a rate
-    for seeds in ("sweeps", "trials"):
-        write_trial(tmp_path, seeds, "hificl", 0.03, 0.1)
-    method = next(iter(TRIALS))
-    write_trial(tmp_path, "trials", method, 0.01, 0.2, 0.9, 0.4)
-    write_trial(tmp_path, "trials", method, 0.03, 0.5, 0.5, 0.59)
-    write_trial(tmp_path, "trials", method, 0.1, 0.9, 0.9)  # the third is yet to come
+    (method,) = TRIALS
+    *rates, last = ALL_METHODS[method].rates
+    write_trial(tmp_path, "sweeps", "hificl", 0.01, 0.3)  # of one seed and one rate
+    for rate, scores in zip(rates, ((0.2, 0.8), (0.5, 0.56), (0.1, 0.9)), strict=True):
+        write_trial(tmp_path, "trials", method, rate, *scores)
+    write_trial(tmp_path, "trials", method, last, 0.9)  # the second is yet to come
+    assert frame.load(tmp_path).trial(method, "captions", FULL) is None
+    write_trial(tmp_path, "trials", method, last, 0.9, 0.1)
     found = frame.load(tmp_path)
-    assert found.trial(method, "captions", FULL) == (0.03, pytest.approx(0.53))
+    assert found.trial(method, "captions", FULL) == (rates[1], pytest.approx(0.53))
     assert found.trial("hificl", "captions", FULL) is None
     few, many = tables.trials(found)
     assert few.rows == []
     assert [row[0] for row in many.rows] == [TRIALS[method]]
     row = row_of(many, TRIALS[method])
-    assert (row[TASKS["captions"]], row[TASKS["composed"]], row["mean"]) == ("53.0 (0.03)", "-", "-")
+    assert (row[TASKS["captions"]], row[TASKS["composed"]], row["mean"]) == (f"53.0 ({rates[1]:g})", "-", "-")
     for task in ("knowledge", "composed"):
-        write_trial(tmp_path, "trials", method, 0.3, 0.2, 0.2, 0.2, task=task)
+        for rate in (*rates, last):
+            write_trial(tmp_path, "trials", method, rate, 0.2, 0.2, task=task)
     row = row_of(tables.trials(frame.load(tmp_path))[1], TRIALS[method])
     assert row["mean"] == "31.0"
     assert found.rates(method, "captions", FULL) is None  # and so no part of the rates that were chosen

@@ -42,6 +42,8 @@ def main() -> None:
         return
     grid = trials if args.command == "trials" else jobs
     chosen = [job for job in grid(tuple(args.tasks or TASKS)) if args.methods is None or job.method in args.methods]
+    if not chosen:
+        parser.error(f"none of these is among the {args.command}")
     runner.run(chosen, args.results, args.processes)
 
 

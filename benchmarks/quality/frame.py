@@ -31,7 +31,7 @@ SEEDS = len(plan.SEEDS)
 
 CAPTION_MEASURES = ("cider", "exact_match", "chair_i", "chair_s", "recall")
 RUN = ("task", "method", "samples", "seed", "vector", "rate", "parameters", "seconds", "score", *CAPTION_MEASURES)
-SWEEP = ("task", "method", "samples", "rate", "score")
+SWEEP = ("task", "method", "samples", "rate", "seed", "score")
 OF_OLD_RUNS = "AVX2"  # the vector instructions of runs whose records do not name them
 _NONE = pd.Series(dtype=float)
 
@@ -96,7 +96,10 @@ class Results:
         return tuple(sorted(int(number) for number in found))
 
     def training_ratio(self, method: str, reference: str = "hificl") -> float | None:
-        """Geometric mean of the ratios of training time, over runs of the same task, samples, seed and hardware."""
+        """Geometric mean of the ratios of training time, over runs of the same task, samples and seed.
+
+        Only where both ran with the same vector instructions: a grid may be worked through on several machines.
+        """
         keys = ["task", "samples", "seed", "vector"]
         timed = self.runs[self.runs["seconds"] > 0].set_index(keys)
         mine, theirs = (timed.loc[timed["method"] == name, "seconds"] for name in (method, reference))
@@ -104,12 +107,17 @@ class Results:
         return float(np.exp(np.log(ratios).mean())) if len(ratios) else None
 
     def trial(self, method: str, task: str, samples: int) -> tuple[float, float] | None:
-        """The rate that is best on validation data, on average over all seeds of trials, and its mean score."""
-        all_of = pd.concat([of for of in (self.sweeps, self.trials) if len(of)] or [self.sweeps])
-        mine = all_of[(all_of["method"] == method) & (all_of["task"] == task) & (all_of["samples"] == samples)]
-        by_rate = mine.groupby("rate")["score"].agg(["mean", "size"])
-        whole = by_rate[by_rate["size"] >= len(plan.TRIAL_SEEDS)]["mean"]
-        return (float(whole.idxmax()), float(whole.max())) if len(whole) else None
+        """The rate that is best on validation data, on average over the seeds of trials, and its mean score.
+
+        None as long as one of its rates lacks a seed.
+        """
+        both = pd.concat([of for of in (self.sweeps, self.trials) if len(of)] or [self.sweeps])
+        mine = both[(both["method"] == method) & (both["task"] == task) & (both["samples"] == samples)]
+        by_rate = {rate: of.set_index("seed")["score"].to_dict() for rate, of in mine.groupby("rate")}
+        if any(not set(plan.TRIAL_SEEDS) <= set(by_rate.get(r, ())) for r in methods.ALL_METHODS[method].rates):
+            return None
+        means = {rate: plan.mean_score(of[seed] for seed in plan.TRIAL_SEEDS) for rate, of in by_rate.items()}
+        return max(means.items(), key=lambda item: item[1])
 
     def rates(self, method: str, task: str, samples: int) -> Rates | None:
         chooser, size = plan.swept_as(method, samples)
@@ -117,7 +125,7 @@ class Results:
         chosen = () if ran is None else tuple(sorted(ran["rate"].dropna().unique().tolist()))
         if tried is None or (ran is None and (chooser, size) != (method, samples)):
             return Rates((), chosen) if chosen else None
-        scores = tried.groupby("rate")["score"].mean()  # over seeds, where there are several
+        scores = tried.groupby("rate")["score"].agg(plan.mean_score)  # over seeds, where there are several
         best = float(scores.idxmax())
         chosen = chosen or (best,)
         is_best = any(scores.get(rate, math.nan) == scores.max() for rate in chosen)
@@ -158,7 +166,7 @@ def _run(path: Path) -> dict:
 def _sweep(path: Path) -> dict:
     sweep = json.loads(path.read_text())
     score = _finite(sweep["validation"]["score"])
-    values = sweep["task"], sweep["method"], int(sweep["samples"]), _finite(sweep["rate"]), score
+    values = sweep["task"], sweep["method"], int(sweep["samples"]), _finite(sweep["rate"]), int(sweep["seed"]), score
     return dict(zip(SWEEP, values, strict=True))
 
 

@@ -44,7 +44,7 @@ def evaluate(found: Results) -> list[Goal]:
 
 
 def _parity(found: Results, own: str) -> list[Goal]:
-    """With LoRA and prefix tuning, of HiFICL with the paper's or with twice as many pairs."""
+    """With LoRA and prefix tuning, of HiFICL with n = 8 or 16 pairs: two chances, as LoRA has two ranks."""
     return [
         *(_on_average(found, other, own) for other in (*LORAS, "prefix", "prefix-demos")),
         *(_clearly(found, other, samples, own) for samples in (16, 64) for other in LORAS),

@@ -92,7 +92,7 @@ def draw_parameters(found: Results, figure: Figure) -> None:
             axes.annotate(f"{name} = {number}", (x, end), (0, 10 * side), **text)
     taken: list[float] = []
     for method, (color, marker) in (LINES | PREFIXES).items():
-        if method in PAIRS.values() and method != "hificl":  # on the curve of n
+        if method == "hificl-n16":  # on the curve of n
             continue
         if point := _with_parameters(found, method):
             x, score = point

@@ -11,7 +11,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from benchmarks.base_model.model import load_base
 from .encoding import CHECKPOINT, encoded_task
 from .methods import ALL_METHODS, Setup
 from .methods.teacher import draw_demonstrations
-from .plan import Job
+from .plan import Job, mean_score
 from .scoring import measure
 from .training import BATCH, STEPS, samples
 
@@ -55,8 +54,7 @@ def chosen_rate(job: Job, results: Path) -> float | None:
     found: dict[float | None, list[float]] = {}
     for of in job.waits_for:
         found.setdefault(of.rate, []).append(json.loads(of.path(results).read_text())["validation"]["score"])
-    # Exact means, so that two are equal where they should be; of these the lower rate.
-    return max(found, key=lambda rate: fmean(found[rate])) if found else None
+    return max(found, key=lambda rate: mean_score(found[rate])) if found else None  # of two equal ones the lower rate
 
 
 def is_done(job: Job, results: Path) -> bool:
@@ -122,8 +120,9 @@ def run(jobs: Sequence[Job], results: Path, processes: int) -> None:
         ValueError: what a run waits for is neither there nor among the jobs.
     """
     results.mkdir(parents=True, exist_ok=True)
-    note_environment(results / "environment.json")
     left = [job for job in jobs if not is_done(job, results)]
+    if left:
+        note_environment(results / "environment.json")
     done = sum(job.cost for job in jobs) - sum(job.cost for job in left)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("s of work"))
     running: dict[Future[None], Job] = {}
