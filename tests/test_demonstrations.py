@@ -7,6 +7,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    EsmConfig,
+    EsmForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     MistralConfig,
@@ -109,6 +111,24 @@ def test_without_rotary_embeddings_the_prompt_is_read_where_any_other_is(kind):
     for mine, theirs in ((found.keys, keys), (found.values, values)):
         heads = theirs[:, [1, 4]].unflatten(-1, (4, 4)).transpose(1, 2)  # (1, H, n, d)
         torch.testing.assert_close(mine, heads, rtol=1e-4, atol=1e-4)
+
+
+def test_rotary_embeddings_are_found_without_a_configuration_of_them():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = EsmConfig(**sizes, intermediate_size=16, position_embedding_type="rotary", pad_token_id=1)
+    assert not hasattr(config, "rope_parameters")
+    model = get_peft_model(EsmForSequenceClassification(config), HiFICLConfig(n=2, r=2)).eval()
+    read = {}
+    for name, more in {
+        "found": {},
+        "before": {"position_ids": torch.arange(-5, 0)[None]},
+        "from 0": {"position_ids": torch.arange(5)[None]},
+    }.items():
+        initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS, **more}, [1, 4])
+        read[name] = pairs_of(model, "default")[1].keys
+    torch.testing.assert_close(read["found"], read["before"])
+    assert not torch.allclose(read["found"], read["from 0"], rtol=1e-2)
 
 
 def test_a_lower_rank_keeps_the_best_approximation():
