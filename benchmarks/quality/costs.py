@@ -22,6 +22,7 @@ from .training import BATCH
 TASK, QUERIES, SECONDS = "convention", 50, 60
 TRAINED = (
     "hificl",
+    "hificl-n16",
     "lora-8",
     "lora-16",
     "prefix",

@@ -18,7 +18,7 @@ from ..quality.methods.adapters import lora, one_word_each
 from ..quality.methods.learner import cross_entropy
 
 # Of four for each method, those that the quality benchmark's sweeps choose on validation data, with 1,000 samples.
-RATES = {"knowledge": {"hificl": 1e-1, "lora": 3e-3}, "captions": {"hificl": 1e-1, "lora": 1e-2}}
+RATES = {"knowledge": {"hificl": 1e-1, "lora": 1e-2}, "captions": {"hificl": 1e-1, "lora": 1e-2}}
 
 
 def attach_hificl(base: LlavaForConditionalGeneration, processor: LlavaProcessor, examples: Dataset) -> PeftModel:
