@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks.quality import plan, runner
+from benchmarks.quality import costs, plan, runner
 from benchmarks.quality.encoding import encoded_task
 from benchmarks.quality.methods import METHODS, SHOTS, TRIALS
 from benchmarks.quality.plan import SEEDS, SIZES, TRAINED, TRIAL_SEEDS, Job, jobs, sweep, trials
@@ -213,6 +213,24 @@ def test_hardware_is_noted_once(tmp_path, monkeypatch):
         monkeypatch.setattr(runner, "environment", lambda cores=cores: {"cores": cores})
         runner.note_environment(path)
     assert json.loads(path.read_text()) == [{"cores": 2}, {"cores": 4}]
+
+
+def test_costs_of_every_kind_of_method(task, monkeypatch):
+    monkeypatch.setattr(costs, "encoded_task", lambda name: task)
+    monkeypatch.setattr(costs, "QUERIES", 2)
+    monkeypatch.setattr(costs, "SECONDS", 0.5)
+    monkeypatch.setattr(costs, "TRAINED", ("hificl", "lora-8", "prefix-demos", "mimic"))
+    monkeypatch.setattr(costs, "PROMPTED", ("zero-shot", "icl-1"))
+    rows = {row["method"]: row for row in costs.measure()["rows"]}
+    assert set(rows) == {*costs.TRAINED, *costs.PROMPTED}
+    assert {name: row["trainable_parameters"] for name, row in rows.items()} == {
+        "hificl": 15360, "lora-8": 43008, "prefix-demos": 15360, "mimic": 1560, "zero-shot": 0, "icl-1": 0,
+    }  # fmt: skip
+    for name, row in rows.items():
+        assert ("step_seconds" in row) == (name in costs.TRAINED)
+        assert row["query_seconds"] > 0 and row["query_flops"] > 0
+    assert rows["mimic"]["step_flops"] > 2 * rows["hificl"]["step_flops"]
+    assert rows["icl-1"]["query_flops"] > rows["zero-shot"]["query_flops"]
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------

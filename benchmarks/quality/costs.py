@@ -46,7 +46,7 @@ def measure() -> dict[str, Any]:
     parameters = dict.fromkeys(PROMPTED, 0)
     for name in (*TRAINED, *PROMPTED):
         _, base = load_base(CHECKPOINT)
-        setup = Setup(TASK, splits, samples, seed=0, steps=1)
+        setup = Setup(TASK, splits, samples, seed=0, steps=1, rate=1.0)
         attach = METHODS[name].attach
         if attach is not None:
             learner = attach(base, setup)

@@ -23,7 +23,7 @@ class Setup:
     samples: list[int]  # rows of the training split
     seed: int
     steps: int
-    rate: float = 0.0
+    rate: float
 
 
 @dataclass(frozen=True)
