@@ -27,7 +27,7 @@ test-slow: setup
 quickstart: setup
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.quickstart --out out/quickstart
 
-quality-run: setup  ## what is not yet in benchmarks/results/quality; may be stopped and called again
+quality-run: setup  ## what is not yet in benchmarks/results/quality, and costs anew; may be stopped and called again
 	$(BIN)/python -m benchmarks.quality run
 	$(BIN)/python -m benchmarks.quality trials
 	$(BIN)/python -m benchmarks.quality costs
