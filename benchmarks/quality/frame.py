@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,9 +77,9 @@ class Results:
             of = self._runs.get((method, task, 0))
         return _NONE if of is None else of[measure].dropna()
 
-    def means(self, method: str, samples: int, exact: bool = False) -> pd.Series:
-        """By seed, over all tasks: a seed that lacks one is left out, as the rest would be a mean of something else."""
-        by_task = [self.scores(method, task, samples, exact=exact) for task in TASKS]
+    def means(self, method: str, samples: int, exact: bool = False, tasks: Iterable[str] = tuple(TASKS)) -> pd.Series:
+        """By seed, over the tasks: a seed that lacks one is left out, as the rest would be a mean of something else."""
+        by_task = [self.scores(method, task, samples, exact=exact) for task in tasks]
         return pd.concat(by_task, axis=1, join="inner").mean(axis=1)
 
     def difference(self, first: str, second: str, samples: int, task: str | None = None) -> Paired | None:

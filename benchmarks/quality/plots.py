@@ -14,7 +14,7 @@ from ..speed.presets import HIFICL, LORA, PREFIX
 from ..speed.report import COLORS as SPEED_COLORS
 from ..speed.report import GREY, NOT_MEASURED
 from .frame import METHODS, PAIRS, RANKS, SHOTS, TASKS, Results
-from .plan import FULL, SIZES
+from .plan import FULL, HARD_TASKS, SIZES
 from .statistics import Interval, interval
 
 BLUE, ORANGE, GREEN = (SPEED_COLORS[method] for method in (HIFICL, LORA, PREFIX))
@@ -40,7 +40,11 @@ def save(found: Results, folder: Path) -> dict[str, str]:
     """Draw every picture; returns titles by file name."""
     drawn: dict[str, tuple[str, tuple[float, float], Callable[[Results, Figure], None]]] = {
         "samples.png": ("Test score by number of training samples", (14, 7), draw_samples),
-        "parameters.png": (f"Mean test score by trainable parameters, {FULL} samples", (9, 5.5), draw_parameters),
+        "parameters.png": (
+            f"Test score by trainable parameters, {FULL} samples, mean of {', '.join(map(TASKS.get, HARD_TASKS))}",
+            (10, 5.5),
+            draw_parameters,
+        ),
         "shots.png": ("Test score of prompting by number of demonstrations", (14, 7), draw_shots),
     }
     for name, (title, size, draw) in drawn.items():
@@ -108,7 +112,7 @@ def draw_parameters(found: Results, figure: Figure) -> None:
 
 
 def _with_parameters(found: Results, method: str) -> tuple[float, Interval] | None:
-    numbers, score = found.parameters(method), interval(found.means(method, FULL))
+    numbers, score = found.parameters(method), interval(found.means(method, FULL, tasks=HARD_TASKS))
     return (numbers[-1], score) if score and any(numbers) else None
 
 
