@@ -1,12 +1,14 @@
 """The grid of the quality benchmark, and how it is worked through."""
 
 import json
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from benchmarks.quality import costs, plan, runner
+from benchmarks.quality.__main__ import main
 from benchmarks.quality.encoding import encoded_task
 from benchmarks.quality.methods import METHODS, SHOTS, TRIALS
 from benchmarks.quality.plan import SEEDS, SIZES, TRAINED, TRIAL_SEEDS, Job, jobs, sweep, trials
@@ -104,6 +106,15 @@ def test_trials_are_sweeps_that_choose_no_rate(tmp_path):
 
 def test_a_part_of_the_tasks_is_that_part_of_the_grid():
     assert set(jobs(("coarse", "captions"))) == {job for job in jobs() if job.task in ("coarse", "captions")}
+
+
+@pytest.mark.parametrize("arguments", [["trials", "--methods", "prefix"], ["run", "--methods", "hificl-keys-0.1"]])
+def test_a_command_with_nothing_to_do_is_refused(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["quality", *arguments, "--results", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"none of these is among the {arguments[0]}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # -- one job -----------------------------------------------------------------------------------------------------------

@@ -114,8 +114,9 @@ def jobs(tasks: tuple[str, ...] = tuple(TASKS)) -> Iterator[Job]:
         yield Job(task, "zero-shot", 0, 0)
         for method in (*(f"icl-{k}" for k in SHOTS), "task-vector"):
             yield from (Job(task, method, FULL, seed) for seed in SEEDS)
-    sizes_of_first = [(method, size) for size in (FULL, 64, 16, 256) for method in list(TRAINED)[:4]]
-    others = [(method, size) for method, sizes in list(TRAINED.items())[4:] for size in reversed(sizes)]
+    first = [method for method, sizes in TRAINED.items() if sizes == SIZES]
+    sizes_of_first = [(method, size) for size in (FULL, 64, 16, 256) for method in first]
+    others = [(m, size) for m, sizes in TRAINED.items() if m not in first for size in reversed(sizes)]
     for method, size in (*sizes_of_first, *others):
         for task in tasks:
             if SWEPT_AT[size] == size:
