@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_mask
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 
-from . import functional, fused
+from . import functional, fused, paged_cache
 from .checkpoint import MODULE, HeadShape
 from .layer import HiFICLLayer
 
@@ -87,6 +87,9 @@ def hificl_attention_forward(
     pairs = layer(query.shape[0], reuse=query.shape[2] == 1 and key.shape[2] > 1)
     if layer.recorded is not None:
         layer.recorded.append((key, value))
+    cache = kwargs.get("cache")
+    if cache is not None:
+        paged_cache.check(cache, layer, kwargs)
     if pairs is None:
         dispatch = dispatch_of(type(module))
         attend = dispatch.interface.get_interface(implementation, dispatch.eager)
@@ -111,8 +114,16 @@ def hificl_attention_forward(
             f"{type(module).__name__} runs on {query.device}, but its HiFICL adapter is on {pairs.keys.device}: move "
             "the whole model, adapter included, with model.to(...)."
         )
-    if kwargs.get("cache") is not None:
-        raise ValueError("HiFICL does not support paged caches (continuous batching): use `generate` as usual.")
+    paged, _, implementation = implementation.rpartition("|")
+    if cache is not None:
+        if implementation == "flex_attention":
+            raise ValueError("flex_attention reads no paged cache: call model.set_attn_implementation('sdpa').")
+        key, value = paged_cache.update(cache, module.layer_idx, key, value, kwargs)
+    elif paged:
+        raise ValueError(
+            f"attn_implementation='paged|{implementation}' is for continuous batching, but {type(module).__name__} was "
+            f"called without its cache: call model.set_attn_implementation({implementation!r})."
+        )
     bias = kwargs.get("position_bias")
     options: dict[str, Any] = {
         "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -224,7 +235,7 @@ def why_unsupported(module: nn.Module) -> str | None:
 
 
 def check_implementation(implementation: str | None, where: str) -> None:
-    if implementation not in SUPPORTED:
+    if implementation is None or implementation.removeprefix("paged|") not in SUPPORTED:
         raise ValueError(
             f"HiFICL does not support attn_implementation={implementation!r}, found on {where}; supported are "
             f"{', '.join(SUPPORTED)}. Call model.set_attn_implementation('sdpa')."

@@ -13,7 +13,7 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from . import attention, checkpoint, targets
+from . import attention, checkpoint, continuous_batching, targets
 from .config import HiFICLConfig
 from .layer import CANNOT_MERGE, HiFICLLayer
 
@@ -77,6 +77,7 @@ class HiFICLModel(BaseTuner):
         except Exception:
             config.target_modules = before
             raise
+        continuous_batching.guard(model)
         config._found_targets = (asked, config.target_modules)
         if type(model).__module__.startswith("transformers."):
             config._base_model_class = type(model).__name__
@@ -197,6 +198,7 @@ class HiFICLModel(BaseTuner):
         for module in list(self.model.modules()):
             if isinstance(getattr(module, checkpoint.MODULE, None), HiFICLLayer):
                 attention.detach(module)
+        continuous_batching.unguard(self.model)
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -231,6 +233,8 @@ class HiFICLModel(BaseTuner):
         if adapter_names is None:
             yield
             return
+        if kwargs.get("cache_implementation") == "paged":
+            raise ValueError(continuous_batching.NO_ADAPTER_NAMES)
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first.")
         unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
