@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, create_mask
 from transformers import AttentionInterface, PreTrainedConfig
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 
 from . import functional, fused, paged_cache
@@ -88,9 +89,9 @@ def hificl_attention_forward(
     if layer.recorded is not None:
         layer.recorded.append((key, value))
     cache = kwargs.get("cache")
-    if cache is not None:
-        paged_cache.check(cache, layer, kwargs)
     if pairs is None:
+        if isinstance(cache, PagedAttentionCache):
+            paged_cache.check(cache, layer, kwargs)
         dispatch = dispatch_of(type(module))
         attend = dispatch.interface.get_interface(implementation, dispatch.eager)
         if is_causal is not None:
@@ -118,7 +119,9 @@ def hificl_attention_forward(
     if cache is not None:
         if implementation == "flex_attention":
             raise ValueError("flex_attention reads no paged cache: call model.set_attn_implementation('sdpa').")
-        key, value = paged_cache.update(cache, module.layer_idx, key, value, kwargs)
+        if not isinstance(cache, PagedAttentionCache):
+            raise ValueError(f"HiFICL does not know the cache that {type(module).__name__} was given: {type(cache)}.")
+        key, value = paged_cache.update(cache, layer, module.layer_idx, key, value, kwargs)
     elif paged:
         raise ValueError(
             f"attn_implementation='paged|{implementation}' is for continuous batching, but {type(module).__name__} was "
