@@ -83,8 +83,7 @@ def hificl_attention_forward(
             f"name is set by attaching an adapter; load the base model with one of {', '.join(SUPPORTED)}."
         )
     implementation = layer.base_config._attn_implementation
-    # Only while decoding: an edit behind autograd's back (`parameter.data`) is seen by the next call with more tokens.
-    pairs = layer(query.shape[0], reuse=query.shape[2] == 1 and key.shape[2] > 1)
+    pairs = layer(query.shape[0])
     if layer.recorded is not None:
         layer.recorded.append((key, value))
     if pairs is None:

@@ -103,8 +103,8 @@ class HiFICLModel(BaseTuner):
 
     def _check_before_change(self, model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[str]) -> None:
         """Find whatever can be wrong with an adapter before the first module is changed."""
-        # The first two cannot be a key of a ParameterDict; the third names the layer itself in a state dict's keys.
-        if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name) or adapter_name == checkpoint.MODULE:
+        # The first two cannot be a key of a ModuleDict; PEFT would mistake the others for parts of parameter names.
+        if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name) or adapter_name in (checkpoint.MODULE, "weight"):
             raise ValueError(f"An adapter cannot be named {adapter_name!r}: choose a plain word, without dots.")
         if (getattr(model, "_tp_size", None) or 1) > 1:
             raise ValueError(
@@ -203,7 +203,13 @@ class HiFICLModel(BaseTuner):
         # Called when PEFT's wrappers around whole modules and embeddings go; there is no weight to hand over.
         setattr(parent, child_name, new_module)
 
-    # -- loading --------------------------------------------------------------------------------------------------
+    # -- saving and loading ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """``hificl_K_A.default.weight`` of a model is ``hificl_K_A`` in a file."""
+        key = super()._remove_adapter_name_from_key(key, adapter_name)
+        return key.removesuffix(".weight") if checkpoint.module_of(key) is not None else key
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -213,11 +219,13 @@ class HiFICLModel(BaseTuner):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
         expected = {
-            f"{name.removeprefix('_fsdp_wrapped_module.')}.{parameter}.{adapter_name}": tensors[adapter_name].shape
+            f"{name.removeprefix('_fsdp_wrapped_module.')}.{parameter}.{adapter_name}.weight": factors[
+                adapter_name
+            ].weight.shape
             for name, module in model.named_modules()
             if isinstance(module, HiFICLLayer)
             for parameter in module.adapter_layer_names
-            if adapter_name in (tensors := getattr(module, parameter))
+            if adapter_name in (factors := getattr(module, parameter))
         }
         checkpoint.check_state_dict(remapped, expected)
         return remapped

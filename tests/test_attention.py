@@ -426,7 +426,7 @@ def test_autocast_and_moving_the_model() -> None:
     model.double()
     torch.testing.assert_close(logits(model, **inputs), want.double(), rtol=1e-4, atol=1e-4)
     model.add_adapter("late", config(), autocast_adapter_dtype=False)
-    assert hificl_layers(model)[0].hificl_K_A["late"].dtype == torch.float64
+    assert hificl_layers(model)[0].hificl_K_A["late"].weight.dtype == torch.float64
 
 
 def test_dropout_is_part_of_training_only() -> None:

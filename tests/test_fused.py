@@ -406,7 +406,7 @@ def assigned(model: PeftModel) -> None:
 
 @torch.no_grad()
 def edited(model: PeftModel) -> None:
-    hificl_layers(model)[1].hificl_K_A["a"].mul_(2)
+    hificl_layers(model)[1].hificl_K_A["a"].weight.mul_(2)
 
 
 def swapped_data(model: PeftModel) -> None:
@@ -454,7 +454,7 @@ def test_an_edit_behind_autograds_back_is_seen_by_the_next_prompt() -> None:
     model = frozen()
     before = step(model)
     for layer in hificl_layers(model):
-        layer.hificl_V_A["a"].data.mul_(3)
+        layer.hificl_V_A["a"].weight.data.mul_(3)
     logits(model, input_ids=torch.tensor([[7]]))  # a prompt, be it of one token
     assert not torch.equal(step(model), before)
 

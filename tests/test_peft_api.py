@@ -155,8 +155,8 @@ def test_paper_init_is_not_the_identity() -> None:
     want = logits(base, **inputs_for("gqa"))
     model = get_peft_model(base, HiFICLConfig(n=8, r=8)).eval()
     for layer in hificl_layers(model):
-        assert not layer.hificl_V_B["default"].any() and layer.hificl_K_A["default"].any()
-        assert 0.005 < layer.hificl_K_B["default"].std() < 0.02
+        assert not layer.hificl_V_B["default"].weight.any() and layer.hificl_K_A["default"].weight.any()
+        assert 0.005 < layer.hificl_K_B["default"].weight.std() < 0.02
         assert not layer(2).values.any()
     difference = (logits(model, **inputs_for("gqa")) - want).abs()
     assert difference.max() > 0.01
@@ -362,8 +362,8 @@ def test_several_active_adapters_are_the_union_of_their_pairs(kind: str) -> None
     # One adapter that holds both sets of pairs, learned whole.
     both = get_peft_model(build(kind), config(n=5, factorize_keys=False, factorize_values=False)).eval()
     for mine, theirs in zip(hificl_layers(both), hificl_layers(model), strict=True):
-        mine.hificl_K["default"].data = theirs(2).keys[0]
-        mine.hificl_V["default"].data = theirs(2).values[0]
+        mine.hificl_K["default"].weight.data = theirs(2).keys[0]
+        mine.hificl_V["default"].weight.data = theirs(2).values[0]
     torch.testing.assert_close(got, logits(both, **inputs_for(kind)), rtol=1e-4, atol=1e-5)
 
 
@@ -640,7 +640,7 @@ def test_copies_are_independent(kind: str) -> None:
     for clone in (copy.deepcopy(model), pickle.loads(pickled)):
         assert torch.equal(logits(clone, **inputs), want)
         for layer in hificl_layers(clone):
-            layer.hificl_V_B["default"].data.zero_()
+            layer.hificl_V_B["default"].weight.data.zero_()
         mine, its = (m.get_base_model().get_submodule(name).virtual_pairs for m in (model, clone))
         assert mine.base_config is not its.base_config
         clone.base_model.model.set_attn_implementation("eager")
