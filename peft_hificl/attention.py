@@ -113,7 +113,9 @@ def hificl_attention_forward(
     check_implementation(implementation, type(module).__name__)
     replaced = why_replaced(dispatch, implementation)
     if replaced is not None:
-        raise ValueError(f"HiFICL cannot mix its virtual pairs into the attention of {type(module).__name__}: {replaced}.")
+        raise ValueError(
+            f"HiFICL cannot mix its virtual pairs into the attention of {type(module).__name__}: {replaced}."
+        )
     if hasattr(query, "device_mesh"):
         raise ValueError(
             f"{type(module).__name__} attends with distributed tensors ({type(query).__name__}), which HiFICL does not "
@@ -264,8 +266,8 @@ def why_replaced(dispatch: Dispatch, implementation: str) -> str | None:
         patched = torch.nn.functional.scaled_dot_product_attention
         if patched is not torch._C._nn.scaled_dot_product_attention:
             return (
-                f"torch.nn.functional.scaled_dot_product_attention has been replaced by {_name_of(patched)}, as torch's "
-                "context parallelism (context_parallel) and attention packages do, and HiFICL does not know what it "
+                f"torch.nn.functional.scaled_dot_product_attention has been replaced by {_name_of(patched)}, as context "
+                "parallelism (torch's context_parallel) and attention packages do, and HiFICL does not know what it "
                 "computes. Run without it"
             )
     return None

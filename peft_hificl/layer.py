@@ -75,6 +75,11 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self.cast_input_dtype_enabled = True  # PEFT's helpers look for it; queries meet the adapter in its own dtype
         self.in_features, self.out_features = head_shape[0] * head_shape[1], head_shape[0] * head_shape[2]
         self._like = like.detach().new_empty(0)
+        # What `watch` looks at: how often pairs were asked for, which trained adapters gave pairs that have had no
+        # gradient since, and which ever had one.
+        self.calls = 0
+        self.awaits_gradient: set[str] = set()
+        self.had_gradient: set[str] = set()
         # While demonstrations are read (see there): what the attention, run without an adapter, is called with.
         self.recorded: list[tuple[Tensor, Tensor]] | None = None
 
@@ -140,6 +145,8 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: ``adapter_names`` is not one name per row.
         """
+        if not torch.compiler.is_compiling():
+            self.calls += 1
         if self.disable_adapters:
             return None
         if adapter_names is not None:
@@ -155,11 +162,17 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         return concatenate_pairs([self._pairs(name) for name in active]) if active else None
 
     def _pairs(self, adapter_name: str) -> VirtualPairs:
-        return VirtualPairs(
-            keys=self._product("hificl_K", adapter_name),
-            values=self._product("hificl_V", adapter_name),
-            scale_self_attention=self.scale_self_attention[adapter_name],
-        )
+        keys, values = self._product("hificl_K", adapter_name), self._product("hificl_V", adapter_name)
+        if torch.is_grad_enabled() and adapter_name not in self.had_gradient and not torch.compiler.is_compiling():
+            for product in (keys, values):
+                if product.requires_grad:
+                    self.awaits_gradient.add(adapter_name)
+                    product.register_hook(lambda grad: self._gradient_came(adapter_name))
+        return VirtualPairs(keys, values, scale_self_attention=self.scale_self_attention[adapter_name])
+
+    def _gradient_came(self, adapter_name: str) -> None:
+        self.had_gradient.add(adapter_name)
+        self.awaits_gradient.discard(adapter_name)
 
     def _product(self, name: str, adapter_name: str) -> Tensor:
         whole: nn.ModuleDict = getattr(self, name)

@@ -13,7 +13,7 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from . import attention, checkpoint, targets
+from . import attention, checkpoint, hooks, targets
 from .config import HiFICLConfig
 from .layer import CANNOT_MERGE, HiFICLLayer
 
@@ -100,6 +100,7 @@ class HiFICLModel(BaseTuner):
         self._check_before_change(model, adapter_name, config, names)
         with _undone_on_error(model, adapter_name):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            hooks.refresh(model)
 
     def _check_before_change(self, model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[str]) -> None:
         """Find whatever can be wrong with an adapter before the first module is changed."""
@@ -197,6 +198,7 @@ class HiFICLModel(BaseTuner):
         for module in list(self.model.modules()):
             if isinstance(getattr(module, checkpoint.MODULE, None), HiFICLLayer):
                 attention.detach(module)
+        hooks.refresh(self.model)
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -279,6 +281,7 @@ def _undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
                 layer.delete_adapter(adapter_name)
                 if not layer.n:
                     attention.detach(module)
+        hooks.refresh(model)
         for parameter, value in requires_grad.items():
             parameter.requires_grad = value
         raise
