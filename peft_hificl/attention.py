@@ -266,9 +266,9 @@ def why_replaced(dispatch: Dispatch, implementation: str) -> str | None:
         patched = torch.nn.functional.scaled_dot_product_attention
         if patched is not torch._C._nn.scaled_dot_product_attention:
             return (
-                f"torch.nn.functional.scaled_dot_product_attention has been replaced by {_name_of(patched)}, as context "
-                "parallelism (torch's context_parallel) and attention packages do, and HiFICL does not know what it "
-                "computes. Run without it"
+                f"torch.nn.functional.scaled_dot_product_attention has been replaced by {_name_of(patched)}, as "
+                "context parallelism (torch's context_parallel) and attention packages do, and HiFICL does not know "
+                "what it computes. Run without it"
             )
     return None
 
