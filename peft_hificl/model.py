@@ -205,7 +205,7 @@ class HiFICLModel(BaseTuner):
         # Called when PEFT's wrappers around whole modules and embeddings go; there is no weight to hand over.
         setattr(parent, child_name, new_module)
 
-    # -- saving and loading -----------------------------------------------------------------------------------------------
+    # -- saving and loading --------------------------------------------------------------------------------------------
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -43,12 +43,14 @@ def no_gradients() -> Iterator[None]:
 def alone(inputs: Inputs, row: int) -> Inputs:
     """One of two rows, without its padding."""
     ids = inputs["input_ids"]
-    length, padding = ids.shape[1], int((ids[row] == 0).sum())
+    padding = int((ids[row] == 0).sum())
     parts = {k: v[row * len(v) // 2 : (row + 1) * len(v) // 2] for k, v in inputs.items()}
-    return {
-        k: v[:, padding:] if v.ndim > 1 and v.shape[1] == length and k[:8] != "decoder_" else v
+    columns = {
+        k
         for k, v in parts.items()
+        if v.shape[1:2] == ids.shape[1:] and not v.is_floating_point() and not k.startswith("decoder_")
     }
+    return {k: v[:, padding:] if k in columns else v for k, v in parts.items()}
 
 
 def distance(padded: Tensor, single: Tensor) -> float:
