@@ -79,6 +79,7 @@ class HiFICLModel(BaseTuner):
                 else:
                     shared.clear()
                     shared.update(before)
+                    model.peft_config = shared
         if self._awaited:
             self.peft_config = {**before, adapter_name: self._awaited[adapter_name][0]}
 
@@ -111,12 +112,14 @@ class HiFICLModel(BaseTuner):
                 inject(dry=True)
                 self._awaited[adapter_name] = (config, [inject])
                 del self.peft_config[adapter_name]
-                if not isinstance(self.peft_config, _Configs):
+                if getattr(self.peft_config, "awaited", None) is not self._awaited:
                     self.peft_config = self.model.peft_config = _Configs(self.peft_config, self._awaited)
             else:
                 with _undone_on_error(model, adapter_name):
                     inject()
-                    self._remap_adapter_state_dict_for_load(model, config, adapter_name, load.tensors)
+                    # transformers reads them again, with no word to the tuner: should that fail, or find no names for
+                    # them, what is attached is what was stored.
+                    model.load_state_dict(self._in_keys_of(model, adapter_name, load.tensors), strict=False)
         except BaseException:
             self.targeted_module_names = named
             self.peft_config.pop(adapter_name, None)
@@ -366,7 +369,7 @@ class HiFICLModel(BaseTuner):
         tuner = getattr(model, "base_model", None)
         awaited = isinstance(tuner, HiFICLModel) and adapter_name in tuner._awaited
         with tuner._attached_late(adapter_name) if awaited else nullcontext():  # type: ignore[union-attr]
-            return cls._checked(model, config, adapter_name, state_dict)
+            return cls._in_keys_of(model, adapter_name, state_dict)
 
     @contextmanager
     def _attached_late(self, adapter_name: str) -> Iterator[None]:
@@ -388,9 +391,7 @@ class HiFICLModel(BaseTuner):
             self.peft_config = shared
 
     @classmethod
-    def _checked(
-        cls, model: nn.Module, config: HiFICLConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _in_keys_of(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """A stored state dict in the keys of the model, found to fit it."""
         live = model.state_dict()
         own = {
