@@ -269,3 +269,162 @@ def test_a_second_read_by_transformers_that_fails(
     if name == "default":
         assert torch.equal(logits(model, **INPUTS), before)
     assert_loads(model, load, good)
+
+
+# -- what a file may hold --------------------------------------------------------------------------------------------
+
+
+def changed(folder: Path, change: Callable[[Tensor], Tensor]) -> None:
+    """Change the first V_A of a stored adapter."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if "V_A" in key)
+    tensors[key] = change(tensors[key])
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda base, folder: PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False),
+        lambda base, folder: PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True),
+        lambda base, folder: base.load_adapter(folder),
+    ],
+    ids=["no-autocast", "low-cpu-mem", "transformers"],
+)
+def test_values_beyond_the_dtype_of_the_adapter(load: Callable[..., object], good: Path) -> None:
+    """By these ways they pass through the dtype of the base model; float32, as PEFT casts adapters to, would do."""
+    changed(good, lambda tensor: tensor.index_fill(0, torch.tensor([1]), 1e5))
+    base = build("gqa").half()
+    with (
+        unchanged(base),
+        pytest.raises(ValueError, match=r"V_A\S* \(torch.float32\) holds 1e\+05, which the parameter's torch.float16"),
+    ):
+        load(base, good)
+    loaded = PeftModel.from_pretrained(base, good)
+    assert hificl_layers(loaded)[0](1).values.abs().max() > 1e4
+
+
+def test_weights_stored_in_float8(good: Path) -> None:
+    """A dtype that torch can convert, and not test for being finite."""
+    changed(good, lambda tensor: tensor.to(torch.float8_e4m3fn))
+    tensors = load_file(good / "adapter_model.safetensors")
+    key, tensor = next((k, t) for k, t in tensors.items() if t.dtype == torch.float8_e4m3fn)
+    for load in (from_pretrained, by_transformers):
+        state = load(build("gqa"), good).state_dict()
+        live = next(value for name, value in state.items() if f"{key.removeprefix('base_model.model.')}." in name)
+        assert torch.equal(live, tensor.float())
+    changed(good, lambda tensor: torch.full(tensor.shape, float("nan")).to(torch.float8_e4m3fn))
+    with pytest.raises(ValueError, match=r"not finite numbers \(dtype torch.float8_e4m3fn\)"):
+        PeftModel.from_pretrained(build("gqa"), good)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"epoch": 3}, "'epoch' is not a tensor but int: .*Keep the tensors alone"),
+        ({"optimizer": {"lr": 0.1}}, "'optimizer' is not a tensor but dict"),
+        ([1, 2], "cannot be read"),
+    ],
+    ids=["number", "dict", "list"],
+)
+@pytest.mark.parametrize("load", [from_pretrained, by_transformers])
+def test_a_bin_file_with_objects(load: Callable[..., object], extra: object, message: str, good: Path) -> None:
+    tensors = load_file(good / "adapter_model.safetensors")
+    (good / "adapter_model.safetensors").unlink()
+    torch.save({**tensors, **extra} if isinstance(extra, dict) else extra, good / "adapter_model.bin")
+    base = build("gqa")
+    with unchanged(base), pytest.raises(ValueError, match=message):
+        load(base, good)
+    torch.save(tensors, good / "adapter_model.bin")
+    assert_loads(base, from_pretrained, good)  # transformers' own loader finds no local .bin, LoRA's neither
+
+
+# -- stages of a pipeline --------------------------------------------------------------------------------------------
+
+
+class Stage(nn.Identity):
+    """As transformers' own pipeline stages have it in the place of what is not theirs."""
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return x
+
+
+def stage(base: nn.Module, here: range, how: str) -> nn.Module:
+    """One stage of a base model of four layers."""
+    layers = base.model.layers
+    if how == "placeholders":
+        for index in set(range(4)) - set(here):
+            layers[index] = Stage()
+        if 0 not in here:
+            base.model.embed_tokens = Stage()
+        if 3 not in here:
+            base.model.norm = base.lm_head = Stage()
+    elif how == "ModuleDict":
+        base.model.layers = nn.ModuleDict({str(index): layers[index] for index in here})
+    elif how == "None":
+        for index in set(range(4)) - set(here):
+            layers[index] = None
+    else:
+        base.model.layers = layers[here.start : here.stop]
+    return base
+
+
+def four_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return llama(layers=4).eval()
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Path:
+    torch.manual_seed(3)
+    get_peft_model(four_layers(), config()).save_pretrained(tmp_path)
+    return tmp_path
+
+
+HALVES = (range(2), range(2, 4))
+
+
+@pytest.mark.parametrize("load", [from_pretrained, by_transformers])
+def test_stages_of_a_pipeline_together_are_the_model(load: Callable[..., nn.Module], deep: Path) -> None:
+    want = logits(from_pretrained(four_layers(), deep), **INPUTS)
+    first, last = (load(stage(four_layers(), here, "placeholders"), deep) for here in HALVES)
+    assert [len(hificl_layers(part)) for part in (first, last)] == [2, 2]
+    assert torch.equal(logits(last, inputs_embeds=logits(first, **INPUTS)), want)
+
+
+@pytest.mark.parametrize("how", ["placeholders", "ModuleDict", "None", "slice"])
+@pytest.mark.parametrize("load", [from_pretrained, by_transformers])
+def test_a_stage_takes_its_layers(load: Callable[..., nn.Module], how: str, deep: Path) -> None:
+    tensors = load_file(deep / "adapter_model.safetensors")
+    for here in HALVES:
+        base = stage(four_layers(), here, how)
+        if how == "slice" and here.start:
+            with pytest.raises(ValueError, match=r"layers.0.self_attn' is layer 2 .*Keep the numbers"):
+                load(base, deep)
+            assert not hificl_layers(base)
+            continue
+        load(base, deep)
+        live = {key: value for key, value in base.state_dict().items() if ".hificl_" in key}
+        assert len(live) == 2 * 4
+        for key, value in live.items():
+            plain = key.split(".default")[0]
+            assert torch.equal(value, tensors[f"base_model.model.{plain}"])
+
+
+def test_whole_modules_on_a_stage(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = get_peft_model(four_layers(), config(modules_to_save=["lm_head"]))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    first, last = (from_pretrained(stage(four_layers(), here, "placeholders"), tmp_path) for here in HALVES)
+    assert "lm_head.weight" not in " ".join(first.state_dict())
+    assert torch.equal(last.base_model.model.lm_head.weight, tensors["base_model.model.lm_head.weight"])
+
+
+@pytest.mark.parametrize("layers", [1, 3, 5])
+def test_another_number_of_layers_is_not_a_stage(layers: int, deep: Path) -> None:
+    for load in (from_pretrained, by_transformers):
+        base = llama(layers=layers).eval()
+        with unchanged(base), pytest.raises(ValueError, match=r"The base model (lacks|has unexpected) 'model.layers"):
+            load(base, deep)
