@@ -58,7 +58,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("hificl_K_A", "hificl_K_B", "hificl_V_A", "hificl_V_B", "hificl_K", "hificl_V")
-    other_param_names = ("n", "r", "scale_self_attention")
+    other_param_names = ("n", "r", "scale_self_attention", "awaits_weights", "had_gradient")
 
     def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape, like: Tensor) -> None:
         super().__init__()
@@ -75,11 +75,12 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self.cast_input_dtype_enabled = True  # PEFT's helpers look for it; queries meet the adapter in its own dtype
         self.in_features, self.out_features = head_shape[0] * head_shape[1], head_shape[0] * head_shape[2]
         self._like = like.detach().new_empty(0)
-        # What `watch` looks at: how often pairs were asked for, which trained adapters gave pairs that have had no
-        # gradient since, and which ever had one.
+        self.awaits_weights: dict[str, bool] = {}  # it has no effect before PEFT has read its weights
+        # What `watch` looks at: how often pairs were asked for, whether an adapter has ever had a gradient, and which
+        # gave pairs that have had none since.
         self.calls = 0
+        self.had_gradient: dict[str, bool] = {}
         self.awaits_gradient: set[str] = set()
-        self.had_gradient: set[str] = set()
         # While demonstrations are read (see there): what the attention, run without an adapter, is called with.
         self.recorded: list[tuple[Tensor, Tensor]] | None = None
 
@@ -91,6 +92,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self.n[adapter_name] = config.n
         self.r[adapter_name] = config.r
         self.scale_self_attention[adapter_name] = config.scale_self_attention
+        self.awaits_weights[adapter_name] = self.had_gradient[adapter_name] = False
         self.reset_parameters(adapter_name, config.init_weights)
         for factor in factors.values():
             if not factor.weight.is_meta:
@@ -158,12 +160,12 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             names = sorted(set(adapter_names))
             choices = [self._pairs(name) if name in self.n else None for name in names]
             return select_rows(choices, [names.index(name) for name in adapter_names])
-        active = [name for name in self.active_adapters if name in self.n]
+        active = [name for name in self.active_adapters if name in self.n and not self.awaits_weights[name]]
         return concatenate_pairs([self._pairs(name) for name in active]) if active else None
 
     def _pairs(self, adapter_name: str) -> VirtualPairs:
         keys, values = self._product("hificl_K", adapter_name), self._product("hificl_V", adapter_name)
-        if torch.is_grad_enabled() and adapter_name not in self.had_gradient and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not self.had_gradient[adapter_name] and not torch.compiler.is_compiling():
             for product in (keys, values):
                 if product.requires_grad:
                     self.awaits_gradient.add(adapter_name)
@@ -171,8 +173,9 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         return VirtualPairs(keys, values, scale_self_attention=self.scale_self_attention[adapter_name])
 
     def _gradient_came(self, adapter_name: str) -> None:
-        self.had_gradient.add(adapter_name)
         self.awaits_gradient.discard(adapter_name)
+        if adapter_name in self.had_gradient:  # it has not been deleted since
+            self.had_gradient[adapter_name] = True
 
     def _product(self, name: str, adapter_name: str) -> Tensor:
         whole: nn.ModuleDict = getattr(self, name)
