@@ -255,14 +255,14 @@ class HiFICLModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: HiFICLConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        tuner = getattr(model, "base_model", None)
+        tuner: Any = getattr(model, "base_model", None)
         undo = tuner._unloaded.pop(adapter_name, None) if isinstance(tuner, HiFICLModel) else None
         try:
             remapped = cls._in_keys_of(model, adapter_name, state_dict)
         except BaseException:
             if undo is not None:
                 undo()
-                model.peft_config.pop(adapter_name, None)
+                tuner.peft_config.pop(adapter_name, None)
             raise
         for layer in _layers_with(model, adapter_name):
             layer.awaits_weights[adapter_name] = False
