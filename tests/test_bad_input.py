@@ -14,6 +14,7 @@ import torch
 import transformers as tf
 from peft import (
     AutoPeftModelForCausalLM,
+    LoraConfig,
     PeftModel,
     PeftModelForSequenceClassification,
     get_peft_model,
@@ -108,6 +109,54 @@ def test_models_without_attention_that_dispatches() -> None:
         get_peft_model(bloom, config(target_modules=["self_attention"]))
     with pytest.raises(ValueError, match="specify `target_modules`"):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), config())
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda base: get_peft_model(base, config()), "PeftModel already.*add_adapter.*load_adapter"),
+        (lambda base: get_peft_model(base, LoraConfig(target_modules=["q_proj"])), "PeftModel already"),
+        (lambda base: get_peft_model(base, config()).base_model, "HiFICLModel already"),
+        (torch.compile, "is compiled: attach the adapter first"),
+    ],
+    ids=["hificl", "lora", "tuner", "compiled"],
+)
+@pytest.mark.parametrize("targets", [None, ["self_attn"]])
+def test_models_that_are_wrapped(
+    wrap: Callable[[nn.Module], nn.Module], message: str, targets: list[str] | None, saved: Path
+) -> None:
+    model = wrap(build("gqa"))
+    for attach in (get_peft_model, lambda model, cfg: inject_adapter_in_model(cfg, model, "b")):
+        with unchanged(model), pytest.raises(ValueError, match=message):
+            attach(model, config(target_modules=targets))
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(model, saved)
+
+
+def test_beside_a_peft_model_of_another_method_as_the_message_says() -> None:
+    model = get_peft_model(build("gqa"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    base, lora = model.get_base_model(), logits(model, **inputs_for("gqa"))
+    torch.manual_seed(1)
+    base.add_adapter(config(), "pairs")
+    hificl = logits(base, **inputs_for("gqa"))
+    torch.testing.assert_close(hificl, logits(adapted("gqa"), **inputs_for("gqa")))
+    base.set_adapter("default")
+    assert torch.equal(logits(model, **inputs_for("gqa")), lora)
+
+
+def test_a_model_that_prepare_pippy_has_traced() -> None:
+    base = build("gqa")
+    base.pippy_stage = object()
+    with unchanged(base), pytest.raises(ValueError, match="prepare_pippy.*attach or load the adapter first"):
+        get_peft_model(base, config())
+
+
+def test_adapters_cannot_be_weighted_yet() -> None:
+    model = adapted("gqa", name="a")
+    model.add_adapter("b", config())
+    with unchanged(model), pytest.raises(NotImplementedError, match=r"yet.*set_adapter\(\['a', 'b'\]\)"):
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "both")
+    model.base_model.set_adapter(["a", "b"])
 
 
 def test_attention_that_depends_on_the_implementations_name_is_refused() -> None:
@@ -428,24 +477,73 @@ def test_a_failed_attach_leaves_the_config_as_it_was(choice: dict[str, object]) 
     assert cfg.target_modules is None
 
 
-def test_an_error_half_way_takes_the_adapter_off_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT has checks of its own after the change; a first adapter and what was trainable must survive them."""
-    update_layer, calls = HiFICLLayer.update_layer, 0
+def with_a_hificl(**kwargs: object) -> nn.Module:
+    model = build("gqa")
+    model.add_adapter(config(**kwargs), "a")
+    return model
 
-    def fails_the_second_time(layer: HiFICLLayer, name: str, cfg: HiFICLConfig) -> None:
+
+ATTACH: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, HiFICLConfig], object]]] = {
+    "get_peft_model": (lambda: build("gqa"), get_peft_model),
+    "add_adapter": (
+        lambda: adapted("gqa", name="a", modules_to_save=["lm_head"]),
+        lambda model, cfg: model.add_adapter("b", cfg),
+    ),
+    "inject": (lambda: build("gqa"), lambda model, cfg: inject_adapter_in_model(cfg, model)),
+    "inject-second": (
+        lambda: with_a_hificl(modules_to_save=["lm_head"]),
+        lambda model, cfg: inject_adapter_in_model(cfg, model, "b"),
+    ),
+    "transformers": (lambda: build("gqa"), lambda model, cfg: model.add_adapter(cfg)),
+    "transformers-second": (with_a_hificl, lambda model, cfg: model.add_adapter(cfg, "b")),
+}
+
+
+def in_a_late_layer(what: Callable[..., object], error: type[BaseException]) -> Callable[..., object]:
+    """The function, failing at every second call."""
+    calls = 0
+
+    def fails(*args: object, **kwargs: object) -> object:
         nonlocal calls
         calls += 1
-        update_layer(layer, name, cfg)
         if calls % 2 == 0:
-            raise RuntimeError("half-way")
+            raise error("half-way")
+        return what(*args, **kwargs)
 
-    fresh, model = build("gqa"), adapted("gqa", name="a")
-    fresh.lm_head.requires_grad_(False)
-    monkeypatch.setattr(HiFICLLayer, "update_layer", fails_the_second_time)
-    with unchanged(fresh), pytest.raises(RuntimeError, match="half-way"):
-        get_peft_model(fresh, config())
-    with unchanged(model), pytest.raises(RuntimeError, match="half-way"):
-        model.add_adapter("b", config())
+    return fails
+
+
+@pytest.mark.parametrize("route", ATTACH)
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize(
+    ("owner", "place"),
+    [(HiFICLLayer, "update_layer"), (HiFICLLayer, "reset_parameters"), (HiFICLConfig, "parameter_shapes")],
+)
+def test_an_error_half_way_takes_the_adapter_off_again(
+    owner: type, place: str, error: type[BaseException], route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first adapter, what was trainable, and whether one can try again, must survive it."""
+    make, attach = ATTACH[route]
+    model = make()
+    next(m for n, m in model.named_modules() if n.endswith("mlp")).requires_grad_(False)
+    layers = len(hificl_layers(model))
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, place, in_a_late_layer(getattr(owner, place), error))
+        with unchanged(model), pytest.raises(error, match="half-way"):
+            attach(model, config())
+    assert len(hificl_layers(model)) == layers
+    attach(model, config())
+    assert all(layer.n for layer in hificl_layers(model)) and len(hificl_layers(model)) == 2
+
+
+@pytest.mark.parametrize("route", ATTACH)
+def test_an_error_of_pefts_after_the_attach(route: str) -> None:
+    """PEFT finds that two settings contradict each other when it has wrapped a module already."""
+    make, attach = ATTACH[route]
+    model = make()
+    with unchanged(model), pytest.raises(ValueError, match="already marked to be trained fully"):
+        attach(model, config(modules_to_save=["embed_tokens"], trainable_token_indices={"embed_tokens": [1]}))
+    attach(model, config())
 
 
 def test_n_and_r_that_are_not_the_files(saved: Path, tmp_path: Path) -> None:

@@ -514,6 +514,41 @@ def test_pefts_hotswap_knows_lora_alone(tmp_path: Path) -> None:
         hotswap_adapter(model, tmp_path, adapter_name="default", torch_device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("covers", "active", "want"),
+    [
+        ({"a": [0, 1], "b": [0], "c": [1]}, ["a"], ["b"]),
+        ({"a": [1], "b": [0], "c": [1]}, ["a"], ["b"]),
+        ({"a": [0], "c": [1], "b": [0, 1]}, ["a"], ["b"]),
+        ({"a": [0, 1], "b": [0], "c": [1]}, ["a", "c"], ["c"]),
+        ({"a": [0, 1], "b": [0], "c": [1]}, ["b"], ["b"]),  # another than the one that is deleted
+        ({"a": [0]}, ["a"], []),
+    ],
+    ids=str,
+)
+def test_deleting_an_active_adapter(covers: dict[str, list[int]], active: list[str], want: list[str]) -> None:
+    """Every layer has the same active adapters afterwards, whatever adapters it has itself."""
+
+    def make(names: list[str]) -> PeftModel:
+        model = None
+        for seed, (name, layers) in enumerate(covers.items()):
+            torch.manual_seed(seed)
+            cfg = config(target_modules=[f"layers.{i}.self_attn" for i in layers])
+            if model is None:
+                model = get_peft_model(build("gqa"), cfg, adapter_name=name).eval()
+            else:
+                model.add_adapter(name, cfg)
+        model.base_model.set_adapter(names)
+        return model
+
+    model, inputs = make(active), inputs_for("gqa")
+    model.delete_adapter("a")
+    assert model.active_adapters == want
+    assert all(layer.active_adapters == want for layer in hificl_layers(model))
+    other = make(want).base_model.model if want else build("gqa")
+    assert torch.equal(logits(model.base_model.model, **inputs), logits(other, **inputs))
+
+
 # -- beside other adapters -------------------------------------------------------------------------------------------
 
 
