@@ -61,7 +61,7 @@ class HiFICLModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         self._unloaded: dict[str, _Undo] = {}  # adapters whose weights PEFT is about to read
-        before = vars(model).get("peft_config")
+        before = getattr(model, "peft_config", None)
         others = dict(before or {})
         try:
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
