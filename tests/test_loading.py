@@ -438,3 +438,45 @@ def test_another_number_of_layers_is_not_a_stage(layers: int, deep: Path) -> Non
         base = llama(layers=layers).eval()
         with unchanged(base), pytest.raises(ValueError, match=r"The base model (lacks|has unexpected) 'model.layers"):
             load(base, deep)
+
+
+# -- compiled regions ------------------------------------------------------------------------------------------------
+
+
+def in_regions(model: nn.Module, what: str) -> nn.Module:
+    """Compile the layers, or their attentions, of a base model in its place."""
+    layers = model.model.layers
+    for index, layer in enumerate(list(layers)):
+        if what == "layers":
+            layers[index] = torch.compile(layer, backend="eager")
+        else:
+            layer.self_attn = torch.compile(layer.self_attn, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("what", ["layers", "attentions"])
+def test_an_adapter_of_compiled_regions_and_of_the_model_as_it_was_are_the_same(what: str, tmp_path: Path) -> None:
+    model = adapted("gqa", seed=3, modules_to_save=["mlp"])
+    model.save_pretrained(tmp_path / "plain")
+    regions = in_regions(build("gqa"), what)
+    logits(regions, **INPUTS)  # compiled before there is an adapter
+    torch.manual_seed(3)
+    compiled = get_peft_model(regions, config(modules_to_save=["mlp"])).eval()
+    want = logits(model, **INPUTS)
+    torch.testing.assert_close(logits(compiled, **INPUTS), want, rtol=1e-5, atol=1e-5)
+    compiled.save_pretrained(tmp_path / "compiled")
+    plain, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "compiled"))
+    assert plain.keys() == other.keys() and all(torch.equal(plain[key], other[key]) for key in plain)
+    configs = [HiFICLConfig.from_pretrained(tmp_path / name) for name in ("plain", "compiled")]
+    assert configs[0].target_modules == configs[1].target_modules
+    for folder, base in (("plain", in_regions(build("gqa"), what)), ("compiled", build("gqa"))):
+        loaded = PeftModel.from_pretrained(base, tmp_path / folder)
+        torch.testing.assert_close(logits(loaded, **INPUTS), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [{"target_modules": ["self_attn"], "layers_to_transform": [1]}, {}])
+def test_transformers_own_loader_on_compiled_regions(targets: dict[str, object], tmp_path: Path) -> None:
+    want = stored(tmp_path, **targets)
+    base = in_regions(build("gqa"), "layers")
+    base.load_adapter(tmp_path)
+    torch.testing.assert_close(logits(base, **INPUTS), want, rtol=1e-5, atol=1e-5)
