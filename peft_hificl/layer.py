@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from .checkpoint import HeadShape
 from .config import HiFICLConfig
 from .functional import VirtualPairs, concatenate_pairs, select_rows, without_autocast
+from .rows import running
 
 
 class HiFICLLayer(nn.Module, BaseTunerLayer):
@@ -117,38 +118,30 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             left[:, :, :k].copy_(n**0.5 * u[:, :, :k] @ rotation)
             right[:, :k].copy_(rotation.mT @ (s[:, :k, None] * w[:, :k]) / n**0.5)
 
-    def forward(
-        self, batch_size: int, adapter_names: list[str] | None = None, reuse: bool = False
-    ) -> VirtualPairs | None:
-        """The virtual pairs for one attention call.
+    def forward(self, batch_size: int, reuse: bool = False) -> VirtualPairs | None:
+        """The virtual pairs for one attention call: of the active adapters, or of each row's own (see `rows`).
 
         Args:
             batch_size: rows of the call.
-            adapter_names: one adapter per row ("__base__": none) instead of the active adapters.
             reuse: while decoding; pairs of frozen adapters that were multiplied out before are used again, unless a
                 parameter has changed since.
 
         Raises:
-            ValueError: ``adapter_names`` is not one name per row.
+            ValueError: it is not certain which row has which adapter.
         """
         if self.disable_adapters:
             return None
+        rows = running.modules.get(self)
+        names = None if rows is None else rows.spread(batch_size)
         if any("_hf_hook" in vars(parameters) for parameters in self._modules.values()):
             # accelerate keeps the parameters elsewhere and brings them in for modules that are called; a
             # ParameterDict is not.
             with onload_layer(self):
-                return self._select(batch_size, adapter_names, reuse, keep=False)
-        return self._select(batch_size, adapter_names, reuse)
+                return self._select(names, reuse, keep=False)
+        return self._select(names, reuse)
 
-    def _select(
-        self, batch_size: int, adapter_names: list[str] | None, reuse: bool, keep: bool = True
-    ) -> VirtualPairs | None:
+    def _select(self, adapter_names: list[str] | None, reuse: bool, keep: bool = True) -> VirtualPairs | None:
         if adapter_names is not None:
-            if len(adapter_names) != batch_size:
-                raise ValueError(
-                    f"adapter_names has {len(adapter_names)} entries for a batch of {batch_size} rows: give one per "
-                    "row."
-                )
             names = sorted(set(adapter_names))
             choices = [self._pairs(name) if name in self.n else None for name in names]
             return select_rows(choices, [names.index(name) for name in adapter_names])

@@ -14,6 +14,8 @@ from .config import HiFICLConfig
 
 # Classes and names by which transformers' models tell apart what is not self-attention over text.
 _OTHER_KIND = re.compile(r"Cross|Vision|Visual|Image|Video|Audio|Perceiver|Resampler|QFormer|Pooler|Pooling")
+# Heads that PEFT adds to modules_to_save, whether a model has them or not.
+CLASSIFIERS = ("classifier", "score", "qa_outputs")
 _CROSS_NAME = re.compile(r"cross|enc(oder)?_?dec|encoder_attn", re.IGNORECASE)
 
 
@@ -61,11 +63,7 @@ def find_self_attention(model: nn.Module) -> list[str]:
             "please specify `target_modules` in the HiFICLConfig."
         )
     decoder = _text_decoder(model)
-    # A model within the model may have towers of its own.
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    found_towers = [(part, part.get_encoder(kind)) for part in parts for kind in ("image", "video", "audio")]
-    towers = {tower for part, tower in found_towers if tower is not part and tower is not None} - {decoder}
-    outside = {m for tower in towers for m in tower.modules() if m is not decoder}
+    outside = {m for tower in _towers(model) - {decoder} for m in tower.modules() if m is not decoder}
     inside = set(decoder.modules()) - outside
     candidates = [
         (name, module)
@@ -94,6 +92,27 @@ def _text_decoder(model: nn.Module) -> nn.Module:
             break
         model = decoder
     return model
+
+
+def _towers(model: nn.Module) -> set[nn.Module]:
+    """Encoders of images, videos and sounds; a model within the model may have towers of its own."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    found = [(part, part.get_encoder(kind)) for part in parts for kind in ("image", "video", "audio")]
+    return {tower for part, tower in found if tower is not part and tower is not None}
+
+
+def text_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules whose batch has one row per prompt: the text decoder, its encoder, the embeddings and heads."""
+    decoder = _text_decoder(model)
+    text: list[nn.Module | None] = [decoder]
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and (part is model or decoder in part.modules()):
+            text += [part.get_output_embeddings(), *(getattr(part, name, None) for name in CLASSIFIERS)]
+            if part.config.is_encoder_decoder:
+                text.append(part.get_encoder())
+    towers = _towers(model) - set(text)
+    outside = {module for tower in towers for module in tower.modules()}
+    return {module for part in text if part is not None for module in part.modules()} - outside
 
 
 def _is_other_kind(name: str, module: nn.Module) -> bool:
