@@ -102,15 +102,20 @@ def of_call(model: nn.Module, names: list[str], args: tuple[Any, ...], kwargs: d
     main = getattr(model, "main_input_name", "input_ids")
     first = args[0] if args else kwargs.get("inputs")  # of generate
     inputs = kwargs if first is None else {main: first, **kwargs}
-    for name in ("input_ids", "inputs_embeds", main):
-        batch = inputs.get(name)
-        if isinstance(batch, Tensor) and not (name == "pixel_values" and _placeholders(model)):  # images, not prompts
+    ids, placeholders = inputs.get("input_ids"), _placeholders(model)
+    places = None  # (B, T) per placeholder; None: the model takes one image or sound per prompt
+    if isinstance(mask := inputs.get("image_embeds_position_mask"), Tensor):  # of Kosmos-2
+        places = [mask != 0]
+    elif placeholders:
+        places = [] if ids is None else [ids == placeholder for placeholder in placeholders]
+    for name in ("input_ids", "inputs_embeds", *([main] if places is None else [])):
+        if isinstance(batch := inputs.get(name), Tensor):
             if len(batch) != len(names):
                 raise ValueError(_wrong_number(names, len(batch)))
             break
     # `generate` repeats each prompt, but not inside an encoder.
     text = Rows(names, times=(1, max(_setting(name, model, args, kwargs) for name in _REPEATING)))
-    return text, _of_media(text, model, inputs)
+    return text, text if places is None else _of_media(text, places, inputs)
 
 
 _REPEATING = ("num_beams", "num_return_sequences")
@@ -130,19 +135,14 @@ def _placeholders(model: nn.Module) -> set[int]:
     return {value for value in found if value is not None}
 
 
-def _of_media(text: Rows, model: nn.Module, inputs: dict[str, Any]) -> Rows:
-    """The rows of what works on images, videos and sounds: any number of them may belong to a prompt."""
-    names, ids, placeholders = text.names, inputs.get("input_ids"), _placeholders(model)
-    if not placeholders and "image_embeds_position_mask" not in inputs:
-        return text  # such a model takes one image or sound per prompt
+def _of_media(text: Rows, places: list[Tensor], inputs: dict[str, Any]) -> Rows:
+    """The rows of what works on images, videos and sounds, where a prompt may hold any number of them."""
+    names = text.names
     rows = Rows(names, times=())
     if len(set(names)) == 1:
         return rows._replace(names=names[:1])
-    if ids is None or inputs.get("past_key_values") is not None:
+    if not places or inputs.get("past_key_values") is not None:
         return rows._replace(refusal="the ids of the prompts are not given, or those before them are in a cache")
-    places = [ids == placeholder for placeholder in placeholders]
-    if not placeholders:
-        places = [inputs["image_embeds_position_mask"] != 0]  # Kosmos-2
     counts = torch.stack([place.sum(dim=1) for place in places]).T.tolist()  # per prompt: one number per placeholder
     seeing = {name for name, count in zip(names, counts, strict=True) if any(count)}
     if not seeing:
@@ -153,7 +153,7 @@ def _of_media(text: Rows, model: nn.Module, inputs: dict[str, Any]) -> Rows:
         numbers = ", ".join(str(sum(count)) for count in counts)
         return rows._replace(refusal=f"the prompts have {numbers} placeholders, and not all the same number")
     for name, value in inputs.items():  # equally many placeholders are equally many images if these are alike
-        described = isinstance(value, Tensor) and not value.is_floating_point() and value.shape[:2] != ids.shape
+        described = isinstance(value, Tensor) and not value.is_floating_point() and value.shape[:2] != places[0].shape
         if described and not _OF_TEXT.match(name) and bool((value != value[:1]).any()):
             return rows._replace(refusal=f"they differ in {name}")
     return rows
