@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from .checkpoint import HeadShape
 from .config import HiFICLConfig
 from .functional import VirtualPairs, concatenate_pairs, select_rows, without_autocast
+from .rows import running
 
 
 class Factor(nn.Module):
@@ -137,31 +138,30 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             left[:, :, :k].copy_(n**0.5 * u[:, :, :k] @ rotation)
             right[:, :k].copy_(rotation.mT @ (s[:, :k, None] * w[:, :k]) / n**0.5)
 
-    def forward(self, batch_size: int, adapter_names: list[str] | None = None) -> VirtualPairs | None:
-        """The virtual pairs for one attention call.
+    def forward(self, batch_size: int) -> VirtualPairs | None:
+        """The virtual pairs for one attention call: of the active adapters, or of each row's own (see `rows`).
 
         Args:
             batch_size: rows of the call.
-            adapter_names: one adapter per row ("__base__": none) instead of the active adapters.
 
         Raises:
-            ValueError: ``adapter_names`` is not one name per row.
+            ValueError: it is not certain which row has which adapter.
         """
         if not torch.compiler.is_compiling():
             self.calls += 1
         if self.disable_adapters:
             return None
-        if adapter_names is not None:
-            if len(adapter_names) != batch_size:
-                raise ValueError(
-                    f"adapter_names has {len(adapter_names)} entries for a batch of {batch_size} rows: give one per "
-                    "row."
-                )
+        rows = running.modules.get(self)
+        if rows is not None:
+            adapter_names = rows.spread(batch_size)
             names = sorted(set(adapter_names))
-            choices = [self._pairs(name) if name in self.n else None for name in names]
+            choices = [self._pairs(name) if self._has(name) else None for name in names]
             return select_rows(choices, [names.index(name) for name in adapter_names])
-        active = [name for name in self.active_adapters if name in self.n and not self.awaits_weights[name]]
+        active = [name for name in self.active_adapters if self._has(name)]
         return concatenate_pairs([self._pairs(name) for name in active]) if active else None
+
+    def _has(self, adapter_name: str) -> bool:
+        return adapter_name in self.n and not self.awaits_weights[adapter_name]
 
     def _pairs(self, adapter_name: str) -> VirtualPairs:
         keys, values = self._product("hificl_K", adapter_name), self._product("hificl_V", adapter_name)

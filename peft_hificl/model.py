@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from . import attention, checkpoint, hooks, loading, preflight, targets
+from . import attention, checkpoint, hooks, loading, preflight, rows, targets
 from .config import HiFICLConfig
 from .layer import CANNOT_MERGE, HiFICLLayer
 
@@ -110,6 +110,7 @@ class HiFICLModel(BaseTuner):
             try:
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
                 hooks.refresh(model)
+                rows.install(model)
                 if load is not None:
                     self._prepare_load(model, adapter_name, load, undo)
             except BaseException:  # PEFT has checks of its own, some of them after the change
@@ -300,38 +301,47 @@ class HiFICLModel(BaseTuner):
 
     # -- one adapter per row ----------------------------------------------------------------------------------------
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base model."""
+        if (known := rows.running.modules.get(self)) is None:
+            return super().forward(*args, **kwargs)
+        # A PeftModel of a task type has given the names, but kept the ids of the prompts back.
+        with self._enable_peft_forward_hooks(*args, **kwargs, adapter_names=known.names):
+            return super().forward(*args, **kwargs)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names=[...]`, one per row, to every layer for the duration of one forward or generate."""
-        adapter_names = kwargs.get("adapter_names")
-        if adapter_names is None:
+        names, outer = kwargs.get("adapter_names"), rows.running.modules
+        if names is None and not outer:
             yield
             return
+        mine = dict.fromkeys(self.modules()) if names is None else self._rows(names, args, kwargs)
+        rows.running.modules = {**outer, **mine}
+        try:
+            yield
+        finally:
+            rows.running.modules = outer
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _rows(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[nn.Module, Any]:
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first.")
-        unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
+        if not names or isinstance(names, str):
+            raise ValueError(f"adapter_names must be a list, one name per row; got {names!r}.")
+        unknown = set(names) - set(self.peft_config) - {"__base__"}
         if unknown:
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}; there are "
                 f"{', '.join(sorted(self.peft_config))} and __base__."
             )
-        thread = threading.get_ident()
-        # `generate` repeats each row, but not inside an encoder.
-        repeats = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
-
-        def hand_down(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if threading.get_ident() != thread:
-                return None  # another thread's forward, which has rows of its own
-            first = args[0] if args else next(iter(kwargs.values()))
-            batch_size = first if isinstance(module, HiFICLLayer) else len(first)
-            repeated = repeats if batch_size == repeats * len(adapter_names) else 1
-            return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(repeated)]}
-
-        with ExitStack() as hooks:
-            for module in self.modules():
-                if isinstance(module, (HiFICLLayer, AuxiliaryTrainingWrapper)):
-                    hooks.callback(module.register_forward_pre_hook(hand_down, with_kwargs=True).remove)
-            yield
+        text, media = rows.of_call(self.model, list(names), args, kwargs)
+        prompts = targets.text_modules(self.model)
+        return {self: text} | {
+            module: (text if module in prompts else media)._replace(module=name.removesuffix(f".{checkpoint.MODULE}"))
+            for name, module in self.model.named_modules()
+            if isinstance(module, (HiFICLLayer, AuxiliaryTrainingWrapper))
+        }
 
 
 def _layers_with(model: nn.Module, adapter_name: str) -> list[HiFICLLayer]:

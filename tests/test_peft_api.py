@@ -612,58 +612,6 @@ def test_forms_of_targets(choice: dict[str, object], layers: list[int], tmp_path
     assert PeftModel.from_pretrained(build("gqa"), tmp_path).targeted_module_names == names
 
 
-# -- one adapter per row ---------------------------------------------------------------------------------------------
-
-
-def test_mixed_batch_equals_each_row_alone(kind: str) -> None:
-    inputs = inputs_for(kind, rows=3)
-    model = adapted(kind, name="a")
-    torch.manual_seed(2)
-    model.add_adapter("b", config(n=5))
-    alone = {"a": logits(model, **inputs)}
-    model.set_adapter("b")
-    alone["b"] = logits(model, **inputs)
-    with model.disable_adapter():
-        alone["__base__"] = logits(model, **inputs)
-    names = ["b", "__base__", "a"]
-    got = logits(model, **inputs, adapter_names=names)
-    for row, name in enumerate(names):
-        torch.testing.assert_close(got[row], alone[name][row], rtol=1e-4, atol=1e-5)
-    assert not any(m._forward_pre_hooks for m in hificl_layers(model))
-    kwargs = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
-    beams = model.generate(**inputs, adapter_names=names, **kwargs)
-    for row, name in enumerate(names):
-        one = {key: value[row : row + 1] for key, value in inputs.items()}
-        assert torch.equal(beams[row : row + 1], model.generate(**one, adapter_names=[name], **kwargs))
-
-
-def test_mixed_batch_with_a_head_of_each_adapters_own() -> None:
-    model, inputs = adapted("gqa", name="a", modules_to_save=["lm_head"]), inputs_for("gqa")
-    model.add_adapter("b", config(modules_to_save=["lm_head"]))
-    for name in ("a", "b"):
-        torch.nn.init.normal_(model.get_base_model().lm_head.modules_to_save[name].weight)
-    alone = []
-    for name in ("b", "a"):
-        model.set_adapter(name)
-        alone.append(logits(model, **inputs))
-    got = logits(model, **inputs, adapter_names=["b", "a"])
-    for row in (0, 1):
-        torch.testing.assert_close(got[row], alone[row][row], rtol=1e-4, atol=1e-5)
-
-
-def test_mixed_batch_errors() -> None:
-    model, inputs = adapted("gqa", name="a"), inputs_for("gqa", rows=2)
-    for names, message in (
-        (["a"], r"1 entries for a batch of 2 rows"),
-        (["a", "nope"], r"non-existing adapter\(s\): nope"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            model(**inputs, adapter_names=names)
-    with pytest.raises(ValueError, match="training mode"):
-        model.train()(**inputs, adapter_names=["a", "a"])
-    assert not any(m._forward_pre_hooks for m in hificl_layers(model))
-
-
 # -- copies ----------------------------------------------------------------------------------------------------------
 
 
