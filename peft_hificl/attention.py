@@ -27,7 +27,7 @@ from transformers.integrations.flex_attention import compile_friendly_flex_atten
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from . import functional, fused
+from . import functional, fused, paged_cache
 from .checkpoint import MODULE, HeadShape
 from .layer import HiFICLLayer
 
@@ -103,6 +103,9 @@ def hificl_attention_forward(
     pairs = layer(query.shape[0])
     if layer.recorded is not None:
         layer.recorded.append((key, value))
+    cache = kwargs.get("cache")
+    if cache is not None:
+        paged_cache.check(cache, layer, kwargs)
     dispatch = dispatch_of(type(module))
     if pairs is None:
         attend = dispatch.function_of(implementation)
@@ -137,8 +140,16 @@ def hificl_attention_forward(
             f"{type(module).__name__} runs on {query.device}, but its HiFICL adapter is on {pairs.keys.device}: move "
             "the whole model, adapter included, with model.to(...)."
         )
-    if kwargs.get("cache") is not None:
-        raise ValueError("HiFICL does not support paged caches (continuous batching): use `generate` as usual.")
+    paged, _, implementation = implementation.rpartition("|")
+    if cache is not None:
+        if implementation == "flex_attention":
+            raise ValueError("flex_attention reads no paged cache: call model.set_attn_implementation('sdpa').")
+        key, value = paged_cache.update(cache, module.layer_idx, key, value, kwargs)
+    elif paged:
+        raise ValueError(
+            f"attn_implementation='paged|{implementation}' is for continuous batching, but {type(module).__name__} was "
+            f"called without its cache: call model.set_attn_implementation({implementation!r})."
+        )
     bias = kwargs.get("position_bias")
     options: dict[str, Any] = {
         "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -253,6 +264,7 @@ def why_replaced(dispatch: Dispatch, implementation: str) -> str | None:
     Asked on every call, as functions can be exchanged at any time: DeepSpeed's Ulysses registers its own in the place
     of "sdpa" when accelerate prepares a model, torch's context parallelism patches `scaled_dot_product_attention`.
     """
+    implementation = implementation.removeprefix("paged|")  # its functions go on with these
     found, own = dispatch.function_of(implementation), _TRANSFORMERS_OWN.get(implementation, dispatch.eager)
     if found is not own:
         if dispatch.interface is not ALL_ATTENTION_FUNCTIONS and implementation in dispatch.interface._local_mapping:
@@ -278,7 +290,7 @@ def _name_of(function: Any) -> str:
 
 
 def check_implementation(implementation: str | None, where: str) -> None:
-    if implementation not in SUPPORTED:
+    if implementation is None or implementation.removeprefix("paged|") not in SUPPORTED:
         raise ValueError(
             f"HiFICL does not support attn_implementation={implementation!r}, found on {where}; supported are "
             f"{', '.join(SUPPORTED)}. Call model.set_attn_implementation('sdpa')."

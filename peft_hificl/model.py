@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from . import attention, checkpoint, hooks, loading, preflight, rows, targets
+from . import attention, checkpoint, continuous_batching, hooks, loading, preflight, rows, targets
 from .config import HiFICLConfig
 from .layer import CANNOT_MERGE, HiFICLLayer
 
@@ -111,6 +111,7 @@ class HiFICLModel(BaseTuner):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
                 hooks.refresh(model)
                 rows.install(model)
+                continuous_batching.guard(model)
                 if load is not None:
                     self._prepare_load(model, adapter_name, load, undo)
             except BaseException:  # PEFT has checks of its own, some of them after the change
@@ -206,6 +207,7 @@ class HiFICLModel(BaseTuner):
             if isinstance(getattr(module, checkpoint.MODULE, None), HiFICLLayer):
                 attention.detach(module)
         hooks.refresh(self.model)
+        continuous_batching.unguard(self.model)
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -316,6 +318,8 @@ class HiFICLModel(BaseTuner):
         if names is None and not outer:
             yield
             return
+        if names is not None and kwargs.get("cache_implementation") == "paged":
+            raise ValueError(continuous_batching.NO_ADAPTER_NAMES)
         mine = dict.fromkeys(self.modules()) if names is None else self._rows(names, args, kwargs)
         rows.running.modules = {**outer, **mine}
         try:
@@ -380,5 +384,7 @@ class _Undo:
                 module.delete_adapter(self.adapter_name, names)
                 module._active_adapter = names
         hooks.refresh(self.model)
+        if not any(isinstance(module, HiFICLLayer) for module in self.model.modules()):
+            continuous_batching.unguard(self.model)
         for parameter, value in self.requires_grad.items():
             parameter.requires_grad = value
