@@ -107,9 +107,15 @@ def hificl_attention_forward(
             f"was made for {layer.head_shape}: this attention is not supported; please report it."
         )
     if pairs.keys.device != query.device:
+        remedy = (
+            "it was never loaded. transformers' load_adapter loads nothing onto a base model that accelerate has "
+            "offloaded: use PeftModel.from_pretrained"
+            if pairs.keys.is_meta
+            else "move the whole model, adapter included, with model.to(...)"
+        )
         raise ValueError(
-            f"{type(module).__name__} runs on {query.device}, but its HiFICL adapter is on {pairs.keys.device}: move "
-            "the whole model, adapter included, with model.to(...)."
+            f"{type(module).__name__} runs on {query.device}, but its HiFICL adapter is on {pairs.keys.device}: "
+            f"{remedy}."
         )
     if kwargs.get("cache") is not None:
         raise ValueError("HiFICL does not support paged caches (continuous batching): use `generate` as usual.")
@@ -182,7 +188,7 @@ def _dense(block_mask: Any, query: Tensor, key: Tensor) -> Tensor:
 def attach(module: nn.Module, head_shape: HeadShape) -> HiFICLLayer:
     """Give an attention module an (empty) HiFICLLayer and route its attention calls here."""
     config = cast(PreTrainedConfig, module.config)
-    layer = HiFICLLayer(config, head_shape, like=_reference_tensor(module))
+    layer = HiFICLLayer(config, head_shape, where=functools.partial(device_and_dtype, module))
     module.add_module(MODULE, layer)
     own = copy.copy(config)
     own._attn_implementation_internal = IMPLEMENTATION
@@ -325,22 +331,29 @@ def head_shape_of(module: nn.Module) -> HeadShape:
     return heads, key_dim, value_dim
 
 
-def _reference_tensor(module: nn.Module) -> Tensor:
-    """A tensor with the device and dtype that a module computes in; its weights may be quantised or kept elsewhere."""
-    reference = torch.empty(0)
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            reference = parameter.detach()
-            break
-        reference = torch.empty(0, device=parameter.device)
+def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """What an attention module computes in, as its own weights say, which may be quantised or kept elsewhere."""
+    adapters = list(getattr(module, MODULE, nn.Module()).parameters())
+    # A base that FSDP has flattened, or whose quantised weights are buffers, has no parameters.
+    tensors = [p for p in module.parameters() if not any(p is own for own in adapters)] or [*module.buffers(), *adapters]
+    floating = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.dtype.itemsize > 1]
+    tensor = next(iter([*floating, *tensors]), torch.empty(0))
+    device, dtype = tensor.device, tensor.dtype if floating else torch.get_default_dtype()
     for submodule in module.modules():
-        dtype = getattr(submodule, "compute_dtype", None)  # bitsandbytes' 4-bit linear layers
-        if isinstance(dtype, torch.dtype):
-            reference = torch.empty(0, dtype=dtype, device=reference.device)
-        device = getattr(getattr(submodule, "_hf_hook", None), "execution_device", None)  # accelerate's offloading
-        if reference.is_meta and device is not None:
-            reference = torch.empty(0, dtype=reference.dtype, device=device)
-    return reference
+        compute_dtype = getattr(submodule, "compute_dtype", None)  # bitsandbytes' 4-bit linear layers
+        if isinstance(compute_dtype, torch.dtype):
+            dtype = compute_dtype
+        for hook in accelerate_hooks(submodule):
+            execution_device = getattr(hook, "execution_device", None)
+            if device.type == "meta" and execution_device is not None:
+                device = torch.device(execution_device)
+    return device, dtype
+
+
+def accelerate_hooks(module: nn.Module) -> list[Any]:
+    """What accelerate does before and after each forward of this module, to offload it for one."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
 AttentionInterface.register(IMPLEMENTATION, hificl_attention_forward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
@@ -35,16 +35,20 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         base_config: the configuration object of the attention module as it was; stays the live source of the
             attention implementation.
         head_shape: query heads, head dimension of keys, head dimension of values.
-        like: a tensor whose device and dtype new adapters take (PEFT may cast them to float32 afterwards).
+        where: tells the device and dtype that the attention computes in now, which a new adapter takes (PEFT may cast
+            it to float32 afterwards).
     """
 
     adapter_layer_names = ("hificl_K_A", "hificl_K_B", "hificl_V_A", "hificl_V_B", "hificl_K", "hificl_V")
     other_param_names = ("n", "r", "scale_self_attention")
 
-    def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape, like: Tensor) -> None:
+    def __init__(
+        self, base_config: PreTrainedConfig, head_shape: HeadShape, where: Callable[[], tuple[torch.device, torch.dtype]]
+    ) -> None:
         super().__init__()
         self.base_config = base_config
         self.head_shape = head_shape
+        self.where = where
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.n: dict[str, int] = {}
@@ -55,7 +59,6 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self.cast_input_dtype_enabled = True  # PEFT's helpers look for it; queries meet the adapter in its own dtype
         self.in_features, self.out_features = head_shape[0] * head_shape[1], head_shape[0] * head_shape[2]
-        self._like = like.detach().new_empty(0)
         # State of the parameters, the pairs that it gives, and the memory that keeps the state unique.
         self._multiplied_out: tuple[object, VirtualPairs, list[Tensor]] | None = None
         # While demonstrations are read (see there): what the attention, run without an adapter, is called with.
@@ -133,11 +136,15 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters:
             return None
-        if any("_hf_hook" in vars(parameters) for parameters in self._modules.values()):
+        if any(getattr(vars(kind).get("_hf_hook"), "offload", False) for kind in self.children()):
             # accelerate keeps the parameters elsewhere and brings them in for modules that are called; a
             # ParameterDict is not.
             with onload_layer(self):
-                return self._select(batch_size, adapter_names, reuse, keep=False)
+                pairs = self._select(batch_size, adapter_names, reuse, keep=False)
+            for tensor in (pairs.keys, pairs.values) if pairs is not None else ():
+                if tensor.requires_grad:
+                    tensor.register_hook(_refuse_gradient)
+            return pairs
         return self._select(batch_size, adapter_names, reuse)
 
     def _select(
@@ -246,14 +253,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError(CANNOT_MERGE)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        return self._like.device, self._like.dtype
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # The base model moves: adapters that are added later learn its device and dtype from here.  Not a buffer, as
-        # tools that offload buffers would look for it in the base model's checkpoint.
-        self._like = fn(self._like)
-        self._multiplied_out = None
-        return super()._apply(fn, recurse)
+        return self.where()
 
     def extra_repr(self) -> str:
         heads, key_dim, value_dim = self.head_shape
@@ -262,6 +262,14 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
     # BaseTunerLayer would look for them on the module it wraps; this layer wraps none.
     weight: Any = None
     bias: Any = None
+
+
+def _refuse_gradient(gradient: Tensor) -> NoReturn:
+    """The weights that accelerate has brought in for one forward take their gradients along when they go."""
+    raise RuntimeError(
+        "This HiFICL adapter is offloaded by accelerate, so its gradients would be lost: offload the base model first "
+        "and attach the adapter afterwards, which stays in memory and can be trained."
+    )
 
 
 CANNOT_MERGE = (

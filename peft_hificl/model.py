@@ -79,7 +79,7 @@ class HiFICLModel(BaseTuner):
             raise
         config._found_targets = (asked, config.target_modules)
         if type(model).__module__.startswith("transformers."):
-            config._base_model_class = type(model).__name__
+            config._base_model = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
     def _attach(
         self,
@@ -100,6 +100,7 @@ class HiFICLModel(BaseTuner):
         self._check_before_change(model, adapter_name, config, names)
         with _undone_on_error(model, adapter_name):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            _note_in_device_map(model)
 
     def _check_before_change(self, model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[str]) -> None:
         """Find whatever can be wrong with an adapter before the first module is changed."""
@@ -111,11 +112,7 @@ class HiFICLModel(BaseTuner):
                 "The base model is sharded by tensor parallelism, which HiFICL does not support: load it without "
                 "tp_plan (device_map='auto' splits it by layers, which works)."
             )
-        if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
-            raise ValueError(
-                "The base model is partly offloaded to disk, where PEFT has no place for a HiFICL adapter: give "
-                "from_pretrained a device_map (or max_memory) that needs no disk."
-            )
+        _check_offloading(model, config, names)
         if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             raise ValueError(
                 f"target_modules={config.target_modules!r} means linear layers, but HiFICL adapts attention modules: "
@@ -197,6 +194,7 @@ class HiFICLModel(BaseTuner):
         for module in list(self.model.modules()):
             if isinstance(getattr(module, checkpoint.MODULE, None), HiFICLLayer):
                 attention.detach(module)
+        _note_in_device_map(self.model)
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -258,6 +256,56 @@ class HiFICLModel(BaseTuner):
             yield
 
 
+def _check_offloading(model: nn.Module, config: HiFICLConfig, names: set[str]) -> None:
+    """accelerate brings offloaded weights in by hooks, under the names that they had when it attached these."""
+    modules = dict(model.named_modules())
+    hooks = {name: hook for name, module in modules.items() for hook in attention.accelerate_hooks(module)}
+    on_disk = "disk" in (getattr(model, "hf_device_map", None) or {}).values()
+    if on_disk and not hooks and any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "The base model was partly offloaded to disk, and PeftModel.from_pretrained has taken its weights apart to "
+            "offload them anew, with no place for a HiFICL adapter. Load the base model again, attach with "
+            "get_peft_model(base, HiFICLConfig.from_pretrained(path)) and load with set_peft_model_state_dict(model, "
+            "load_peft_weights(path)); or give the base a device_map (or max_memory) that needs no disk."
+        )
+    offloaded = {name: hook for name, hook in hooks.items() if getattr(hook, "offload", False)}
+    for name, hook in offloaded.items():
+        inside = [target for target in names if f"{target}.".startswith(f"{name}." if name else "")]
+        if hook.place_submodules and inside:
+            raise ValueError(
+                f"accelerate loads the weights of module {name!r} all at once (preload_module_classes), and would look "
+                f"for those of an adapter on {min(inside)!r} among them: offload without preload_module_classes."
+            )
+    tokens = config.trainable_token_indices
+    ends = [*(config.modules_to_save or ()), *(tokens if isinstance(tokens, dict) else ())]
+    copied = {name for name in modules if name.endswith(tuple(ends))}
+    if isinstance(tokens, list | tuple):
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+        copied |= {name for name, module in modules.items() if module is embeddings}
+    for name in offloaded:
+        if any(f"{name}.".startswith(f"{whole}.") for whole in copied):
+            raise ValueError(
+                f"Module {name!r} is offloaded by accelerate: PEFT's copy of it (modules_to_save, "
+                "trainable_token_indices) would compute with the base model's weights, whatever it learns or loads. "
+                "Load the adapter before offloading, leave the module out, or keep it in memory (device_map)."
+            )
+
+
+def _note_in_device_map(model: nn.Module) -> None:
+    """Adapters stay where an offloaded attention runs: transformers' load_adapter looks in the map where to load them."""
+    device_map = getattr(model, "hf_device_map", None)
+    if device_map is None:
+        return
+    for name in [name for name in device_map if name.endswith(f".{checkpoint.MODULE}")]:
+        del device_map[name]
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, checkpoint.MODULE, None), HiFICLLayer):
+            hooks = [hook for submodule in module.modules() for hook in attention.accelerate_hooks(submodule)]
+            devices = [hook.execution_device for hook in hooks if getattr(hook, "offload", False)]
+            if devices:
+                device_map[f"{name}.{checkpoint.MODULE}"] = devices[0]
+
+
 @contextmanager
 def _undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """PEFT has checks of its own, some of them after the change: after an error, take the new adapter off again."""
@@ -271,6 +319,7 @@ def _undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
                 layer.delete_adapter(adapter_name)
                 if not layer.n:
                     attention.detach(module)
+        _note_in_device_map(model)
         for parameter, value in requires_grad.items():
             parameter.requires_grad = value
         raise
