@@ -27,7 +27,7 @@ from transformers.integrations.flex_attention import compile_friendly_flex_atten
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from . import functional, fused, paged_cache
+from . import functional, fused, offloading, paged_cache
 from .checkpoint import MODULE, HeadShape
 from .layer import HiFICLLayer
 
@@ -113,33 +113,7 @@ def hificl_attention_forward(
             kwargs["is_causal"] = is_causal
         return attend(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
-    check_implementation(implementation, type(module).__name__)
-    replaced = why_replaced(dispatch, implementation)
-    if replaced is not None:
-        raise ValueError(
-            f"HiFICL cannot mix its virtual pairs into the attention of {type(module).__name__}: {replaced}."
-        )
-    if hasattr(query, "device_mesh"):
-        raise ValueError(
-            f"{type(module).__name__} attends with distributed tensors ({type(query).__name__}), which HiFICL does not "
-            "support: run it without tensor, sequence or context parallelism."
-        )
-    if kwargs.get("adapter_names") is not None:
-        raise ValueError(
-            "adapter_names needs a PeftModel (get_peft_model, PeftModel.from_pretrained), which hands each row its "
-            "adapter; a model with adapters added by its own add_adapter() runs the active adapters for every row."
-        )
-    found = (query.shape[1], query.shape[3], value.shape[3])
-    if found != layer.head_shape:
-        raise ValueError(
-            f"{type(module).__name__} attends with (query heads, key dim, value dim) = {found}, but its HiFICL adapter "
-            f"was made for {layer.head_shape}: this attention is not supported; please report it."
-        )
-    if pairs.keys.device != query.device:
-        raise ValueError(
-            f"{type(module).__name__} runs on {query.device}, but its HiFICL adapter is on {pairs.keys.device}: move "
-            "the whole model, adapter included, with model.to(...)."
-        )
+    _check_call(module, layer, dispatch, query, value, pairs, kwargs)
     paged, _, implementation = implementation.rpartition("|")
     if cache is not None:
         if implementation == "flex_attention":
@@ -182,6 +156,52 @@ def hificl_attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
+def _check_call(
+    module: nn.Module,
+    layer: HiFICLLayer,
+    dispatch: Dispatch,
+    query: Tensor,
+    value: Tensor,
+    pairs: functional.VirtualPairs,
+    keywords: dict[str, Any],
+) -> None:
+    """Refuse what would give another result than the formula's, or none."""
+    implementation = layer.base_config._attn_implementation
+    check_implementation(implementation, type(module).__name__)
+    replaced = why_replaced(dispatch, implementation)
+    if replaced is not None:
+        raise ValueError(
+            f"HiFICL cannot mix its virtual pairs into the attention of {type(module).__name__}: {replaced}."
+        )
+    if hasattr(query, "device_mesh"):
+        raise ValueError(
+            f"{type(module).__name__} attends with distributed tensors ({type(query).__name__}), which HiFICL does not "
+            "support: run it without tensor, sequence or context parallelism."
+        )
+    if keywords.get("adapter_names") is not None:
+        raise ValueError(
+            "adapter_names needs a PeftModel (get_peft_model, PeftModel.from_pretrained), which hands each row its "
+            "adapter; a model with adapters added by its own add_adapter() runs the active adapters for every row."
+        )
+    found = (query.shape[1], query.shape[3], value.shape[3])
+    if found != layer.head_shape:
+        raise ValueError(
+            f"{type(module).__name__} attends with (query heads, key dim, value dim) = {found}, but its HiFICL adapter "
+            f"was made for {layer.head_shape}: this attention is not supported; please report it."
+        )
+    if pairs.keys.device != query.device:
+        remedy = (
+            "it was never loaded. transformers' load_adapter loads nothing onto a base model that accelerate has "
+            "offloaded: use PeftModel.from_pretrained"
+            if pairs.keys.is_meta
+            else "move the whole model, adapter included, with model.to(...)"
+        )
+        raise ValueError(
+            f"{type(module).__name__} runs on {query.device}, but its HiFICL adapter is on {pairs.keys.device}: "
+            f"{remedy}."
+        )
+
+
 def _flex_merges(
     query: Tensor, pairs: functional.VirtualPairs, mask: Any, bias: Tensor | None, options: dict[str, Any]
 ) -> bool:
@@ -219,7 +239,7 @@ def _dense(block_mask: Any, query: Tensor, key: Tensor) -> Tensor:
 def attach(module: nn.Module, head_shape: HeadShape) -> HiFICLLayer:
     """Give an attention module an (empty) HiFICLLayer and route its attention calls here."""
     config = cast(PreTrainedConfig, module.config)
-    layer = HiFICLLayer(config, head_shape, like=_reference_tensor(module))
+    layer = HiFICLLayer(config, head_shape, where=functools.partial(offloading.device_and_dtype, module))
     module.add_module(MODULE, layer)
     own = copy.copy(config)
     own._attn_implementation_internal = IMPLEMENTATION
@@ -393,24 +413,6 @@ def head_shape_of(module: nn.Module) -> HeadShape:
     if heads is None or key_dim is None or value_dim is None:
         raise ValueError(f"{type(module).__name__} does not state its number of heads and head dimension")
     return heads, key_dim, value_dim
-
-
-def _reference_tensor(module: nn.Module) -> Tensor:
-    """A tensor with the device and dtype that a module computes in; its weights may be quantised or kept elsewhere."""
-    reference = torch.empty(0)
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            reference = parameter.detach()
-            break
-        reference = torch.empty(0, device=parameter.device)
-    for submodule in module.modules():
-        dtype = getattr(submodule, "compute_dtype", None)  # bitsandbytes' 4-bit linear layers
-        if isinstance(dtype, torch.dtype):
-            reference = torch.empty(0, dtype=dtype, device=reference.device)
-        device = getattr(getattr(submodule, "_hf_hook", None), "execution_device", None)  # accelerate's offloading
-        if reference.is_meta and device is not None:
-            reference = torch.empty(0, dtype=reference.dtype, device=device)
-    return reference
 
 
 AttentionInterface.register(IMPLEMENTATION, hificl_attention_forward)

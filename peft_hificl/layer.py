@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -31,9 +31,13 @@ class Factor(nn.Module):
     def forward(self, left: Tensor | None = None) -> Tensor:
         """The weight, (H, x, y), or its product with `left`, (H, w, x)."""
         if left is None:
-            return self.weight.clone()  # FSDP frees the memory of the weight itself when this returns
-        with without_autocast(left.device):
-            return torch.bmm(left, self.weight)
+            value = self.weight.clone()  # FSDP frees the memory of the weight itself when this returns
+        else:
+            with without_autocast(left.device):
+                value = torch.bmm(left, self.weight)
+        if value.requires_grad and getattr(vars(self).get("_hf_hook"), "offload", False):
+            value.register_hook(_refuse_gradient)
+        return value
 
 
 class HiFICLLayer(nn.Module, BaseTunerLayer):
@@ -55,16 +59,23 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         base_config: the configuration object of the attention module as it was; stays the live source of the
             attention implementation.
         head_shape: query heads, head dimension of keys, head dimension of values.
-        like: a tensor whose device and dtype new adapters take (PEFT may cast them to float32 afterwards).
+        where: tells the device and dtype that the attention computes in now, which a new adapter takes (PEFT may cast
+            it to float32 afterwards).
     """
 
     adapter_layer_names = ("hificl_K_A", "hificl_K_B", "hificl_V_A", "hificl_V_B", "hificl_K", "hificl_V")
     other_param_names = ("n", "r", "scale_self_attention", "awaits_weights", "had_gradient")
 
-    def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape, like: Tensor) -> None:
+    def __init__(
+        self,
+        base_config: PreTrainedConfig,
+        head_shape: HeadShape,
+        where: Callable[[], tuple[torch.device, torch.dtype]],
+    ) -> None:
         super().__init__()
         self.base_config = base_config
         self.head_shape = head_shape
+        self.where = where
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
         self.n: dict[str, int] = {}
@@ -75,7 +86,6 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self.cast_input_dtype_enabled = True  # PEFT's helpers look for it; queries meet the adapter in its own dtype
         self.in_features, self.out_features = head_shape[0] * head_shape[1], head_shape[0] * head_shape[2]
-        self._like = like.detach().new_empty(0)
         self.awaits_weights: dict[str, bool] = {}  # it has no effect before PEFT has read its weights
         # What `watch` looks at: how often pairs were asked for, whether an adapter has ever had a gradient, and which
         # gave pairs that have had none since.
@@ -95,9 +105,10 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self.scale_self_attention[adapter_name] = config.scale_self_attention
         self.awaits_weights[adapter_name] = self.had_gradient[adapter_name] = False
         self.reset_parameters(adapter_name, config.init_weights)
+        device, dtype = self.where()
         for factor in factors.values():
             if not factor.weight.is_meta:
-                factor.to(device=self._like.device, dtype=self._like.dtype)
+                factor.to(device=device, dtype=dtype)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
@@ -213,13 +224,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError(CANNOT_MERGE)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        return self._like.device, self._like.dtype
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # The base model moves: adapters that are added later learn its device and dtype from here.  Not a buffer, as
-        # tools that offload buffers would look for it in the base model's checkpoint.
-        self._like = fn(self._like)
-        return super()._apply(fn, recurse)
+        return self.where()
 
     def extra_repr(self) -> str:
         heads, key_dim, value_dim = self.head_shape
@@ -228,6 +233,14 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
     # BaseTunerLayer would look for them on the module it wraps; this layer wraps none.
     weight: Any = None
     bias: Any = None
+
+
+def _refuse_gradient(gradient: Tensor) -> NoReturn:
+    """The weights that accelerate has brought in for one forward take their gradients along when they go."""
+    raise RuntimeError(
+        "This HiFICL adapter is offloaded by accelerate, so its gradients would be lost: offload the base model first "
+        "and attach the adapter afterwards, which stays in memory and can be trained."
+    )
 
 
 CANNOT_MERGE = (

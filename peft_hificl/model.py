@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from . import attention, checkpoint, continuous_batching, hooks, loading, preflight, rows, targets
+from . import attention, checkpoint, continuous_batching, hooks, loading, offloading, preflight, rows, targets
 from .config import HiFICLConfig
 from .layer import CANNOT_MERGE, HiFICLLayer
 
@@ -112,6 +112,7 @@ class HiFICLModel(BaseTuner):
                 hooks.refresh(model)
                 rows.install(model)
                 continuous_batching.guard(model)
+                offloading.note_in_device_map(model)
                 if load is not None:
                     self._prepare_load(model, adapter_name, load, undo)
             except BaseException:  # PEFT has checks of its own, some of them after the change
@@ -124,7 +125,7 @@ class HiFICLModel(BaseTuner):
             raise
         config._found_targets = (asked, config.target_modules)
         if type(model).__module__.startswith("transformers."):
-            config._base_model_class = type(model).__name__
+            config._base_model = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
     def _prepare_load(self, model: nn.Module, adapter_name: str, load: loading.Load, undo: _Undo) -> None:
         if load.by_peft:  # which reads the weights next; should that fail, the adapter must have no effect
@@ -208,6 +209,7 @@ class HiFICLModel(BaseTuner):
                 attention.detach(module)
         hooks.refresh(self.model)
         continuous_batching.unguard(self.model)
+        offloading.note_in_device_map(self.model)
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -297,7 +299,8 @@ class HiFICLModel(BaseTuner):
         dtypes = {key: tensor.dtype for key, tensor in live.items()}
         for key, tensor in own.items():
             if tensor.is_meta:  # it takes the dtype of the base model when it has been loaded
-                dtypes[key] = model.get_submodule(key.rpartition(f".{checkpoint.PREFIX}")[0])._like.dtype
+                layer: Any = model.get_submodule(key.rpartition(f".{checkpoint.PREFIX}")[0])
+                dtypes[key] = layer.where()[1]
         checkpoint.check_state_dict(remapped, {key: tensor.shape for key, tensor in own.items()}, dtypes)
         return remapped
 
@@ -386,5 +389,6 @@ class _Undo:
         hooks.refresh(self.model)
         if not any(isinstance(module, HiFICLLayer) for module in self.model.modules()):
             continuous_batching.unguard(self.model)
+        offloading.note_in_device_map(self.model)
         for parameter, value in self.requires_grad.items():
             parameter.requires_grad = value

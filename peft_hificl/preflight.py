@@ -8,7 +8,7 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-from . import attention, checkpoint
+from . import attention, checkpoint, offloading
 from .config import HiFICLConfig
 from .layer import HiFICLLayer
 from .loading import Load
@@ -30,6 +30,7 @@ def check(model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[
     """
     check_name(model, adapter_name)
     check_placement(model)
+    offloading.check(model, config, names)
     shapes = check_targets(model, config, names)
     stored = None if load is None else checkpoint.stored_shapes(load.tensors, config)
     if stored is None or not checkpoint.on_other_stages(stored.modules, model):
@@ -79,11 +80,6 @@ def check_placement(model: nn.Module) -> None:
         raise ValueError(
             "accelerate's prepare_pippy has traced the model, and its stages would not see an adapter that comes "
             "later: attach or load the adapter first."
-        )
-    if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
-        raise ValueError(
-            "The base model is partly offloaded to disk, where PEFT has no place for a HiFICL adapter: give "
-            "from_pretrained a device_map (or max_memory) that needs no disk."
         )
 
 
