@@ -1,4 +1,4 @@
-"""Continuous batching (`generate_batch`): each request as `generate` answers it alone, whatever the manager has seen."""
+"""Continuous batching (`generate_batch`): each request as `generate` answers it, whatever the manager has seen."""
 
 from __future__ import annotations
 
