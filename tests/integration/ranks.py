@@ -1,58 +1,69 @@
-"""What two processes do: a rank of the tests in test_two_processes.py, started by torchrun.
+"""What each of two processes does; test_two_processes.py starts them.
 
-    python -m torch.distributed.run --nproc-per-node 2 -m tests.integration.ranks FOLDER CASE...
+    python -m torch.distributed.run --nproc-per-node 2 -m tests.integration.ranks FOLDER GROUP
 
-Each case compares with one process that sees the whole batch, or with LoRA.  What came of it is written to
-FOLDER/<rank>.json, an error's text or null per case.
+Each case compares with one process that sees the whole batch, and most run with LoRA, too, which tells whether the
+recipe itself is right.  What came of them is written to FOLDER/RANK.json: an error's text, or null, for each case.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.big_modeling import _attach_context_parallel_hooks
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import fsdp_auto_wrap_policy
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.tensor.experimental import context_parallel as context
+from torch.nn import functional
+from transformers import Trainer, TrainingArguments
 
 from ..conftest import build, inputs_for, logits
 from ..test_peft_api import config
 
-CASES: dict[str, Callable[[Path], None]] = {}
+# A group shares its processes.
+GROUPS: dict[str, dict[str, Callable[[Path], None]]] = {"torch": {}, "deepspeed": {}}
+KINDS = ["hificl", "lora"]
 IDS = inputs_for("gqa", rows=4)["input_ids"]
 STEPS = 3
 
 
-def case(function: Callable[..., None]) -> Callable[..., None]:
-    """For HiFICL; and for LoRA, which tells whether the recipe itself is right."""
-    for kind in ("hificl", "lora"):
-        CASES[f"{function.__name__}-{kind}"] = functools.partial(function, kind)
-    return function
+def case(group: str, **choices: list[Any]) -> Callable[..., Callable[..., None]]:
+    """A case for every combination of these arguments."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        for values in itertools.product(*choices.values()):
+            name = "-".join(map(str, [function.__name__, *values]))
+            GROUPS[group][name] = functools.partial(function, **dict(zip(choices, values, strict=True)))
+        return function
+
+    return register
 
 
 def adapted(kind: str) -> PeftModel:
-    """The same adapter with an effect, on every rank."""
+    """The same adapter, with an effect, on every rank."""
     base = build("gqa")
     torch.manual_seed(1)
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     return get_peft_model(base, lora if kind == "lora" else config(task_type="CAUSAL_LM"))
-
-
-def own_rows() -> Tensor:
-    return IDS.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 # -- data parallel: every way of it trains as one process does with all rows -----------------------------------------
@@ -61,16 +72,20 @@ def own_rows() -> Tensor:
 class Parallel(NamedTuple):
     """A model that is spread over the ranks."""
 
-    inner: PeftModel  # which knows how to save
+    inner: PeftModel  # which stores the adapter
     step: Callable[[Tensor], Tensor]  # trains on these rows, and returns their loss
     full_state: Callable[[], dict[str, Tensor]]  # a call for all ranks; complete on rank 0
 
 
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.5)
+def own_rows() -> Tensor:
+    return IDS.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, backward: Any, ids: Tensor) -> Tensor:
+def sgd(model: nn.Module, momentum: float = 0.5) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=momentum)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, backward: Callable[[Tensor], Any], ids: Tensor) -> Tensor:
     loss = model(input_ids=ids, labels=ids).loss
     backward(loss)
     optimizer.step()
@@ -79,12 +94,12 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, backward: Any, ids:
 
 
 def trains_as_one_process(kind: str, parallel: Parallel, folder: Path) -> None:
-    """Losses, and the stored adapter after one step (its gradients) and after all."""
+    """Losses, and the stored adapter after one step, which tells its gradients, and after the last."""
     alone = adapted(kind)
     optimizer = sgd(alone)
     for number in range(STEPS):
         before = {name: p.clone() for name, p in get_peft_model_state_dict(alone).items()}
-        want = step(alone, optimizer, torch.Tensor.backward, IDS)
+        want = step(alone, optimizer, Tensor.backward, IDS)
         loss = parallel.step(own_rows())
         dist.all_reduce(loss)
         torch.testing.assert_close(loss / dist.get_world_size(), want, rtol=1e-5, atol=1e-5)
@@ -94,19 +109,21 @@ def trains_as_one_process(kind: str, parallel: Parallel, folder: Path) -> None:
             if dist.get_rank() == 0:
                 parallel.inner.save_pretrained(here, state_dict=state)
             dist.barrier()
-            stored = load_file(here / "adapter_model.safetensors")
-            wanted = get_peft_model_state_dict(alone)
+            stored, wanted = load_file(here / "adapter_model.safetensors"), get_peft_model_state_dict(alone)
             assert stored.keys() == wanted.keys(), (sorted(stored), sorted(wanted))
             for name, tensor in wanted.items():
                 assert not torch.equal(tensor, before[name]), name
                 torch.testing.assert_close(stored[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
-    loaded = PeftModel.from_pretrained(build("gqa"), here).eval()
-    want = logits(alone.eval(), input_ids=IDS)
-    torch.testing.assert_close(logits(loaded, input_ids=IDS), want, rtol=1e-4, atol=1e-4)
+    same_logits(PeftModel.from_pretrained(build("gqa"), here), alone)
 
 
-@case
-def ddp(kind: str, folder: Path) -> None:
+def same_logits(model: nn.Module, other: nn.Module) -> None:
+    want = logits(other.eval(), input_ids=IDS)
+    torch.testing.assert_close(logits(model.eval(), input_ids=IDS), want, rtol=1e-4, atol=1e-4)
+
+
+@case("torch", kind=KINDS)
+def ddp(folder: Path, kind: str) -> None:
     model = adapted(kind)
     accelerator = Accelerator(cpu=True)
     wrapped, optimizer = accelerator.prepare(model, sgd(model))
@@ -115,18 +132,39 @@ def ddp(kind: str, folder: Path) -> None:
     trains_as_one_process(kind, Parallel(model, run, model.state_dict), folder)
 
 
-def fsdp1(kind: str, folder: Path, use_orig_params: bool) -> None:
-    """PEFT's policy: what is trained is a unit of its own, and so is a decoder layer."""
+@case("torch", kind=KINDS)
+def trainer(folder: Path, kind: str) -> None:
+    """transformers' own.  Every step sees all rows, so that their order does not matter."""
+    model, alone = adapted(kind), adapted(kind)
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=0.1, optim="sgd",
+        lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, report_to=[], save_strategy="steps",
+        save_steps=STEPS, disable_tqdm=True,
+    )  # fmt: skip
+    rows = Dataset.from_dict({"input_ids": IDS, "labels": IDS}).with_format("torch")
+    run = Trainer(model, arguments, train_dataset=rows)
+    run.train()
+    assert isinstance(run.model_wrapped, nn.parallel.DistributedDataParallel)
+    optimizer = sgd(alone, momentum=0.0)
+    for _ in range(STEPS):
+        step(alone, optimizer, Tensor.backward, IDS)
+    dist.barrier()
+    same_logits(PeftModel.from_pretrained(build("gqa"), folder / f"checkpoint-{STEPS}"), alone)
+
+
+@case("torch", kind=KINDS, use_orig_params=[True, False])
+def fsdp1(folder: Path, kind: str, use_orig_params: bool) -> None:
+    """By PEFT's policy, what is trained is a unit of its own, and so is a decoder layer."""
     model, copy = adapted(kind), adapted(kind)
     wrapped = FullyShardedDataParallel(
         model, auto_wrap_policy=fsdp_auto_wrap_policy(model), use_orig_params=use_orig_params,
         device_id=torch.device("cpu"),
     )  # fmt: skip
-    run = functools.partial(step, wrapped, sgd(wrapped), torch.Tensor.backward)
+    run = functools.partial(step, wrapped, sgd(wrapped), Tensor.backward)
 
     def full_state() -> dict[str, Tensor]:
-        # By way of a model that is not wrapped, as PEFT 0.21 looks for wrapped layers under other names than they have
-        # in the state dict, and stores nothing.
+        # By way of a model that is not wrapped: PEFT 0.21 looks for LoRA's layers under the names that they have in the
+        # wrapped one, which are not those of its state dict, and stores nothing.
         with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT):
             copy.load_state_dict(wrapped.state_dict())
         return copy.state_dict()
@@ -134,33 +172,26 @@ def fsdp1(kind: str, folder: Path, use_orig_params: bool) -> None:
     trains_as_one_process(kind, Parallel(copy, run, full_state), folder)
 
 
-@case
-def fsdp1_original_parameters(kind: str, folder: Path) -> None:
-    fsdp1(kind, folder, use_orig_params=True)
-
-
-@case
-def fsdp1_flat_parameters(kind: str, folder: Path) -> None:
-    fsdp1(kind, folder, use_orig_params=False)
-
-
-@case
-def fsdp2(kind: str, folder: Path) -> None:
+@case("torch", kind=KINDS)
+def fsdp2(folder: Path, kind: str) -> None:
     model = adapted(kind)
     for layer in model.get_base_model().model.layers:
         fully_shard(layer)
     fully_shard(model)
-    run = functools.partial(step, model, sgd(model), torch.Tensor.backward)
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = functools.partial(get_model_state_dict, model, options=whole)
-    trains_as_one_process(kind, Parallel(model, run, state), folder)
+    run = functools.partial(step, model, sgd(model), Tensor.backward)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    full_state = functools.partial(get_model_state_dict, model, options=options)
+    trains_as_one_process(kind, Parallel(model, run, full_state), folder)
 
 
-def fsdp_with_accelerate(version: int, folder: Path) -> None:
+@case("torch", version=[1, 2])
+def fsdp_with_accelerate(folder: Path, version: int) -> None:
+    """Training, storing the adapter, and going back to a checkpoint, as PEFT's documentation has it."""
     model = adapted("hificl")
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=version, auto_wrap_policy=fsdp_auto_wrap_policy(model) if version == 1 else None,
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"], state_dict_type="FULL_STATE_DICT", cpu_ram_efficient_loading=False,
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"], state_dict_type="FULL_STATE_DICT",
+        cpu_ram_efficient_loading=False,
     )  # fmt: skip
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     # On CPUs accelerate would use DDP, without a word.
@@ -182,27 +213,139 @@ def fsdp_with_accelerate(version: int, folder: Path) -> None:
     assert torch.equal(run(own_rows()), loss)
 
 
-CASES["fsdp1_with_accelerate"] = functools.partial(fsdp_with_accelerate, 1)
-CASES["fsdp2_with_accelerate"] = functools.partial(fsdp_with_accelerate, 2)
+def with_deepspeed() -> Any:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, which takes minutes
+    deepspeed.init_distributed("gloo", dist_init_required=False)
+    return deepspeed
+
+
+@case("deepspeed", kind=KINDS, stage=[2, 3])
+def zero(folder: Path, kind: str, stage: int) -> None:
+    deepspeed = with_deepspeed()
+    model, copy = adapted(kind), adapted(kind)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=sgd(model),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        },
+    )
+    assert stage < 3 or all(p.numel() == 0 for p in model.parameters())  # until they are used
+
+    def run(ids: Tensor) -> Tensor:
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    def full_state() -> dict[str, Tensor]:
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
+            copy.load_state_dict(model.state_dict())
+        return copy.state_dict()
+
+    trains_as_one_process(kind, Parallel(copy, run, full_state), folder)
+    if stage == 3 and kind == "hificl":  # the parameters are elsewhere; never a file of empty tensors
+        refused(lambda: model.save_pretrained(folder / "not_gathered"), "GatheredParameters")
+        assert not (folder / "not_gathered" / "adapter_model.safetensors").exists()
+
+
+# -- sequence and context parallel: a rank holds a part of every row -------------------------------------------------
+
+LENGTH = 16
+LONG = torch.arange(3, 3 + LENGTH)[None]
+POSITIONS = torch.arange(LENGTH)[None]
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    return tensor.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]
+
+
+def refused(call: Callable[[], object], *patterns: str) -> None:
+    """Raises an error whose message holds all of these."""
+    try:
+        call()
+    except (ValueError, RuntimeError, TypeError) as error:
+        for pattern in patterns:
+            assert re.search(pattern, str(error), re.IGNORECASE), f"{pattern!r} is not in: {error}"
+    else:
+        raise AssertionError("it ran")
+
+
+@contextmanager
+def ulysses(model: nn.Module) -> Iterator[None]:
+    """DeepSpeed's sequence parallelism takes the place of "sdpa" in transformers' attention interface."""
+    with_deepspeed()
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    UlyssesSPAttentionHF.register_with_transformers(
+        model_name_or_path=model, core_attn_implementation="sdpa", sequence_parallel_size=2, micro_batch_size=1,
+        seq_length=LENGTH, seq_length_is_variable=True,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]  # transformers' own function is there again
+
+
+@case("deepspeed")
+def sequence_parallel(folder: Path) -> None:
+    """Registered after the adapter was attached, as accelerate's `prepare` does it, and before."""
+    lora, model, base = adapted("lora").eval(), adapted("hificl").eval(), build("gqa")
+    plain, with_lora, want = (logits(m, input_ids=LONG) for m in (base, lora, model))
+    own = {"input_ids": own_part(LONG), "position_ids": own_part(POSITIONS)}
+    cause = ("'sdpa'", "ulysses|uattn", "replaced|registered")
+    with ulysses(model.get_base_model()):
+        torch.testing.assert_close(logits(lora, **own), own_part(with_lora), rtol=0, atol=1e-4)
+        refused(lambda: logits(model, **own), *cause)
+        refused(lambda: model.train()(**own, labels=own["input_ids"]), *cause)
+        refused(lambda: model.eval().generate(**own, max_new_tokens=2), *cause)
+        refused(lambda: logits(get_peft_model(build("gqa"), config()), **own), *cause)
+        refused(lambda: logits(get_peft_model(build("gqa"), config(target_modules=["self_attn"])), **own), *cause)
+        with model.disable_adapter():
+            torch.testing.assert_close(logits(model, **own), own_part(plain), rtol=0, atol=1e-4)
+    assert torch.equal(logits(model, input_ids=LONG), want)
+
+
+@case("torch")
+def context_parallel(folder: Path) -> None:
+    """torch's, alone and as accelerate prepares a model for it.  For CPUs it has no rule, and fails with every base."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    model = adapted("hificl").eval()
+    want, own_function = logits(model, input_ids=LONG), functional.scaled_dot_product_attention
+    for prepare in (lambda _: None, _attach_context_parallel_hooks):
+        prepare(model)
+        ids, positions = LONG.clone(), POSITIONS.clone()
+        with context(mesh, buffers=[ids, positions], buffer_seq_dims=[1, 1]):
+            assert ids.shape[1] == LENGTH // 2 and functional.scaled_dot_product_attention is not own_function
+            own = {"input_ids": ids, "position_ids": positions}
+            refused(lambda: logits(model, **own), "context.parallel")
+            refused(lambda: model.train()(**own, labels=ids), "context.parallel")
+            refused(lambda: logits(get_peft_model(build("gqa"), config()), **own), "context.parallel")
+        assert torch.equal(logits(model.eval(), input_ids=LONG), want)
 
 
 # -- running them ----------------------------------------------------------------------------------------------------
 
 
-def main(folder: str, *names: str) -> None:
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+def main(folder: str, group: str) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     outcomes: dict[str, str | None] = {}
-    for name in names:
+    for name, run in GROUPS[group].items():
         own = Path(folder) / name
         own.mkdir(exist_ok=True)
+        AcceleratorState._reset_state(reset_partial_state=True)
         try:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            CASES[name](own)
+            run(own)
             outcomes[name] = None
         except Exception:
             outcomes[name] = traceback.format_exc()
-        (Path(folder) / f"{rank}.json").write_text(json.dumps(outcomes))
+        (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(outcomes))
         dist.barrier()
     dist.destroy_process_group()
 
