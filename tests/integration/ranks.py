@@ -38,6 +38,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..conftest import build, inputs_for, logits
 from ..test_peft_api import config
+from . import reports
 
 # A group shares its processes.
 GROUPS: dict[str, dict[str, Callable[[Path], None]]] = {"torch": {}, "deepspeed": {}}
@@ -100,7 +101,9 @@ def trains_as_one_process(kind: str, parallel: Parallel, folder: Path) -> None:
     for number in range(STEPS):
         before = {name: p.clone() for name, p in get_peft_model_state_dict(alone).items()}
         want = step(alone, optimizer, Tensor.backward, IDS)
-        loss = parallel.step(own_rows())
+        with reports() as found:
+            loss = parallel.step(own_rows())
+        assert found == []  # wherever the gradients are kept
         dist.all_reduce(loss)
         torch.testing.assert_close(loss / dist.get_world_size(), want, rtol=1e-5, atol=1e-5)
         if number in (0, STEPS - 1):
