@@ -35,8 +35,10 @@ class EffectWatch:
             vars(self._begun).setdefault(f"{id(self)}", []).append(counts)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         begun = vars(self._begun).get(f"{id(self)}")
-        if torch.compiler.is_compiling() or not begun:
+        if not begun:
             return
         counts = begun.pop()
         if self.reported or output is None or getattr(module, "_is_replica", False) or _drops_layers(module):
