@@ -27,7 +27,7 @@ from transformers.integrations.flex_attention import compile_friendly_flex_atten
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from . import functional, fused, offloading, paged_cache
+from . import functional, fused, paged_cache
 from .checkpoint import MODULE, HeadShape
 from .layer import HiFICLLayer
 
@@ -239,7 +239,7 @@ def _dense(block_mask: Any, query: Tensor, key: Tensor) -> Tensor:
 def attach(module: nn.Module, head_shape: HeadShape) -> HiFICLLayer:
     """Give an attention module an (empty) HiFICLLayer and route its attention calls here."""
     config = cast(PreTrainedConfig, module.config)
-    layer = HiFICLLayer(config, head_shape, where=functools.partial(offloading.device_and_dtype, module))
+    layer = HiFICLLayer(config, head_shape)
     module.add_module(MODULE, layer)
     own = copy.copy(config)
     own._attn_implementation_internal = IMPLEMENTATION

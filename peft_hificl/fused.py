@@ -137,7 +137,7 @@ def _compiles_kernels() -> bool:
     """Whether torch.compile traces for one of `_BACKENDS`."""
     try:
         output = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
-        backend = torch._dynamo.eval_frame.innermost_backend(output.compiler_fn)
+        backend: Any = torch._dynamo.eval_frame.innermost_backend(output.compiler_fn)  # type: ignore[arg-type]
         # Under DistributedDataParallel, a splitter of graphs stands before it.
         backend = getattr(getattr(backend, "__self__", None), "backend_compile_fn", backend)
         if isinstance(backend, torch._TorchCompileInductorWrapper):

@@ -174,7 +174,7 @@ class HiFICLModel(BaseTuner):
         layer = getattr(target, checkpoint.MODULE, None)
         if layer is None:
             layer = attention.attach(target, attention.head_shape_of(target))
-        layer.update_layer(adapter_name, peft_config)
+        layer.update_layer(adapter_name, peft_config, *offloading.device_and_dtype(target))
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
 
@@ -299,8 +299,9 @@ class HiFICLModel(BaseTuner):
         dtypes = {key: tensor.dtype for key, tensor in live.items()}
         for key, tensor in own.items():
             if tensor.is_meta:  # it takes the dtype of the base model when it has been loaded
-                layer: Any = model.get_submodule(key.rpartition(f".{checkpoint.PREFIX}")[0])
-                dtypes[key] = layer.where()[1]
+                dtypes[key] = offloading.device_and_dtype(
+                    model.get_submodule(key.rpartition(f".{checkpoint.MODULE}.")[0])
+                )[1]
         checkpoint.check_state_dict(remapped, {key: tensor.shape for key, tensor in own.items()}, dtypes)
         return remapped
 

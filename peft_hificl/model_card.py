@@ -116,7 +116,7 @@ def _usage(config: dict[str, Any], adapter: str) -> str:
         base = "the base model: a folder or its id on the Hub"
     elif os.path.isdir(base):
         base = os.path.abspath(base)  # the snippet runs in the adapter's folder
-    subfolder = f', subfolder="{adapter}"' if named else ""
+    subfolder = f", subfolder={adapter!r}" if named else ""
     return f"""{heading}
 
 {config["n"]} virtual key-value pairs per attention head, rank {config["r"]} ([HiFICL](https://arxiv.org/abs/2603.12760)).
