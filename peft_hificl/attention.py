@@ -188,7 +188,7 @@ def _dense(block_mask: Any, query: Tensor, key: Tensor) -> Tensor:
 def attach(module: nn.Module, head_shape: HeadShape) -> HiFICLLayer:
     """Give an attention module an (empty) HiFICLLayer and route its attention calls here."""
     config = cast(PreTrainedConfig, module.config)
-    layer = HiFICLLayer(config, head_shape, where=functools.partial(device_and_dtype, module))
+    layer = HiFICLLayer(config, head_shape)
     module.add_module(MODULE, layer)
     own = copy.copy(config)
     own._attn_implementation_internal = IMPLEMENTATION
@@ -333,9 +333,10 @@ def head_shape_of(module: nn.Module) -> HeadShape:
 
 def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """What an attention module computes in, as its own weights say, which may be quantised or kept elsewhere."""
-    adapters = list(getattr(module, MODULE, nn.Module()).parameters())
-    # A base that FSDP has flattened, or whose quantised weights are buffers, has no parameters.
-    tensors = [p for p in module.parameters() if not any(p is own for own in adapters)] or [*module.buffers(), *adapters]
+    adapters: list[Tensor] = list(getattr(module, MODULE, nn.Module()).parameters())
+    own: list[Tensor] = [tensor for tensor in module.parameters() if not any(tensor is other for other in adapters)]
+    # Without parameters, quantised weights are buffers, or FSDP has flattened the module.
+    tensors = own or [*module.buffers(), *adapters]
     floating = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.dtype.itemsize > 1]
     tensor = next(iter([*floating, *tensors]), torch.empty(0))
     device, dtype = tensor.device, tensor.dtype if floating else torch.get_default_dtype()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -35,20 +34,16 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         base_config: the configuration object of the attention module as it was; stays the live source of the
             attention implementation.
         head_shape: query heads, head dimension of keys, head dimension of values.
-        where: tells the device and dtype that the attention computes in now, which a new adapter takes (PEFT may cast
-            it to float32 afterwards).
     """
 
     adapter_layer_names = ("hificl_K_A", "hificl_K_B", "hificl_V_A", "hificl_V_B", "hificl_K", "hificl_V")
     other_param_names = ("n", "r", "scale_self_attention")
 
-    def __init__(
-        self, base_config: PreTrainedConfig, head_shape: HeadShape, where: Callable[[], tuple[torch.device, torch.dtype]]
-    ) -> None:
+    def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape) -> None:
         super().__init__()
         self.base_config = base_config
         self.head_shape = head_shape
-        self.where = where
+        self._device_and_dtype = torch.device("cpu"), torch.get_default_dtype()
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.n: dict[str, int] = {}
@@ -64,8 +59,11 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         # While demonstrations are read (see there): what the attention, run without an adapter, is called with.
         self.recorded: list[tuple[Tensor, Tensor]] | None = None
 
-    def update_layer(self, adapter_name: str, config: HiFICLConfig) -> None:
-        """Create the parameters of an adapter; its name must be new to this layer."""
+    def update_layer(self, adapter_name: str, config: HiFICLConfig, device: torch.device, dtype: torch.dtype) -> None:
+        """Create the parameters of an adapter; its name must be new to this layer.
+
+        Device and dtype are those that the attention computes in; PEFT may cast to float32 afterwards.
+        """
         for parameters in self.children():
             if hook := getattr(parameters, "_hf_hook", None):
                 from accelerate.hooks import remove_hook_from_module  # noqa: PLC0415 - it is there, it made the hook
@@ -79,6 +77,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self.r[adapter_name] = config.r
         self.scale_self_attention[adapter_name] = config.scale_self_attention
         self.reset_parameters(adapter_name, config.init_weights)
+        self._device_and_dtype = device, dtype
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -253,7 +252,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError(CANNOT_MERGE)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        return self.where()
+        return self._device_and_dtype
 
     def extra_repr(self) -> str:
         heads, key_dim, value_dim = self.head_shape

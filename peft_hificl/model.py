@@ -167,7 +167,7 @@ class HiFICLModel(BaseTuner):
         layer = getattr(target, checkpoint.MODULE, None)
         if layer is None:
             layer = attention.attach(target, attention.head_shape_of(target))
-        layer.update_layer(adapter_name, peft_config)
+        layer.update_layer(adapter_name, peft_config, *attention.device_and_dtype(target))
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
 
@@ -292,7 +292,7 @@ def _check_offloading(model: nn.Module, config: HiFICLConfig, names: set[str]) -
 
 
 def _note_in_device_map(model: nn.Module) -> None:
-    """Adapters stay where an offloaded attention runs: transformers' load_adapter looks in the map where to load them."""
+    """An adapter stays where an offloaded attention runs; transformers' load_adapter asks the map where to load it."""
     device_map = getattr(model, "hf_device_map", None)
     if device_map is None:
         return

@@ -45,8 +45,8 @@ def update(save_directory: str) -> None:
 def _with_card_kept(save: Callable[[RepoCard, Path | str], None]) -> Callable[[RepoCard, Path | str], None]:
     """Keep the usage of HiFICL adapters in a card that is written beside them when they have been saved already.
 
-    transformers' `push_to_hub`, `Trainer.create_model_card` and trl's trainers do that, each with a card of its own, and
-    PEFT when an adapter is saved again.
+    transformers' `push_to_hub`, `Trainer.create_model_card` and trl's trainers do that, each with a card of its own,
+    and PEFT when an adapter is saved again.
     """
 
     @functools.wraps(save)
@@ -116,7 +116,7 @@ def _usage(config: dict[str, Any], adapter: str) -> str:
         base = "the base model: a folder or its id on the Hub"
     elif os.path.isdir(base):
         base = os.path.abspath(base)  # the snippet runs in the adapter's folder
-    subfolder = f', subfolder="{adapter}"' if named else ""
+    subfolder = f", subfolder={adapter!r}" if named else ""
     return f"""{heading}
 
 {config["n"]} virtual key-value pairs per attention head, rank {config["r"]} ([HiFICL](https://arxiv.org/abs/2603.12760)).
@@ -136,4 +136,4 @@ model = PeftModel.from_pretrained(base, "."{subfolder})  # ".": this folder, or 
 """
 
 
-RepoCard.save = _with_card_kept(RepoCard.save)  # type: ignore[method-assign]
+RepoCard.save = _with_card_kept(RepoCard.save)  # type: ignore[assignment, method-assign]

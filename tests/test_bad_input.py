@@ -145,7 +145,7 @@ def test_a_model_in_parallel_is_refused() -> None:
 def test_an_adapter_on_another_device() -> None:
     model = adapted("gqa")
     hificl_layers(model)[1].to("meta")
-    with pytest.raises(ValueError, match=r"LlamaAttention runs on cpu, but its HiFICL adapter is on meta: it was never"):
+    with pytest.raises(ValueError, match="LlamaAttention runs on cpu, but its HiFICL adapter is on meta: it was"):
         model(**inputs_for("gqa"))
 
 
@@ -416,10 +416,10 @@ def test_an_error_half_way_takes_the_adapter_off_again(monkeypatch: pytest.Monke
     """PEFT has checks of its own after the change; a first adapter and what was trainable must survive them."""
     update_layer, calls = HiFICLLayer.update_layer, 0
 
-    def fails_the_second_time(layer: HiFICLLayer, name: str, cfg: HiFICLConfig) -> None:
+    def fails_the_second_time(layer: HiFICLLayer, *args: object) -> None:
         nonlocal calls
         calls += 1
-        update_layer(layer, name, cfg)
+        update_layer(layer, *args)
         if calls % 2 == 0:
             raise RuntimeError("half-way")
 

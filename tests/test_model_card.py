@@ -54,15 +54,15 @@ class Hub:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub(tmp_path / "hub")
-    for name in ("create_repo", "create_commit"):
-        monkeypatch.setattr(HfApi, name, lambda api, *args, call=getattr(hub, name), **kwargs: call(*args, **kwargs))
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, *args, **kwargs: hub.create_repo(*args, **kwargs))
+    monkeypatch.setattr(HfApi, "create_commit", lambda api, *args, **kwargs: hub.create_commit(*args, **kwargs))
     monkeypatch.setattr(huggingface_hub.repocard, "hf_hub_download", hub.download)
     return hub
 
 
 def run_snippet(card: str, folder: Path) -> str:
     """Run the snippet of a card, where it says that it runs."""
-    snippet = card.split("```python")[-1].split("```")[0]
+    snippet = card.partition("```python")[2].partition("```")[0]
     code = f"{snippet}\nprint(type(model).__name__, type(model.get_base_model()).__name__)"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], cwd=folder, capture_output=True, text=True, check=True
@@ -100,7 +100,7 @@ def test_named_adapters_that_are_pushed(hub: Hub) -> None:
     card = hub.card("me/two")
     assert card.count(HEADING) == card.count(NAMED.format("captions")) == 1
     assert (hub.folder / "me/two/captions/adapter_model.safetensors").is_file()
-    assert 'PeftModel.from_pretrained(base, ".", subfolder="captions")' in card
+    assert "subfolder='captions')" in card
     # One beside adapters that are there already.
     adapted("gqa", name="vqa").push_to_hub("me/two")
     card = hub.card("me/two")

@@ -275,8 +275,7 @@ def test_a_later_adapter_has_the_dtype_that_the_base_has_by_then(low_cpu_mem_usa
     assert dtypes == {torch.float64}
 
 
-def test_an_adapter_asks_the_attention_that_it_is_part_of() -> None:
-    """A copy of the model moves on its own."""
+def test_a_copy_moves_on_its_own() -> None:
     model = get_peft_model(build("gqa"), config(), autocast_adapter_dtype=False)
     clone = copy.deepcopy(model).to(torch.float64)
     for one, dtype in ((model, torch.float32), (clone, torch.float64)):
