@@ -196,6 +196,16 @@ def test_a_model_without_ids_refuses_a_wrong_number_too() -> None:
         model.generate(**inputs, adapter_names=["a", "b", "a"])
 
 
+def test_a_wrong_number_is_refused_where_the_prompts_are_not_given() -> None:
+    """The decoder alone, over what the encoder said before."""
+    model, inputs = generator("t5", 3)
+    model.generation_config.num_beams = 2
+    said = model.get_base_model().encoder(**inputs)
+    for names, message in ((["a"], "1 entries for a batch of 3 rows"), (["a", "b"], "2 entries for a batch of 3 rows")):
+        with pytest.raises(ValueError, match=message):
+            model(encoder_outputs=said, decoder_input_ids=inputs["input_ids"], adapter_names=names)
+
+
 # -- generate ---------------------------------------------------------------------------------------------------------
 
 
