@@ -470,3 +470,43 @@ def test_transformers_own_loader_on_compiled_regions(targets: dict[str, object],
     base = in_regions(build("gqa"), "layers")
     base.load_adapter(tmp_path)
     torch.testing.assert_close(logits(base, **INPUTS), want, rtol=1e-5, atol=1e-5)
+
+
+# -- saving what is in parts -----------------------------------------------------------------------------------------
+
+
+def partitioned(model: nn.Module, of: str) -> nn.Module:
+    """What DeepSpeed's ZeRO-3 leaves of parameters outside of a forward."""
+    for name, parameter in model.named_parameters():
+        if of in name:
+            parameter.data = parameter.data.new_empty(0)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("of", "extra"),
+    [
+        (".hificl_", {}),
+        (".layers.1.self_attn.virtual_pairs", {}),
+        (".modules_to_save.default.", {"modules_to_save": ["lm_head"]}),
+        (".trainable_tokens_delta.", {"trainable_token_indices": [7, 9]}),
+    ],
+)
+def test_nothing_is_saved_empty(of: str, extra: dict[str, object], tmp_path: Path) -> None:
+    model = adapted("gqa", **extra)
+    whole = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    partitioned(model, of)
+    with pytest.raises(ValueError, match=rf"{of}.* would be saved empty.*state_dict=accelerator.get_state_dict"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    model.save_pretrained(tmp_path, state_dict=whole)
+    loaded = PeftModel.from_pretrained(build("gqa"), tmp_path)
+    assert torch.equal(logits(loaded, **INPUTS), logits(adapted("gqa", **extra), **INPUTS))
+
+
+def test_another_rank_may_have_nothing_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first has the state dict that accelerate has gathered, and all of them call `save_pretrained`."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda *group: 1)
+    partitioned(adapted("gqa"), ".hificl_").save_pretrained(tmp_path, is_main_process=False)
+    assert not list(tmp_path.iterdir())
