@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from peft_hificl import HiFICLConfig
 
-from .conftest import build, inputs_for, llama, logits
+from .conftest import VOCAB, build, inputs_for, llama, logits
 from .test_bad_input import unchanged
 from .test_peft_api import adapted, config, hificl_layers
 
@@ -227,6 +228,56 @@ def test_the_state_dict_of_an_injected_model(extra: dict[str, object], route: st
     injected.peft_config["default"].save_pretrained(tmp_path)
     make, load = ROUTES[route]
     torch.testing.assert_close(logits(load(make(), tmp_path), **INPUTS), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_what_is_trainable_after_a_load_is_loras(is_trainable: bool, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    """What PEFT does between attaching and loading is done when the adapter is there."""
+    flags = []
+    for name, cfg in (
+        ("lora", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])),
+        ("hificl", config(modules_to_save=["lm_head"])),
+    ):
+        options = {"is_trainable": is_trainable, "low_cpu_mem_usage": low_cpu_mem_usage}
+        get_peft_model(build("gqa"), cfg).save_pretrained(tmp_path / name)
+        model = PeftModel.from_pretrained(build("gqa"), tmp_path / name, **options)
+        model.load_adapter(tmp_path / name, "b", **options)
+        own = {key: p for key, p in model.named_parameters() if ".modules_to_save." in key or "lora_A" in key}
+        own |= {key: p for key, p in model.named_parameters() if ".hificl_K_A" in key}
+        flags.append({key.rpartition("self_attn")[0] + str(".b" in key): p.requires_grad for key, p in own.items()})
+        others = [p.requires_grad for key, p in model.named_parameters() if ".default" not in key and ".b" not in key]
+        assert not any(others)
+    assert flags[0] == flags[1]
+
+
+@pytest.mark.parametrize(
+    ("task", "cls"),
+    [
+        ("TOKEN_CLS", "TokenClassification"),
+        ("QUESTION_ANS", "QuestionAnswering"),
+        ("SEQ_CLS", "SequenceClassification"),
+    ],
+)
+def test_a_head_that_a_configuration_does_not_name(task: str, cls: str, tmp_path: Path) -> None:
+    """PEFT adds it when it has attached the adapter, to a configuration that is passed in too."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    fields = tf.RobertaConfig(vocab_size=VOCAB, max_position_embeddings=64, pad_token_id=0, **sizes)
+
+    def base() -> tf.PreTrainedModel:
+        torch.manual_seed(0)
+        return getattr(tf, f"RobertaFor{cls}")(fields).eval()
+
+    model = get_peft_model(base(), config(task_type=task)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save." in name:
+                parameter.add_(1)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path, config=config(task_type=task)).eval()
+    with torch.no_grad():
+        for a, b in zip(model(**INPUTS).to_tuple(), loaded(**INPUTS).to_tuple(), strict=True):
+            assert torch.equal(a, b)
 
 
 # -- by transformers alone -------------------------------------------------------------------------------------------
