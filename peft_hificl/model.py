@@ -177,7 +177,7 @@ class HiFICLModel(BaseTuner):
             attentions = {key: live.get(name, name) for key in state_dict if (name := checkpoint.module_of(key))}
             names = set(attentions.values())
             state_dict = {
-                f"{attentions[key]}.{key.rpartition('.')[2]}" if key in attentions else key: value
+                f"{attentions[key]}{key[key.rindex(f'.{checkpoint.PREFIX}') :]}" if key in attentions else key: value
                 for key, value in state_dict.items()
             }
         self._check_before_change(model, adapter_name, config, names, stored)
@@ -327,16 +327,10 @@ class HiFICLModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was active and no other is, the first one that is left becomes active."""
         if adapter_name in self.active_adapters:
-            rest = sorted(name for name, config in self.peft_config.items() if isinstance(config, HiFICLConfig))
-            rest.remove(adapter_name)
-            active = [name for name in self.active_adapters if name != adapter_name]
-            if rest and not active:
-                # Each layer would choose among its own, which need not be the same on all of them.
-                active = rest[:1]
-                warnings.warn(
-                    f"Adapter {adapter_name} was active and is deleted: {active[0]} is active now.", stacklevel=3
-                )
-            if active:
+            others = sorted(n for n, c in self.peft_config.items() if n != adapter_name and isinstance(c, HiFICLConfig))
+            active = [name for name in self.active_adapters if name != adapter_name] or others[:1]
+            if active:  # each layer would choose among its own, which need not be the same on all of them
+                warnings.warn(f"{adapter_name} was active; active from now on: {', '.join(active)}.", stacklevel=3)
                 self.set_adapter(active)
         super().delete_adapter(adapter_name)
 
@@ -489,7 +483,8 @@ def _undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """PEFT has checks of its own, some of them after the change: after an error, take the new adapter off again."""
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modules = set(model.modules())
-    active = {m: m._active_adapter for m in modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
+    others = [m for m in modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    active = {m: m._active_adapter for m in others if adapter_name not in m._get_available_adapters()}
     try:
         yield
     except BaseException:

@@ -294,6 +294,16 @@ def test_a_state_dict_given_to_transformers_is_checked(good: Path) -> None:
         base.load_adapter(peft_config=HiFICLConfig.from_pretrained(good), adapter_state_dict=tensors)
 
 
+def test_a_name_that_is_taken_by_an_adapter_of_a_peft_model(good: Path) -> None:
+    """The one that is there stays; transformers does not know of it."""
+    model = adapted("gqa", name="a")
+    with unchanged(model), pytest.raises(ValueError, match="'a' is already attached"):
+        model.get_base_model().load_adapter(good, "a")
+    base = adapted("gqa", name="a").get_base_model()
+    with unchanged(base), pytest.raises(ValueError, match="'a' is already attached"):
+        PeftModel.from_pretrained(base, good, adapter_name="a")
+
+
 @pytest.mark.parametrize("place", ["_get_resolved_checkpoint_files", "safe_open"])
 @pytest.mark.parametrize("route", TRANSFORMERS)
 def test_a_second_read_by_transformers_that_fails(
