@@ -144,8 +144,8 @@ class HiFICLConfig(PeftConfig):
             )
         # Set when the adapter is attached: target_modules as they were asked for, and as they were found.  Not a field.
         self._found_targets: tuple[Any, Any] | None = None
-        # Set when the adapter is attached, for the model card.
-        self._base_model_class: str | None = None
+        # Set when the adapter is attached, for the model card: how PEFT notes the base model's class.
+        self._base_model: dict[str, str] | None = None
 
     def parameter_shapes(self, heads: int, key_dim: int, value_dim: int) -> dict[str, tuple[int, int, int]]:
         """Name and shape of each parameter of this adapter on one attention."""
@@ -160,5 +160,6 @@ class HiFICLConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the configuration; a model card that PEFT has written there learns how to load the adapter."""
-        super().save_pretrained(save_directory, **kwargs)
-        model_card.add_usage(save_directory, self)
+        noted = kwargs.pop("auto_mapping_dict", None) or self._base_model
+        super().save_pretrained(save_directory, auto_mapping_dict=noted, **kwargs)
+        model_card.update(save_directory)

@@ -25,7 +25,6 @@ class Load(NamedTuple):
 
     tensors: dict[str, Tensor]
     ignore_mismatched_sizes: bool
-    low_cpu_mem_usage: bool
     by_peft: bool  # PEFT hands the tuner what it has read; transformers does not
 
 
@@ -50,7 +49,7 @@ def in_progress(config: HiFICLConfig) -> Load | None:
         if tensors is None:
             hub, _ = PeftModel._split_kwargs(options.download_kwargs or {})
             tensors = checkpoint.read(given["peft_model_id"], **hub)
-        return Load(tensors, options.ignore_mismatched_sizes, low_cpu_mem_usage=False, by_peft=False)
+        return Load(tensors, options.ignore_mismatched_sizes, by_peft=False)
     hub, others = PeftModel._split_kwargs({**given["kwargs"], **given.get("hf_hub_download_kwargs", {})})
     tensors = checkpoint.read(given["model_id"], key_mapping=given["key_mapping"], **hub)
-    return Load(tensors, others.get("ignore_mismatched_sizes", False), given["low_cpu_mem_usage"], by_peft=True)
+    return Load(tensors, others.get("ignore_mismatched_sizes", False), by_peft=True)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
-from peft import PeftMixedModel, PeftModel
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from . import attention, checkpoint, loading, targets
+from . import attention, checkpoint, continuous_batching, hooks, loading, offloading, preflight, rows, targets
 from .config import HiFICLConfig
 from .layer import CANNOT_MERGE, HiFICLLayer
 
@@ -62,26 +60,20 @@ class HiFICLModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        # Adapters whose weights PEFT is about to read: their configuration, and what is to be done when it has.
-        self._awaited: _Awaited = {}
-        shared = getattr(model, "peft_config", None)
-        before = dict(shared or {})
-        attached = False
+        self._unloaded: dict[str, _Undo] = {}  # adapters whose weights PEFT is about to read
+        before = getattr(model, "peft_config", None)
+        others = dict(before or {})
         try:
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
-            attached = not self._awaited
-        finally:
-            if not attached:  # PEFT has given the model the configuration all the same
-                if shared is None:
-                    vars(model).pop("peft_config", None)
-                    if getattr(model, "_hf_peft_config_loaded", False):  # set by transformers before it calls PEFT
-                        model._hf_peft_config_loaded = False  # type: ignore[assignment]
-                else:
-                    shared.clear()
-                    shared.update(before)
-                    model.peft_config = shared
-        if self._awaited:
-            self.peft_config = {**before, adapter_name: self._awaited[adapter_name][0]}
+        except BaseException:  # PEFT gives the model the configuration before it attaches the adapter
+            if before is None:
+                vars(model).pop("peft_config", None)
+                if getattr(model, "_hf_peft_config_loaded", False):  # set by transformers before it calls PEFT
+                    model._hf_peft_config_loaded = False  # type: ignore[assignment]
+            else:
+                before.clear()
+                before.update(others)
+            raise
 
     # -- attaching ------------------------------------------------------------------------------------------------
 
@@ -94,163 +86,74 @@ class HiFICLModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         named = list(self.targeted_module_names)
-        self._awaited.pop(adapter_name, None)
+        config = self.peft_config[adapter_name]
+        before = asked = config.target_modules
         try:
-            _check_kind(model)
-            config = self.peft_config[adapter_name]
+            preflight.check_kind(model)
             load = loading.in_progress(config)
-            stored = None
-            if load is not None:
-                stored = checkpoint.stored_shapes(load.tensors, config)
-                if load.ignore_mismatched_sizes:
-                    stored = stored._replace(others=None)
-                low_cpu_mem_usage = low_cpu_mem_usage or load.low_cpu_mem_usage
-            inject = partial(self._inject, model, adapter_name, low_cpu_mem_usage, state_dict, stored)
-            if load is None:
-                inject()
-            elif load.by_peft:
-                inject(dry=True)
-                self._awaited[adapter_name] = (config, [inject])
-                del self.peft_config[adapter_name]
-                if getattr(self.peft_config, "awaited", None) is not self._awaited:
-                    self.peft_config = self.model.peft_config = _Configs(self.peft_config, self._awaited)
-            else:
-                with _undone_on_error(model, adapter_name):
-                    inject()
-                    # transformers reads them again, with no word to the tuner: should that fail, or find no names for
-                    # them, what is attached is what was stored.
-                    model.load_state_dict(self._in_keys_of(model, adapter_name, load.tensors), strict=False)
+            if config._found_targets is not None and config.target_modules == config._found_targets[1]:
+                # It has served already: what was found there must not be said of this model, nor the other way round.
+                asked = config._found_targets[0]
+                searched = copy.copy(config)
+                searched.target_modules = asked
+                self._prepare_adapter_config(searched, self.get_model_config(model))
+                if searched.target_modules != config.target_modules:
+                    config = self.peft_config[adapter_name] = searched
+            self._prepare_adapter_config(config, self.get_model_config(model))
+            state_dict = self._in_names_of(model, state_dict)
+            names = {key.rpartition(f".{checkpoint.PREFIX}")[0] for key in state_dict or ()} or {
+                name for name in self._own_names(model) if name and self._check_target_module_exists(config, name)
+            }
+            _forget_unloaded(model, adapter_name)
+            preflight.check(model, adapter_name, config, names, load)
+            undo = _Undo(model, adapter_name)
+            try:
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+                hooks.refresh(model)
+                rows.install(model)
+                continuous_batching.guard(model)
+                offloading.note_in_device_map(model)
+                if load is not None:
+                    self._prepare_load(model, adapter_name, load, undo)
+            except BaseException:  # PEFT has checks of its own, some of them after the change
+                undo()
+                raise
         except BaseException:
             self.targeted_module_names = named
             self.peft_config.pop(adapter_name, None)
+            config.target_modules = before
             raise
+        config._found_targets = (asked, config.target_modules)
+        if type(model).__module__.startswith("transformers."):
+            config._base_model = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
-    def _inject(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        low_cpu_mem_usage: bool,
-        state_dict: dict[str, Tensor] | None,
-        stored: checkpoint.Stored | None,
-        dry: bool = False,
-    ) -> None:
-        """Attach an adapter, or find out whether that is possible."""
-        config = self.peft_config[adapter_name]
-        before = asked = config.target_modules
-        if config._found_targets is not None and config.target_modules == config._found_targets[1]:
-            # It has served already: what was found there must not be said of this model, nor the other way round.
-            asked = config._found_targets[0]
-            searched = copy.copy(config)
-            searched.target_modules = asked
-            self._prepare_adapter_config(searched, self.get_model_config(model))
-            if searched.target_modules != config.target_modules:
-                config = self.peft_config[adapter_name] = searched
-        done = False
-        try:
-            self._attach(model, adapter_name, config, low_cpu_mem_usage, state_dict, stored, dry)
-            done = not dry
-        finally:
-            if not done:
-                config.target_modules = before
-        if done:
-            config._found_targets = (asked, config.target_modules)
-            if type(model).__module__.startswith("transformers."):
-                config._base_model_class = type(model).__name__
-
-    def _attach(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        config: HiFICLConfig,
-        low_cpu_mem_usage: bool,
-        state_dict: dict[str, Tensor] | None,
-        stored: checkpoint.Stored | None,
-        dry: bool,
-    ) -> None:
-        self._prepare_adapter_config(config, self.get_model_config(model))
-        modules = {name: module for name, module in model.named_modules() if not isinstance(module, OptimizedModule)}
-        if state_dict is None:
-            names = {name for name in modules if name and self._check_target_module_exists(config, name)}
+    def _prepare_load(self, model: nn.Module, adapter_name: str, load: loading.Load, undo: _Undo) -> None:
+        if load.by_peft:  # which reads the weights next; should that fail, the adapter must have no effect
+            self._unloaded[adapter_name] = undo
+            for layer in _layers_with(model, adapter_name):
+                layer.awaits_weights[adapter_name] = True
         else:
-            # PEFT takes whatever stands before ".hificl_" in a key for the target: that is to be the attention.
-            live = {checkpoint.plain(name): name for name in modules}
-            attentions = {key: live.get(name, name) for key in state_dict if (name := checkpoint.module_of(key))}
-            names = set(attentions.values())
-            state_dict = {
-                f"{attentions[key]}{key[key.rindex(f'.{checkpoint.PREFIX}') :]}" if key in attentions else key: value
-                for key, value in state_dict.items()
-            }
-        self._check_before_change(model, adapter_name, config, names, stored)
-        if not dry:
-            with _undone_on_error(model, adapter_name):
-                super().inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+            # transformers reads them again, with no word to the tuner: should that fail, or find no names for them,
+            # what is attached is what was stored.
+            model.load_state_dict(self._in_keys_of(model, adapter_name, load.tensors), strict=False)
+
+    @staticmethod
+    def _own_names(model: nn.Module) -> list[str]:
+        return [name for name, module in model.named_modules() if not isinstance(module, OptimizedModule)]
+
+    def _in_names_of(self, model: nn.Module, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """The keys of a state dict, with the attention's name before ``.hificl_``: there PEFT looks for the targets."""
+        if state_dict is None:
+            return None
+        live = {checkpoint.plain(name): name for name in self._own_names(model)}
+        attentions = {key: live.get(name, name) for key in state_dict if (name := checkpoint.module_of(key))}
+        return {
+            f"{name}{key[key.rindex(f'.{checkpoint.PREFIX}') :]}": state_dict[key] for key, name in attentions.items()
+        }
 
     @staticmethod
     def _check_target_module_exists(config: HiFICLConfig, key: str) -> Any:
         return check_target_module_exists(config, checkpoint.plain(key))
-
-    def _check_before_change(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        config: HiFICLConfig,
-        names: set[str],
-        stored: checkpoint.Stored | None,
-    ) -> None:
-        """Find whatever can be wrong with an adapter before the first module is changed."""
-        # The first two cannot be a key of a ParameterDict; the third names the layer itself in a state dict's keys.
-        if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name) or adapter_name == checkpoint.MODULE:
-            raise ValueError(f"An adapter cannot be named {adapter_name!r}: choose a plain word, without dots.")
-        if (getattr(model, "_tp_size", None) or 1) > 1:
-            raise ValueError(
-                "The base model is sharded by tensor parallelism, which HiFICL does not support: load it without "
-                "tp_plan (device_map='auto' splits it by layers, which works)."
-            )
-        if hasattr(model, "pippy_stage"):
-            raise ValueError(
-                "accelerate's prepare_pippy has traced the model, and its stages would not see an adapter that comes "
-                "later: attach or load the adapter first."
-            )
-        if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
-            raise ValueError(
-                "The base model is partly offloaded to disk, where PEFT has no place for a HiFICL adapter: give "
-                "from_pretrained a device_map (or max_memory) that needs no disk."
-            )
-        if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            raise ValueError(
-                f"target_modules={config.target_modules!r} means linear layers, but HiFICL adapts attention modules: "
-                "leave target_modules=None to have them found."
-            )
-        shapes = {}
-        for name, module in model.named_modules():
-            if isinstance(module, HiFICLLayer) and adapter_name in module.n:
-                raise ValueError(
-                    f"An adapter named {adapter_name!r} is already attached to {name.rpartition('.')[0]!r}: choose "
-                    "another adapter_name, or delete_adapter() it first."
-                )
-            if name in names and checkpoint.MODULE not in name.split("."):
-                reason = attention.why_unsupported(module)
-                if reason:
-                    raise TypeError(
-                        f"HiFICL cannot adapt module {name!r} of type {type(module).__name__}: {reason}. Choose "
-                        "attention modules as target_modules, or leave target_modules=None to have them found."
-                    )
-                shapes[checkpoint.plain(name)] = attention.head_shape_of(module)
-        tokens = config.trainable_token_indices
-        elsewhere = stored is not None and checkpoint.on_other_stages(stored.modules, model)
-        whole = set() if elsewhere else set(config.modules_to_save or ()).difference(*checkpoint.HEADS.values())
-        for field, wanted in (
-            ("modules_to_save", whole),
-            ("trainable_token_indices", tokens if isinstance(tokens, dict) else ()),
-        ):
-            absent = sorted(end for end in wanted if not any(name.endswith(end) for name, _ in model.named_modules()))
-            if absent:
-                raise ValueError(
-                    f"{field} names {', '.join(map(repr, absent))}, not found in {type(model).__name__}; give names of "
-                    "its modules, or their ends."
-                )
-        if stored is not None and shapes:
-            checkpoint.check_fits(stored, shapes, model, config)
 
     def _prepare_adapter_config(self, peft_config: HiFICLConfig, model_config: dict[str, Any]) -> HiFICLConfig:
         if peft_config.target_modules is None:
@@ -289,18 +192,6 @@ class HiFICLModel(BaseTuner):
                 module.check_together(names)  # all of them before the first one is switched
         super().set_adapter(adapter_name, inference_mode)
 
-    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
-        self._do_or_await(adapter_names, partial(super().set_requires_grad, adapter_names, requires_grad))
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        self._do_or_await(adapter_name, partial(super()._cast_adapter_dtype, adapter_name, autocast_adapter_dtype))
-
-    def _do_or_await(self, adapter_names: Any, step: Callable[[], None]) -> None:
-        if isinstance(adapter_names, str) and adapter_names in self._awaited:
-            self._awaited[adapter_names][1].append(step)
-        else:
-            step()
-
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             "HiFICL adapters cannot be combined into a weighted one yet. Adapters that are active together share one "
@@ -318,6 +209,9 @@ class HiFICLModel(BaseTuner):
         for module in list(self.model.modules()):
             if isinstance(getattr(module, checkpoint.MODULE, None), HiFICLLayer):
                 attention.detach(module)
+        hooks.refresh(self.model)
+        continuous_batching.unguard(self.model)
+        offloading.note_in_device_map(self.model)
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -354,35 +248,26 @@ class HiFICLModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return checkpoint.uncompiled(super()._remove_adapter_name_from_key(key, adapter_name))
+        """``hificl_K_A.default.weight`` of a model is ``hificl_K_A`` in a file."""
+        key = checkpoint.uncompiled(super()._remove_adapter_name_from_key(key, adapter_name))
+        return key.removesuffix(".weight") if checkpoint.module_of(key) is not None else key
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: HiFICLConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        tuner = getattr(model, "base_model", None)
-        awaited = isinstance(tuner, HiFICLModel) and adapter_name in tuner._awaited
-        with tuner._attached_late(adapter_name) if awaited else nullcontext():  # type: ignore[union-attr]
-            return cls._in_keys_of(model, adapter_name, state_dict)
-
-    @contextmanager
-    def _attached_late(self, adapter_name: str) -> Iterator[None]:
-        """The weights are here: do what had to wait for them."""
-        self.peft_config[adapter_name], steps = self._awaited.pop(adapter_name)
+        tuner: Any = getattr(model, "base_model", None)
+        undo = tuner._unloaded.pop(adapter_name, None) if isinstance(tuner, HiFICLModel) else None
         try:
-            with _undone_on_error(self.model, adapter_name):
-                for step in steps:
-                    step()
-                yield
+            remapped = cls._in_keys_of(model, adapter_name, state_dict)
         except BaseException:
-            del self.peft_config[adapter_name]
+            if undo is not None:
+                undo()
+                tuner.peft_config.pop(adapter_name, None)
             raise
-        shared = getattr(self.model, "peft_config", None)
-        if shared is None:
-            self.model.peft_config = self.peft_config
-        elif shared is not self.peft_config:
-            shared.update(self.peft_config)
-            self.peft_config = shared
+        for layer in _layers_with(model, adapter_name):
+            layer.awaits_weights[adapter_name] = False
+        return remapped
 
     @classmethod
     def _in_keys_of(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -410,97 +295,96 @@ class HiFICLModel(BaseTuner):
         dtypes = {key: tensor.dtype for key, tensor in live.items()}
         for key, tensor in own.items():
             if tensor.is_meta:  # it takes the dtype of the base model when it has been loaded
-                dtypes[key] = model.get_submodule(key.rpartition(f".{checkpoint.PREFIX}")[0])._like.dtype
+                layer: Any = model.get_submodule(key.rpartition(f".{checkpoint.PREFIX}")[0])
+                dtypes[key] = layer.where()[1]
         checkpoint.check_state_dict(remapped, {key: tensor.shape for key, tensor in own.items()}, dtypes)
         return remapped
 
     # -- one adapter per row ----------------------------------------------------------------------------------------
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base model."""
+        if (known := rows.running.modules.get(self)) is None:
+            return super().forward(*args, **kwargs)
+        # A PeftModel of a task type has given the names, but kept the ids of the prompts back.
+        with self._enable_peft_forward_hooks(*args, **kwargs, adapter_names=known.names):
+            return super().forward(*args, **kwargs)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names=[...]`, one per row, to every layer for the duration of one forward or generate."""
-        adapter_names = kwargs.get("adapter_names")
-        if adapter_names is None:
+        names, outer = kwargs.get("adapter_names"), rows.running.modules
+        if names is None and not outer:
             yield
             return
+        if names is not None and kwargs.get("cache_implementation") == "paged":
+            raise ValueError(continuous_batching.NO_ADAPTER_NAMES)
+        mine = dict.fromkeys(self.modules()) if names is None else self._rows(names, args, kwargs)
+        rows.running.modules = {**outer, **mine}
+        try:
+            yield
+        finally:
+            rows.running.modules = outer
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _rows(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[nn.Module, Any]:
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first.")
-        unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
+        if not names or isinstance(names, str):
+            raise ValueError(f"adapter_names must be a list, one name per row; got {names!r}.")
+        unknown = set(names) - set(self.peft_config) - {"__base__"}
         if unknown:
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}; there are "
                 f"{', '.join(sorted(self.peft_config))} and __base__."
             )
-        thread = threading.get_ident()
-        # `generate` repeats each row, but not inside an encoder.
-        repeats = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
-
-        def hand_down(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if threading.get_ident() != thread:
-                return None  # another thread's forward, which has rows of its own
-            first = args[0] if args else next(iter(kwargs.values()))
-            batch_size = first if isinstance(module, HiFICLLayer) else len(first)
-            repeated = repeats if batch_size == repeats * len(adapter_names) else 1
-            return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(repeated)]}
-
-        with ExitStack() as hooks:
-            for module in self.modules():
-                if isinstance(module, (HiFICLLayer, AuxiliaryTrainingWrapper)):
-                    hooks.callback(module.register_forward_pre_hook(hand_down, with_kwargs=True).remove)
-            yield
+        text, media = rows.of_call(self.model, list(names), args, kwargs)
+        prompts = targets.text_modules(self.model)
+        return {self: text} | {
+            module: (text if module in prompts else media)._replace(module=name.removesuffix(f".{checkpoint.MODULE}"))
+            for name, module in self.model.named_modules()
+            if isinstance(module, (HiFICLLayer, AuxiliaryTrainingWrapper))
+        }
 
 
-_Awaited = dict[str, tuple[HiFICLConfig, list[Callable[[], None]]]]
+def _layers_with(model: nn.Module, adapter_name: str) -> list[HiFICLLayer]:
+    return [module for module in model.modules() if isinstance(module, HiFICLLayer) and adapter_name in module.n]
 
 
-class _Configs(dict[str, HiFICLConfig]):
-    """A model's configurations; those of awaited adapters can be looked up, as PEFT does, but are not among them."""
-
-    def __init__(self, configs: dict[str, HiFICLConfig], awaited: _Awaited) -> None:
-        super().__init__(configs)
-        self.awaited = awaited
-
-    def __missing__(self, name: str) -> HiFICLConfig:
-        return self.awaited[name][0]
+def _forget_unloaded(model: nn.Module, adapter_name: str) -> None:
+    """An adapter of this name whose weights could not be read, earlier, makes room."""
+    for layer in _layers_with(model, adapter_name):
+        if layer.awaits_weights[adapter_name]:
+            layer.delete_adapter(adapter_name)
 
 
-def _check_kind(model: nn.Module) -> None:
-    if isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
-        raise ValueError(
-            f"The model is a {type(model).__name__} already. Call its add_adapter(name, config) to give it another "
-            "HiFICL adapter, its load_adapter(path, name) to load one; beside adapters of another method, "
-            "model.get_base_model().add_adapter(config, name)."
-        )
-    if isinstance(model, OptimizedModule):
-        raise ValueError(
-            "The model is compiled: attach the adapter first, to the model that torch.compile was given "
-            "(model._orig_mod), and compile what comes out."
-        )
+class _Undo:
+    """Makes a model again what it was before an adapter was attached to it."""
 
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
+        self.model, self.adapter_name = model, adapter_name
+        self.modules = set(model.modules())
+        self.requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        tuned = (m for m in self.modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
+        self.active = {module: module._active_adapter for module in tuned}
 
-@contextmanager
-def _undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """PEFT has checks of its own, some of them after the change: after an error, take the new adapter off again."""
-    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    modules = set(model.modules())
-    others = [m for m in modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    active = {m: m._active_adapter for m in others if adapter_name not in m._get_available_adapters()}
-    try:
-        yield
-    except BaseException:
-        for parent in modules:
+    def __call__(self) -> None:
+        for parent in self.modules:
             for name, child in list(parent.named_children()):
-                if child not in modules and isinstance(child, HiFICLLayer):
+                if child not in self.modules and isinstance(child, HiFICLLayer):
                     attention.detach(parent)
-                elif child not in modules and isinstance(child, AuxiliaryTrainingWrapper):
+                elif child not in self.modules and isinstance(child, AuxiliaryTrainingWrapper):
                     setattr(parent, name, child.original_module)
-        for module, names in active.items():
+        for module, names in self.active.items():
             module._active_adapter = names
             if isinstance(module, HiFICLLayer):
-                module.delete_adapter(adapter_name)
+                module.delete_adapter(self.adapter_name)
             elif isinstance(module, AuxiliaryTrainingWrapper):
-                module.delete_adapter(adapter_name, names)
+                module.delete_adapter(self.adapter_name, names)
                 module._active_adapter = names
-        for parameter, value in requires_grad.items():
+        hooks.refresh(self.model)
+        if not any(isinstance(module, HiFICLLayer) for module in self.model.modules()):
+            continuous_batching.unguard(self.model)
+        offloading.note_in_device_map(self.model)
+        for parameter, value in self.requires_grad.items():
             parameter.requires_grad = value
-        raise

@@ -65,11 +65,7 @@ def find_self_attention(model: nn.Module) -> list[str]:
             "please specify `target_modules` in the HiFICLConfig."
         )
     decoder = _text_decoder(model)
-    # A model within the model may have towers of its own.
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    found_towers = [(part, part.get_encoder(kind)) for part in parts for kind in ("image", "video", "audio")]
-    towers = {tower for part, tower in found_towers if tower is not part and tower is not None} - {decoder}
-    outside = {m for tower in towers for m in tower.modules() if m is not decoder}
+    outside = {m for tower in _towers(model) - {decoder} for m in tower.modules() if m is not decoder}
     inside = set(decoder.modules()) - outside
     candidates = {name: module for name, module in model.named_modules() if not _is_other_kind(name, module)}
     text = {n: m for n, m in candidates.items() if m in inside and not _TOWER.search(type(m).__name__)}
@@ -116,6 +112,28 @@ def _embeds_tokens(model: PreTrainedModel) -> bool:
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     return vocabulary is not None and any(embedding.num_embeddings >= vocabulary for embedding in embeddings)
+
+
+def _towers(model: nn.Module) -> set[nn.Module]:
+    """Encoders of images, videos and sounds; a model within the model may have towers of its own."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    found = [(part, part.get_encoder(kind)) for part in parts for kind in ("image", "video", "audio")]
+    return {tower for part, tower in found if tower is not part and tower is not None}
+
+
+def text_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules whose batch has one row per prompt: the text decoder, its encoder, the embeddings and heads."""
+    decoder = _text_decoder(model)
+    text: list[nn.Module | None] = [decoder]
+    heads = {name for names in checkpoint.HEADS.values() for name in names}
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and (part is model or decoder in part.modules()):
+            text += [part.get_output_embeddings(), *(getattr(part, name, None) for name in heads)]
+            if part.config.is_encoder_decoder:
+                text.append(part.get_encoder())
+    towers = _towers(model) - set(text)
+    outside = {module for tower in towers for module in tower.modules()}
+    return {module for part in text if part is not None for module in part.modules()} - outside
 
 
 def _is_other_kind(name: str, module: nn.Module) -> bool:

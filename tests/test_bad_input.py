@@ -184,18 +184,19 @@ def test_adapter_names_that_are_taken() -> None:
         inject_adapter_in_model(config(), base, "a")
 
 
-def test_a_model_with_parts_on_disk_or_in_parallel_is_refused() -> None:
-    for attribute, value in (("hf_device_map", {"model.layers.1": "disk"}), ("_tp_size", 2)):
-        base = build("gqa")
-        setattr(base, attribute, value)
-        with unchanged(base), pytest.raises(ValueError, match=r"disk|tensor parallelism"):
-            get_peft_model(base, config())
+def test_a_model_in_parallel_is_refused() -> None:
+    base = build("gqa")
+    base._tp_size = 2
+    with unchanged(base), pytest.raises(ValueError, match=r"tensor parallelism"):
+        get_peft_model(base, config())
 
 
 def test_an_adapter_on_another_device() -> None:
     model = adapted("gqa")
     hificl_layers(model)[1].to("meta")
-    with pytest.raises(ValueError, match=r"LlamaAttention runs on cpu, but its HiFICL adapter is on meta.*model\.to"):
+    with pytest.raises(
+        ValueError, match=r"LlamaAttention runs on cpu, but its HiFICL adapter is on meta: it was never"
+    ):
         model(**inputs_for("gqa"))
 
 
