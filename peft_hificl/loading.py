@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 from peft import PeftModel
 from torch import Tensor
-from transformers.integrations.peft import PeftAdapterMixin
 
 from . import checkpoint
 from .config import HiFICLConfig
 
-_PEFTS = {PeftModel.from_pretrained.__code__, PeftModel.load_adapter.__code__}
-_TRANSFORMERS = {PeftAdapterMixin.load_adapter.__code__}
+_PEFT = ("peft.peft_model", "PeftModel.from_pretrained"), ("peft.peft_model", "PeftModel.load_adapter")
+_TRANSFORMERS = ("transformers.integrations.peft", "PeftAdapterMixin.load_adapter")
 
 
 class Load(NamedTuple):
@@ -37,17 +36,20 @@ def in_progress(config: HiFICLConfig) -> Load | None:
     """
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code in _PEFTS | _TRANSFORMERS and any(value is config for value in frame.f_locals.values()):
-            given = frame.f_locals
-            if frame.f_code in _TRANSFORMERS:
-                options = given["load_config"]
-                tensors = given["adapter_state_dict"]
-                if tensors is None:
-                    hub, _ = PeftModel._split_kwargs(options.download_kwargs or {})
-                    tensors = checkpoint.read(given["peft_model_id"], **hub)
-                return Load(tensors, options.ignore_mismatched_sizes, by_peft=False)
-            hub, others = PeftModel._split_kwargs({**given["kwargs"], **given.get("hf_hub_download_kwargs", {})})
-            tensors = checkpoint.read(given["model_id"], key_mapping=given["key_mapping"], **hub)
-            return Load(tensors, others.get("ignore_mismatched_sizes", False), by_peft=True)
+        function = frame.f_globals.get("__name__"), frame.f_code.co_qualname
+        given = frame.f_locals if function in (*_PEFT, _TRANSFORMERS) else {}
+        if any(value is config for value in given.values()):
+            break
         frame = frame.f_back  # type: ignore[assignment]
-    return None
+    else:
+        return None
+    if function == _TRANSFORMERS:
+        options = given["load_config"]
+        tensors = given["adapter_state_dict"]
+        if tensors is None:
+            hub, _ = PeftModel._split_kwargs(options.download_kwargs or {})
+            tensors = checkpoint.read(given["peft_model_id"], **hub)
+        return Load(tensors, options.ignore_mismatched_sizes, by_peft=False)
+    hub, others = PeftModel._split_kwargs({**given["kwargs"], **given.get("hf_hub_download_kwargs", {})})
+    tensors = checkpoint.read(given["model_id"], key_mapping=given["key_mapping"], **hub)
+    return Load(tensors, others.get("ignore_mismatched_sizes", False), by_peft=True)

@@ -147,7 +147,9 @@ class HiFICLModel(BaseTuner):
             return None
         live = {checkpoint.plain(name): name for name in self._own_names(model)}
         attentions = {key: live.get(name, name) for key in state_dict if (name := checkpoint.module_of(key))}
-        return {f"{name}.{key.rpartition('.')[2]}": state_dict[key] for key, name in attentions.items()}
+        return {
+            f"{name}{key[key.rindex(f'.{checkpoint.PREFIX}') :]}": state_dict[key] for key, name in attentions.items()
+        }
 
     @staticmethod
     def _check_target_module_exists(config: HiFICLConfig, key: str) -> Any:
@@ -219,16 +221,10 @@ class HiFICLModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was active and no other is, the first one that is left becomes active."""
         if adapter_name in self.active_adapters:
-            rest = sorted(name for name, config in self.peft_config.items() if isinstance(config, HiFICLConfig))
-            rest.remove(adapter_name)
-            active = [name for name in self.active_adapters if name != adapter_name]
-            if rest and not active:
-                # Each layer would choose among its own, which need not be the same on all of them.
-                active = rest[:1]
-                warnings.warn(
-                    f"Adapter {adapter_name} was active and is deleted: {active[0]} is active now.", stacklevel=3
-                )
-            if active:
+            others = sorted(n for n, c in self.peft_config.items() if n != adapter_name and isinstance(c, HiFICLConfig))
+            active = [name for name in self.active_adapters if name != adapter_name] or others[:1]
+            if active:  # each layer would choose among its own, which need not be the same on all of them
+                warnings.warn(f"{adapter_name} was active; active from now on: {', '.join(active)}.", stacklevel=3)
                 self.set_adapter(active)
         super().delete_adapter(adapter_name)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from peft_hificl import HiFICLConfig
 
-from .conftest import build, inputs_for, llama, logits
+from .conftest import VOCAB, build, inputs_for, llama, logits
 from .test_bad_input import unchanged
 from .test_peft_api import adapted, config, hificl_layers
 
@@ -239,6 +240,56 @@ def test_the_state_dict_of_an_injected_model(route: str, extra: dict[str, object
     torch.testing.assert_close(logits(load(make(), tmp_path), **INPUTS), want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_what_is_trainable_after_a_load_is_loras(is_trainable: bool, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    """What PEFT does between attaching and loading is done when the adapter is there."""
+    flags = []
+    for name, cfg in (
+        ("lora", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])),
+        ("hificl", config(modules_to_save=["lm_head"])),
+    ):
+        options = {"is_trainable": is_trainable, "low_cpu_mem_usage": low_cpu_mem_usage}
+        get_peft_model(build("gqa"), cfg).save_pretrained(tmp_path / name)
+        model = PeftModel.from_pretrained(build("gqa"), tmp_path / name, **options)
+        model.load_adapter(tmp_path / name, "b", **options)
+        own = {key: p for key, p in model.named_parameters() if ".modules_to_save." in key or "lora_A" in key}
+        own |= {key: p for key, p in model.named_parameters() if ".hificl_K_A" in key}
+        flags.append({key.rpartition("self_attn")[0] + str(".b" in key): p.requires_grad for key, p in own.items()})
+        others = [p.requires_grad for key, p in model.named_parameters() if ".default" not in key and ".b" not in key]
+        assert not any(others)
+    assert flags[0] == flags[1]
+
+
+@pytest.mark.parametrize(
+    ("task", "cls"),
+    [
+        ("TOKEN_CLS", "TokenClassification"),
+        ("QUESTION_ANS", "QuestionAnswering"),
+        ("SEQ_CLS", "SequenceClassification"),
+    ],
+)
+def test_a_head_that_a_configuration_does_not_name(task: str, cls: str, tmp_path: Path) -> None:
+    """PEFT adds it when it has attached the adapter, to a configuration that is passed in too."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    fields = tf.RobertaConfig(vocab_size=VOCAB, max_position_embeddings=64, pad_token_id=0, **sizes)
+
+    def base() -> tf.PreTrainedModel:
+        torch.manual_seed(0)
+        return getattr(tf, f"RobertaFor{cls}")(fields).eval()
+
+    model = get_peft_model(base(), config(task_type=task)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save." in name:
+                parameter.add_(1)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path, config=config(task_type=task)).eval()
+    with torch.no_grad():
+        for a, b in zip(model(**INPUTS).to_tuple(), loaded(**INPUTS).to_tuple(), strict=True):
+            assert torch.equal(a, b)
+
+
 # -- by transformers alone -------------------------------------------------------------------------------------------
 
 
@@ -251,6 +302,16 @@ def test_a_state_dict_given_to_transformers_is_checked(good: Path) -> None:
     base = build("gqa")
     with unchanged(base), pytest.raises(ValueError, match="lacks"):
         base.load_adapter(peft_config=HiFICLConfig.from_pretrained(good), adapter_state_dict=tensors)
+
+
+def test_a_name_that_is_taken_by_an_adapter_of_a_peft_model(good: Path) -> None:
+    """The one that is there stays; transformers does not know of it."""
+    model = adapted("gqa", name="a")
+    with unchanged(model), pytest.raises(ValueError, match="'a' is already attached"):
+        model.get_base_model().load_adapter(good, "a")
+    base = adapted("gqa", name="a").get_base_model()
+    with unchanged(base), pytest.raises(ValueError, match="'a' is already attached"):
+        PeftModel.from_pretrained(base, good, adapter_name="a")
 
 
 @pytest.mark.parametrize("place", ["_get_resolved_checkpoint_files", "safe_open"])
@@ -480,3 +541,43 @@ def test_transformers_own_loader_on_compiled_regions(targets: dict[str, object],
     base = in_regions(build("gqa"), "layers")
     base.load_adapter(tmp_path)
     torch.testing.assert_close(logits(base, **INPUTS), want, rtol=1e-5, atol=1e-5)
+
+
+# -- saving what is in parts -----------------------------------------------------------------------------------------
+
+
+def partitioned(model: nn.Module, of: str) -> nn.Module:
+    """What DeepSpeed's ZeRO-3 leaves of parameters outside of a forward."""
+    for name, parameter in model.named_parameters():
+        if of in name:
+            parameter.data = parameter.data.new_empty(0)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("of", "extra"),
+    [
+        (".hificl_", {}),
+        (".layers.1.self_attn.virtual_pairs", {}),
+        (".modules_to_save.default.", {"modules_to_save": ["lm_head"]}),
+        (".trainable_tokens_delta.", {"trainable_token_indices": [7, 9]}),
+    ],
+)
+def test_nothing_is_saved_empty(of: str, extra: dict[str, object], tmp_path: Path) -> None:
+    model = adapted("gqa", **extra)
+    whole = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    partitioned(model, of)
+    with pytest.raises(ValueError, match=rf"{of}.* would be saved empty.*state_dict=accelerator.get_state_dict"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    model.save_pretrained(tmp_path, state_dict=whole)
+    loaded = PeftModel.from_pretrained(build("gqa"), tmp_path)
+    assert torch.equal(logits(loaded, **INPUTS), logits(adapted("gqa", **extra), **INPUTS))
+
+
+def test_another_rank_may_have_nothing_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first has the state dict that accelerate has gathered, and all of them call `save_pretrained`."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda *group: 1)
+    partitioned(adapted("gqa"), ".hificl_").save_pretrained(tmp_path, is_main_process=False)
+    assert not list(tmp_path.iterdir())
