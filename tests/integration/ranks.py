@@ -167,8 +167,8 @@ def fsdp1(folder: Path, kind: str, use_orig_params: bool) -> None:
     run = functools.partial(step, wrapped, sgd(wrapped), Tensor.backward)
 
     def full_state() -> dict[str, Tensor]:
-        # By way of a model that is not wrapped: PEFT 0.21 looks for LoRA's layers under the names that they have in the
-        # wrapped one, which are not those of its state dict, and stores nothing.
+        # By way of a model that is not wrapped: PEFT 0.21 looks for LoRA's layers under the names that they have in
+        # the wrapped one, which are not those of its state dict, and stores nothing.
         with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT):
             copy.load_state_dict(wrapped.state_dict())
         return copy.state_dict()
@@ -263,7 +263,7 @@ def zero(folder: Path, kind: str, stage: int) -> None:
         return copy.state_dict()
 
     trains_as_one_process(kind, Parallel(copy, run, full_state), folder)
-    if stage == 3 and kind == "hificl":  # the parameters are elsewhere; never a file of empty tensors
+    if stage == 3 and kind == "hificl" and dist.get_rank() == 0:  # never a file of empty tensors
         refused(lambda: model.save_pretrained(folder / "not_gathered"), "GatheredParameters")
         assert not (folder / "not_gathered" / "adapter_model.safetensors").exists()
 
