@@ -229,7 +229,8 @@ def merge(output: Tensor, lse: Tensor, query: Tensor, pairs: VirtualPairs, *, sc
     dtype = torch.promote_types(lse.dtype, torch.float32)
     virtual = functional.grouped_matmul(query.to(dtype) * scaling, pairs.keys.to(dtype).mT)  # (B, H, T, n)
     if pairs.log_weights is not None:
-        virtual = virtual + pairs.log_weights.to(dtype)[:, :, None]
+        # Finite, not -inf: a row without pairs must not become NaN.
+        virtual = virtual + pairs.log_weights.to(dtype).clamp_min(torch.finfo(dtype).min / 2)[:, :, None]
     mixed = functional.grouped_matmul(virtual.softmax(dim=-1), pairs.values.to(dtype))
     alpha = torch.sigmoid(lse.to(dtype) - virtual.logsumexp(dim=-1))[..., None]
     return torch.lerp(mixed, output.to(dtype), alpha).to(output.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 import types
 
 import pytest
@@ -149,9 +148,9 @@ def test_an_unsupported_implementation_is_refused_with_the_list() -> None:
     assert torch.equal(logits(base, **inputs), want)
 
 
-def test_paged_caches_are_refused() -> None:
+def test_an_unknown_cache_is_refused() -> None:
     module = adapted("gqa").get_base_model().model.layers[0].self_attn
-    with pytest.raises(ValueError, match="paged caches"):
+    with pytest.raises(ValueError, match="cache of type object"):
         attention.hificl_attention_forward(module, *torch.randn(3, 1, 4, 5, 16), None, cache=object())
 
 
@@ -426,7 +425,7 @@ def test_autocast_and_moving_the_model() -> None:
     model.double()
     torch.testing.assert_close(logits(model, **inputs), want.double(), rtol=1e-4, atol=1e-4)
     model.add_adapter("late", config(), autocast_adapter_dtype=False)
-    assert hificl_layers(model)[0].hificl_K_A["late"].dtype == torch.float64
+    assert hificl_layers(model)[0].hificl_K_A["late"].weight.dtype == torch.float64
 
 
 def test_dropout_is_part_of_training_only() -> None:
@@ -506,17 +505,6 @@ def test_a_compiled_model_sees_an_adapter_that_comes_and_goes() -> None:
     torch.testing.assert_close(logits(compiled, **inputs), bare, rtol=1e-5, atol=1e-5)
 
 
-def test_a_compiled_model_sees_adapter_names() -> None:
-    torch._dynamo.reset()
-    model, inputs = adapted("gqa", name="a"), inputs_for("gqa")
-    torch.manual_seed(2)
-    model.add_adapter("b", config())
-    want = logits(model, **inputs, adapter_names=["b", "a"])
-    compiled = torch.compile(model, backend="eager")
-    logits(compiled, **inputs)
-    torch.testing.assert_close(logits(compiled, **inputs, adapter_names=["b", "a"]), want, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.slow
 def test_inductor_equals_eager(kind: str) -> None:
     torch._dynamo.reset()
@@ -526,37 +514,6 @@ def test_inductor_equals_eager(kind: str) -> None:
     want = logits(model, **inputs)
     compiled = torch.compile(model.get_base_model(), fullgraph=True)
     torch.testing.assert_close(logits(compiled, **inputs), want, rtol=1e-4, atol=1e-4)
-
-
-def test_threads_do_not_meet() -> None:
-    model = adapted("gqa", name="a")
-    torch.manual_seed(2)
-    model.add_adapter("b", config())
-    jobs = [
-        (inputs_for("gqa", rows=2, length=4 + i), names) for i, names in enumerate([None, ["a", "b"], ["b", "b"]] * 3)
-    ]
-
-    def run(job: tuple[dict[str, Tensor], list[str] | None]) -> Tensor:
-        inputs, names = job
-        return logits(model, **inputs, **({} if names is None else {"adapter_names": names}))
-
-    want = [run(job) for job in jobs]
-    got: dict[int, list[Tensor]] = {i: [] for i in range(len(jobs))}
-    start = threading.Barrier(len(jobs))
-
-    def work(i: int) -> None:
-        start.wait()
-        got[i] = [run(jobs[i]) for _ in range(5)]
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i, expected in enumerate(want):
-        assert len(got[i]) == 5
-        for result in got[i]:
-            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_meta_base_counts_parameters() -> None:
