@@ -193,16 +193,21 @@ def fsdp_with_accelerate(folder: Path, version: int) -> None:
     """Training, storing the adapter, and going back to a checkpoint, as PEFT's documentation has it."""
     model = adapted("hificl")
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=version, auto_wrap_policy=fsdp_auto_wrap_policy(model) if version == 1 else None,
+        fsdp_version=version,
+        auto_wrap_policy=fsdp_auto_wrap_policy(model) if version == 1 else "transformer_based_wrap",
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"], state_dict_type="FULL_STATE_DICT",
-        cpu_ram_efficient_loading=False,
+        cpu_ram_efficient_loading=False, activation_checkpointing=True,
     )  # fmt: skip
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     # On CPUs accelerate would use DDP, without a word.
     accelerator.state.fsdp_plugin = plugin
     for state in (PartialState, AcceleratorState):
         state._shared_state.update(distributed_type=DistributedType.FSDP, device=torch.device("cpu"))
-    wrapped, optimizer = accelerator.prepare(model, sgd(model))
+    if version == 1:
+        wrapped = accelerator.prepare(model)  # which replaces the parameters: the optimizer comes later
+        optimizer = accelerator.prepare(sgd(wrapped))
+    else:
+        wrapped, optimizer = accelerator.prepare(model, sgd(model))
     unit = FullyShardedDataParallel if version == 1 else FSDPModule
     assert isinstance(wrapped, unit) and sum(isinstance(m, unit) for m in wrapped.modules()) > 2
     run = functools.partial(step, wrapped, optimizer, accelerator.backward)
