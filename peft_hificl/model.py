@@ -240,6 +240,9 @@ class HiFICLModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # PEFT looks for the names of the layers, and FSDP1 and checkpoint_wrapper put their own into those of modules,
+        # but not into keys: it would find nothing to save.
+        found |= {key: tensor for key, tensor in state_dict.items() if checkpoint.module_of(key) is not None}
         if not dist.is_initialized() or dist.get_rank() == 0:  # the one that saves; the others may have nothing to save
             ends = f".modules_to_save.{adapter_name}.", f"{checkpoint.TOKENS}.{adapter_name}"
             beside = {key: tensor for key, tensor in state_dict.items() if any(end in key for end in ends)}

@@ -167,8 +167,8 @@ def fsdp1(folder: Path, kind: str, use_orig_params: bool) -> None:
     run = functools.partial(step, wrapped, sgd(wrapped), Tensor.backward)
 
     def full_state() -> dict[str, Tensor]:
-        # By way of a model that is not wrapped: PEFT 0.21 looks for LoRA's layers under the names that they have in the
-        # wrapped one, which are not those of its state dict, and stores nothing.
+        # By way of a model that is not wrapped: PEFT 0.21 looks for LoRA's layers under the names that they have in
+        # the wrapped one, which are not those of its state dict, and stores nothing.
         with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT):
             copy.load_state_dict(wrapped.state_dict())
         return copy.state_dict()
@@ -193,16 +193,21 @@ def fsdp_with_accelerate(folder: Path, version: int) -> None:
     """Training, storing the adapter, and going back to a checkpoint, as PEFT's documentation has it."""
     model = adapted("hificl")
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=version, auto_wrap_policy=fsdp_auto_wrap_policy(model) if version == 1 else None,
+        fsdp_version=version,
+        auto_wrap_policy=fsdp_auto_wrap_policy(model) if version == 1 else "transformer_based_wrap",
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"], state_dict_type="FULL_STATE_DICT",
-        cpu_ram_efficient_loading=False,
+        cpu_ram_efficient_loading=False, activation_checkpointing=True,
     )  # fmt: skip
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     # On CPUs accelerate would use DDP, without a word.
     accelerator.state.fsdp_plugin = plugin
     for state in (PartialState, AcceleratorState):
         state._shared_state.update(distributed_type=DistributedType.FSDP, device=torch.device("cpu"))
-    wrapped, optimizer = accelerator.prepare(model, sgd(model))
+    if version == 1:
+        wrapped = accelerator.prepare(model)  # which replaces the parameters: the optimizer comes later
+        optimizer = accelerator.prepare(sgd(wrapped))
+    else:
+        wrapped, optimizer = accelerator.prepare(model, sgd(model))
     unit = FullyShardedDataParallel if version == 1 else FSDPModule
     assert isinstance(wrapped, unit) and sum(isinstance(m, unit) for m in wrapped.modules()) > 2
     run = functools.partial(step, wrapped, optimizer, accelerator.backward)
@@ -263,7 +268,7 @@ def zero(folder: Path, kind: str, stage: int) -> None:
         return copy.state_dict()
 
     trains_as_one_process(kind, Parallel(copy, run, full_state), folder)
-    if stage == 3 and kind == "hificl":  # the parameters are elsewhere; never a file of empty tensors
+    if stage == 3 and kind == "hificl" and dist.get_rank() == 0:  # never a file of empty tensors
         refused(lambda: model.save_pretrained(folder / "not_gathered"), "GatheredParameters")
         assert not (folder / "not_gathered" / "adapter_model.safetensors").exists()
 
