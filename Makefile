@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quality test test-slow quickstart quality-run quality-report base-model architectures peer-suite clean
+.PHONY: setup quality test test-slow mutation quickstart quality-run quality-report base-model architectures peer-suite clean
 setup: .venv/ready
 
 .venv/ready: constraints.txt setup.cfg pyproject.toml
@@ -23,6 +23,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+mutation: setup  ## deliberate faults in the package, and which of them its tests find; may be stopped and called again
+	nice $(BIN)/python -m tests.mutation
 
 quickstart: setup
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.quickstart --out out/quickstart
