@@ -4,7 +4,8 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quality test test-slow test-integration quickstart quality-run quality-report base-model architectures peer-suite clean
+.PHONY: setup quality test test-slow test-integration mutation quickstart quality-run quality-report base-model architectures \
+	peer-suite clean
 setup: .venv/ready
 
 .venv/ready: constraints.txt setup.cfg pyproject.toml
@@ -26,6 +27,9 @@ test-slow: setup
 
 test-integration: setup  ## with TRL, DeepSpeed and torchao; two processes on this machine
 	$(BIN)/python -m pytest tests/integration
+
+mutation: setup  ## deliberate faults in the package, and which of them its tests find; may be stopped and called again
+	nice $(BIN)/python -m tests.mutation
 
 quickstart: setup
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.quickstart --out out/quickstart

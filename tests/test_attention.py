@@ -328,6 +328,35 @@ def test_output_attentions_keeps_meaning_and_shape() -> None:
     torch.testing.assert_close(got[0] / got[0].sum(-1, keepdim=True), plain[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_weights_have_the_dtype_of_the_base_models(dtype: torch.dtype) -> None:
+    """Computed in float32, and by a float32 adapter; who multiplies them with hidden states must not be surprised."""
+    base, inputs = build("gqa").to(dtype), inputs_for("gqa")
+    base.set_attn_implementation("eager")
+    with torch.no_grad():
+        plain = base(**inputs, output_attentions=True)
+        model = get_peft_model(base, config()).eval()
+        got = model(**inputs, output_attentions=True)
+    assert {w.dtype for w in got.attentions} == {w.dtype for w in plain.attentions} == {dtype}
+    assert got.logits.dtype == plain.logits.dtype == dtype
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+def test_a_scaling_left_out_is_that_of_the_keys_dimension(implementation: str) -> None:
+    """As in `scaled_dot_product_attention`; here keys have 16 dimensions and values 12."""
+    torch.manual_seed(0)
+    model = get_peft_model(deepseek().eval(), config())
+    model.get_base_model().set_attn_implementation(implementation)
+    module = model.get_base_model().model.layers[0].self_attn
+    query, key, value = torch.randn(2, 4, 5, 16), torch.randn(2, 4, 5, 16), torch.randn(2, 4, 5, 12)
+    pairs = module.virtual_pairs(2)
+    assert pairs.keys.shape[-1] == 16 and pairs.values.shape[-1] == 12
+    for scaling in (None, 0.7):
+        got, _ = attention.hificl_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=False)
+        want, _ = oracle.hificl(query, key, value, pairs.keys, pairs.values, scaling=scaling or 16**-0.5)
+        torch.testing.assert_close(got, want.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
 # -- generation ------------------------------------------------------------------------------------------------------
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

@@ -464,6 +464,19 @@ def test_a_module_to_save_that_the_model_lacks() -> None:
         get_peft_model(base, config(modules_to_save=["lm_head", "nope"]))
 
 
+@pytest.mark.parametrize("head", ["classifier", "score", "qa_outputs"])
+def test_heads_that_peft_names_on_its_own_may_be_lacking(head: str, tmp_path: Path) -> None:
+    """PEFT puts them into the configuration for its task types; a model without them takes it as LoRA's does."""
+    cfg = config(modules_to_save=[head])
+    model = get_peft_model(build("gqa"), cfg).eval()
+    assert not any(head in name for name, _ in model.named_modules())
+    model.save_pretrained(tmp_path)
+    lora = get_peft_model(build("gqa"), LoraConfig(target_modules=["q_proj"], modules_to_save=[head]))
+    assert not any(head in name for name, _ in lora.named_modules())
+    with unchanged(base := build("gqa")), pytest.raises(ValueError, match=f"names '{head}_'"):
+        get_peft_model(base, config(modules_to_save=[head, f"{head}_"]))
+
+
 def test_trained_tokens_of_a_layer_that_the_model_lacks() -> None:
     base = build("gqa")
     with unchanged(base), pytest.raises(ValueError, match="trainable_token_indices names 'nope'.*LlamaForCausalLM"):
@@ -545,6 +558,51 @@ def test_an_error_of_pefts_after_the_attach(route: str) -> None:
     with unchanged(model), pytest.raises(ValueError, match="already marked to be trained fully"):
         attach(model, config(modules_to_save=["embed_tokens"], trainable_token_indices={"embed_tokens": [1]}))
     attach(model, config())
+
+
+def test_an_error_after_the_model_was_frozen_gives_its_gradients_back() -> None:
+    """PEFT refuses such a module when all else is done; what required a gradient before requires it again."""
+    fresh, model = build("gqa"), adapted("gqa", name="a")
+    fresh.lm_head.requires_grad_(False)
+    for base, attach in (
+        (fresh, lambda cfg: get_peft_model(fresh, cfg)),
+        (model.get_base_model(), lambda cfg: model.add_adapter("b", cfg)),
+    ):
+        base.extra = nn.ModuleList([nn.Linear(2, 2)])
+        with unchanged(base), unchanged(model), pytest.raises(TypeError, match="cannot be applied to .*ModuleList"):
+            attach(config(modules_to_save=["extra"]))
+    assert fresh.get_input_embeddings().weight.requires_grad and not fresh.lm_head.weight.requires_grad
+    assert all(p.requires_grad == (".a" in name) for name, p in model.named_parameters() if "hificl_" in name)
+
+
+@pytest.mark.parametrize("route", ["config", "from_pretrained", "load_adapter"])
+def test_a_subfolder_is_where_the_files_are_checked(route: str, saved: Path, tmp_path: Path) -> None:
+    """Beside it lies another adapter, which is whole and must not be read in its place."""
+    copy_of(saved, tmp_path)
+    within = tmp_path / "runs" / "best"
+    within.mkdir(parents=True)
+    want = adapted("gqa", seed=5, n=4)
+    want.save_pretrained(within)
+    options = {"subfolder": "runs/best"}
+    assert HiFICLConfig.from_pretrained(tmp_path, **options).n == 4 != HiFICLConfig.from_pretrained(tmp_path).n
+    loaded = PeftModel.from_pretrained(build("gqa"), tmp_path, **options)
+    loaded.load_adapter(tmp_path, "again", **options)
+    for name in ("default", "again"):
+        loaded.set_adapter(name)
+        assert torch.equal(logits(loaded, **inputs_for("gqa")), logits(want, **inputs_for("gqa")))
+    (within / "adapter_model.safetensors").write_bytes(b"damaged")
+    model = adapted("gqa", name="a") if route == "load_adapter" else build("gqa")
+    with unchanged(model), pytest.raises(ValueError, match=r"runs/best' cannot be read"):
+        if route == "config":
+            HiFICLConfig.from_pretrained(tmp_path, **options)
+        elif route == "from_pretrained":
+            PeftModel.from_pretrained(model, tmp_path, **options)
+        else:
+            model.load_adapter(tmp_path, "b", **options)
+    tensors = load_file(saved / "adapter_model.safetensors")  # of n = 3
+    save_file(tensors, within / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"adapter_config.json \(n=4, r=2\)"):
+        HiFICLConfig.from_pretrained(tmp_path, **options)
 
 
 def test_n_and_r_that_are_not_the_files(saved: Path, tmp_path: Path) -> None:

@@ -251,11 +251,24 @@ def test_several_active_adapters_need_a_name():
 
 
 @pytest.mark.parametrize("factorize", [True, False])
-def test_unit_keys_have_variance_one_and_values_are_zero(factorize):
-    model = adapted("mha", n=64, r=16, init_weights="unit_keys", factorize_keys=factorize)
+@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize(("init", "spread"), [("unit_keys", lambda r: 1.0), (True, lambda r: 0.01 * r**0.5)])
+def test_keys_begin_with_the_same_spread_whole_or_in_factors_and_values_at_zero(init, spread, rank, factorize):
+    whole = {"factorize_keys": factorize, "factorize_values": factorize}
+    model = adapted("mha", n=256, r=rank, init_weights=init, **whole)
     keys = torch.cat([layer._pairs("default").keys.flatten() for layer in layers(model)])
-    assert keys.std().item() == pytest.approx(1, abs=0.1)
+    assert keys.std().item() == pytest.approx(spread(rank), rel=0.1)
+    assert abs(keys.mean().item()) < 0.1 * spread(rank)
     assert not any(layer._pairs("default").values.any() for layer in layers(model))
+
+
+@pytest.mark.parametrize("factorize", [True, False])
+def test_without_an_initialisation_every_factor_is_normal(factorize):
+    whole = {"factorize_keys": factorize, "factorize_values": factorize}
+    model = adapted("mha", n=256, r=16, init_weights=False, **whole)
+    parameters = [p for layer in layers(model) for p in layer.parameters()]
+    assert len(parameters) == (8 if factorize else 4)
+    assert all(p.std().item() == pytest.approx(1, rel=0.1) for p in parameters)
 
 
 def test_an_unknown_initialisation_is_refused():

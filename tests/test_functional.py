@@ -252,6 +252,10 @@ def test_select_rows_gives_each_row_its_own_set(weighted: bool, alpha_one: bool)
     )
     bare = torch.nn.functional.scaled_dot_product_attention(*one, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(got, torch.cat([short, bare, long, short]), rtol=0, atol=1e-12)
+    got, _ = virtual_attention(
+        *(t.expand(2, -1, -1, -1) for t in one), select_rows([None, sets[0]], [1, 0]), scaling=0.3
+    )
+    torch.testing.assert_close(got, torch.cat([long, bare]), rtol=0, atol=1e-12)
     assert select_rows([None], [0, 0]) is None
 
 

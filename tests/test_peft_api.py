@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft.functional
 import pytest
 import torch
 import transformers as tf
@@ -374,6 +375,58 @@ def test_adapters_that_disagree_about_alpha_cannot_be_active_together() -> None:
     with pytest.raises(ValueError, match="scale_self_attention"):
         model.base_model.set_adapter(["a", "b"])
     assert model.active_adapters == ["a"] and torch.equal(logits(model, **inputs_for("gqa")), before)
+
+
+def test_a_layer_refuses_a_union_by_itself() -> None:
+    """Whoever switches its adapters: PEFT's utilities and transformers reach it without passing by the model."""
+    model = adapted("gqa", name="a")
+    model.add_adapter("b", config(scale_self_attention=False))
+    model.add_adapter("c", config())
+    layer = hificl_layers(model)[0]
+    trainable = {name for name, p in layer.named_parameters() if p.requires_grad}
+    with pytest.raises(ValueError, match=r"disagree about scale_self_attention: \{'a': True, 'b': False\}"):
+        layer.set_adapter(["a", "b"])
+    assert layer.active_adapters == ["a"]
+    assert trainable == {name for name, p in layer.named_parameters() if p.requires_grad} != set()
+    for together in (["a", "c"], ["b"], "b", ["b", "of another layer"]):
+        layer.set_adapter(together)
+    injected = inject_adapter_in_model(config(), build("gqa"), "a")
+    inject_adapter_in_model(config(scale_self_attention=False), injected, "b")
+    before = logits(injected, **inputs_for("gqa"))
+    with pytest.raises(ValueError, match="scale_self_attention"):
+        peft.functional.set_adapter(injected, ["a", "b"])
+    assert torch.equal(logits(injected, **inputs_for("gqa")), before)
+
+
+def test_inference_mode_asks_for_no_gradient(tmp_path: Path) -> None:
+    def trained(model: nn.Module) -> set[str]:
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        return {re.search(r"hificl_\w+\.(\w+)", name).group(1) for name in names}
+
+    model = get_peft_model(build("gqa"), config(inference_mode=True), adapter_name="a")
+    assert trained(model) == set()
+    layer = hificl_layers(model)[0]
+    layer.update_layer("b", config(inference_mode=True))
+    assert trained(layer) == set()
+    layer.set_adapter("b", inference_mode=True)
+    assert trained(layer) == set()
+    layer.set_adapter("b")
+    assert trained(layer) == {"b"}
+    model = adapted("gqa", name="a")
+    model.save_pretrained(tmp_path)
+    model.add_adapter("b", config())
+    assert trained(model) == {"a"}
+    for names, mode, expected in (
+        ("b", False, {"b"}),
+        ("b", True, set()),
+        (["a", "b"], True, set()),
+        (["a", "b"], False, {"a", "b"}),
+    ):
+        model.base_model.set_adapter(names, inference_mode=mode)
+        assert trained(model) == expected
+    for trainable in (False, True):
+        loaded = PeftModel.from_pretrained(build("gqa"), tmp_path / "a", adapter_name="a", is_trainable=trainable)
+        assert trained(loaded) == ({"a"} if trainable else set())
 
 
 def test_a_refused_union_switches_nothing() -> None:

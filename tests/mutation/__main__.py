@@ -38,14 +38,27 @@ WITHOUT_COMPILER = ("-k", "not compiles and not exports")  # minutes of torch.co
 # What pytest is given for each module: the quickest finders first, as the first failure ends the run.
 TESTS: dict[str, list[str]] = {
     "functional": ["tests/test_functional.py"],
-    "fused": ["tests/test_fused.py", *WITHOUT_COMPILER],
+    "fused": ["tests/test_fused.py", "tests/test_kernels.py", *WITHOUT_COMPILER],
     "kernels": ["tests/test_kernels.py", "tests/test_fused.py", *WITHOUT_COMPILER],
 }
 
 Row = dict[str, Any]
 
 INTRODUCTION = """
-Written by `python -m tests.mutation`.
+Would the tests notice? Each mutant is the package with one fault: an operator, a comparison or a constant exchanged, a
+condition negated or a part of it dropped, a statement, a keyword argument, a decorator, a `with` or a bound of a slice
+dropped, two arguments swapped, None returned. Annotations, docstrings, imports, f-strings and the words of errors and
+log messages are left alone. A mutant is found if one of its module's tests fails (or takes three times as long); the
+tests are named in `__main__.py`, and leave out what `torch.compile` and `torch.export` make of the code. CUDA's kernels
+run as stand-ins that have the real operators' signatures and compute the definition (`tests/test_kernels.py`).
+
+Equivalent mutants change nothing that can be observed; `equivalent.json` lists each with the reason. They are not
+counted in the share of survivors. The results are those of the sources and tests as they stand: a module that has been
+edited since starts anew.
+
+    make mutation                                                # all mutants of all modules, niced; may be stopped
+    python -m tests.mutation fused --sample 100 --seed 1         # a sample of one module
+    python -m tests.mutation fused --again                       # what survived, after a test was added
 """
 TABLE = (
     "| module | mutants | run | found | of these by timeout | equivalent | survived | of those not equivalent |",
@@ -151,9 +164,19 @@ def mutate(module: str, sample: int | None, seed: int, again: bool, tree: Path) 
     path = tree / "peft_hificl" / f"{module}.py"
     shutil.rmtree(path.parent / "__pycache__")
     print(f"{module}: {len(todo)} mutants to run; its tests take {base:.0f} s without a fault", flush=True)
+    # The tests that found the last faults, most of which find the next one too.
+    found = [row["test"] for row in reversed(known()) if row["module"] == module and "::" in row["test"]]
+    finders = list(dict.fromkeys(found))[:12]
     for i, mutant in enumerate(todo, 1):
         path.write_text(apply(source, mutant))
-        outcome, test, seconds = run(tree, TESTS[module], limit=int(3 * base + 30))
+        limit, seconds, outcome = int(3 * base + 30), 0.0, "survived"
+        for tests in filter(None, (finders, TESTS[module])):
+            outcome, test, more = run(tree, tests, limit)
+            seconds += more
+            if outcome != "survived":
+                break
+        if "::" in test:
+            finders = [test, *(finder for finder in finders if finder != test)][:12]
         row = {
             "module": module, "function": mutant.function, "line": mutant.line, "change": mutant.change,
             "nth": mutant.nth, "outcome": outcome, "test": test, "seconds": round(seconds, 1),

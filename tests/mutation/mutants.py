@@ -99,10 +99,10 @@ class _Walker(ast.NodeVisitor):
     # -- where it goes ----------------------------------------------------------------------------------------------
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self.scope.append(node.name)
         for decorator in node.decorator_list:
             start = self.data.rindex(b"@", 0, self.span(decorator)[0])
             self.add(f"drop @{self.source(decorator)}", start, self.span(decorator)[1], "")
-        self.scope.append(node.name)
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         self.bound.append({argument.arg for argument in arguments})
         for child in [*node.args.defaults, *filter(None, node.args.kw_defaults), *_without_docstring(node.body)]:
