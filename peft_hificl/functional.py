@@ -59,8 +59,9 @@ def concatenate_pairs(pairs: list[VirtualPairs]) -> VirtualPairs:
         )
     log_weights = None
     if any(p.log_weights is not None for p in pairs):
-        batch = max(p.keys.shape[0] for p in pairs)
-        log_weights = torch.cat([_log_weights(p).expand(batch, p.keys.shape[1], -1) for p in pairs], dim=-1)
+        weights = [_log_weights(p) for p in pairs]
+        batch, heads = (max(w.shape[i] for w in weights) for i in (0, 1))
+        log_weights = torch.cat([w.expand(batch, heads, -1) for w in weights], dim=-1)
     return VirtualPairs(
         keys=_cat_pairs([p.keys for p in pairs]),
         values=_cat_pairs([p.values for p in pairs]),
@@ -89,13 +90,14 @@ def select_rows(choices: list[VirtualPairs | None], rows: list[int]) -> VirtualP
             "The adapters of one batch disagree about scale_self_attention: run them in batches of their own."
         )
     n = max(c.keys.shape[2] for c in present)
+    heads = max(_log_weights(c).shape[1] for c in present)
 
     def padded(choice: VirtualPairs | None) -> tuple[Tensor, Tensor, Tensor]:
         like, real = (present[0], 0) if choice is None else (choice, choice.keys.shape[2])
         keys = torch.nn.functional.pad(like.keys[:, :, :real], (0, 0, 0, n - real))
         values = torch.nn.functional.pad(like.values[:, :, :real], (0, 0, 0, n - real))
         log_weights = torch.nn.functional.pad(
-            _log_weights(like)[..., :real].expand(1, like.keys.shape[1], -1), (0, n - real), value=float("-inf")
+            _log_weights(like)[..., :real].expand(1, heads, -1), (0, n - real), value=float("-inf")
         )
         return keys, values, log_weights
 
@@ -193,6 +195,9 @@ def virtual_attention(
 def grouped_matmul(left: Tensor, right: Tensor) -> Tensor:
     """``(B, H, T, x)``, ``(B or 1, G, x, y)`` -> ``(B, H, T, y)``; head h of left meets head h // (H / G) of right."""
     batch, heads, length, inner = left.shape
+    if torch.compiler.is_exporting() and right.shape[1] != heads:
+        # With a symbolic T, torch.export cannot prove that the heads of a group can be stacked along it.
+        right = right.repeat_interleave(heads // right.shape[1], dim=1)
     groups, size = right.shape[1], right.shape[3]
     # The heads of one group are stacked along T, so that nothing of `right` is ever repeated.
     folded = left.reshape(batch, groups, heads // groups * length, inner)

@@ -110,6 +110,44 @@ def needs_formula(pairs: VirtualPairs, *, softcap: float | None, sinks: Tensor |
     return None
 
 
+_PROXIES = torch._C._TorchDispatchModeKey.PROXY  # make_fx, and what is built on it
+
+
+def recorder() -> str | None:
+    """Who records this call to run it as other operations; None if it runs as it is written.
+
+    Whoever puts other operations in a kernel's place reproduces its output, but not its log-sum-exp: torch's own
+    decomposition of the CPU kernel hands back attention weights instead, and translators for other runtimes zeros.
+    """
+    if torch.compiler.is_exporting():
+        return "an export"
+    if torch.compiler.is_compiling():
+        return None if _compiles_kernels() else f"a torch.compile backend that is not one of {', '.join(_BACKENDS)}"
+    if torch._C._is_tracing() or torch._C._get_dispatch_mode(_PROXIES) is not None:
+        return "a trace"
+    return None
+
+
+# Backends of torch.compile that run kernels which are called by name as they are.
+_BACKENDS = ("inductor", "cudagraphs", "eager", "aot_eager", "aot_eager_decomp_partition")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _compiles_kernels() -> bool:
+    """Whether torch.compile traces for one of `_BACKENDS`."""
+    try:
+        output = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
+        backend: Any = torch._dynamo.eval_frame.innermost_backend(output.compiler_fn)  # type: ignore[arg-type]
+        # Under DistributedDataParallel, a splitter of graphs stands before it.
+        backend = getattr(getattr(backend, "__self__", None), "backend_compile_fn", backend)
+        if isinstance(backend, torch._TorchCompileInductorWrapper):
+            return True
+        known = [torch._dynamo.backends.registry.lookup_backend(name) for name in _BACKENDS]
+        return getattr(backend, "compiler_fn", backend) in known
+    except AttributeError:  # it is another thread that compiles, or torch has renamed its own
+        return False
+
+
 def _plan(
     query: Tensor,
     key: Tensor,
@@ -125,7 +163,7 @@ def _plan(
     dropout: float = 0.0,
 ) -> tuple[Path, _Inputs | None]:
     """The path, and what a kernel is to be given."""
-    reason = needs_formula(pairs, softcap=softcap, sinks=sinks, dropout=dropout)
+    reason = needs_formula(pairs, softcap=softcap, sinks=sinks, dropout=dropout) or recorder()
     if reason is None:
         if any(t is not None and t.requires_grad for t in (mask, bias, pairs.log_weights)):
             reason = "a mask, bias or log-weight that is trained"
@@ -229,7 +267,8 @@ def merge(output: Tensor, lse: Tensor, query: Tensor, pairs: VirtualPairs, *, sc
     dtype = torch.promote_types(lse.dtype, torch.float32)
     virtual = functional.grouped_matmul(query.to(dtype) * scaling, pairs.keys.to(dtype).mT)  # (B, H, T, n)
     if pairs.log_weights is not None:
-        virtual = virtual + pairs.log_weights.to(dtype)[:, :, None]
+        # Finite, not -inf: a row without pairs must not become NaN.
+        virtual = virtual + pairs.log_weights.to(dtype).clamp_min(torch.finfo(dtype).min / 2)[:, :, None]
     mixed = functional.grouped_matmul(virtual.softmax(dim=-1), pairs.values.to(dtype))
     alpha = torch.sigmoid(lse.to(dtype) - virtual.logsumexp(dim=-1))[..., None]
     return torch.lerp(mixed, output.to(dtype), alpha).to(output.dtype)

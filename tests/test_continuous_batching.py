@@ -1,4 +1,4 @@
-"""Continuous batching: every request is answered as by `generate`, alone, whatever the manager has seen before."""
+"""Continuous batching (`generate_batch`): each request as `generate` answers it, whatever the manager has seen."""
 
 from __future__ import annotations
 

@@ -251,13 +251,48 @@ def test_several_active_adapters_need_a_name():
 
 
 @pytest.mark.parametrize("factorize", [True, False])
-def test_unit_keys_have_variance_one_and_values_are_zero(factorize):
-    model = adapted("mha", n=64, r=16, init_weights="unit_keys", factorize_keys=factorize)
+@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize(("init", "spread"), [("unit_keys", lambda r: 1.0), (True, lambda r: 0.01 * r**0.5)])
+def test_keys_begin_with_the_same_spread_whole_or_in_factors_and_values_at_zero(init, spread, rank, factorize):
+    whole = {"factorize_keys": factorize, "factorize_values": factorize}
+    model = adapted("mha", n=256, r=rank, init_weights=init, **whole)
     keys = torch.cat([layer._pairs("default").keys.flatten() for layer in layers(model)])
-    assert keys.std().item() == pytest.approx(1, abs=0.1)
+    assert keys.std().item() == pytest.approx(spread(rank), rel=0.1)
+    assert abs(keys.mean().item()) < 0.1 * spread(rank)
     assert not any(layer._pairs("default").values.any() for layer in layers(model))
+
+
+@pytest.mark.parametrize("factorize", [True, False])
+def test_without_an_initialisation_every_factor_is_normal(factorize):
+    whole = {"factorize_keys": factorize, "factorize_values": factorize}
+    model = adapted("mha", n=256, r=16, init_weights=False, **whole)
+    parameters = [p for layer in layers(model) for p in layer.parameters()]
+    assert len(parameters) == (8 if factorize else 4)
+    assert all(p.std().item() == pytest.approx(1, rel=0.1) for p in parameters)
 
 
 def test_an_unknown_initialisation_is_refused():
     with pytest.raises(ValueError, match="init_weights must be True, False or 'unit_keys', found 'svd'"):
         HiFICLConfig(init_weights="svd")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_an_error_in_a_late_layer_leaves_the_early_ones_as_they_were(error, monkeypatch):
+    model = adapted("gqa", n=3, r=2)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    set_pairs, calls = HiFICLLayer.set_pairs, 0
+
+    def fails_in_the_second(layer, *args):
+        nonlocal calls
+        calls += 1
+        set_pairs(layer, *args)
+        if calls == 2:
+            raise error("half-way")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HiFICLLayer, "set_pairs", fails_in_the_second)
+        with pytest.raises(error, match="half-way"):
+            initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [0, 2, 4])
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [0, 2, 4])
+    assert not all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

@@ -49,7 +49,11 @@ def mask_of(kind: str, length: int, size: int, heads: int, batch: int = 2) -> Te
 def check(inputs: dict[str, Tensor], dtype: torch.dtype, alpha_one: bool = False, **options: object) -> None:
     """Forward and all gradients, the package in `dtype` against the definition in float64."""
     want_in = {k: v.clone().requires_grad_() for k, v in inputs.items()}
-    want, alpha = oracle.hificl(**want_in, scaling=0.3, alpha_one=alpha_one, **options)
+    of_oracle = {k: v for k, v in options.items() if k != "is_causal"}
+    if options.get("is_causal"):  # query t sees the keys 0..t of those that the mask leaves
+        first = torch.ones(inputs["query"].shape[2], inputs["key"].shape[2], dtype=torch.bool).tril()
+        of_oracle["mask"] = first[None, None] if options.get("mask") is None else options["mask"] & first
+    want, alpha = oracle.hificl(**want_in, scaling=0.3, alpha_one=alpha_one, **of_oracle)
     got_in = {k: v.to(dtype).requires_grad_() for k, v in inputs.items()}
     pairs = VirtualPairs(got_in["virtual_keys"], got_in["virtual_values"], scale_self_attention=not alpha_one)
     got, weights = virtual_attention(got_in["query"], got_in["key"], got_in["value"], pairs, scaling=0.3, **options)
@@ -80,8 +84,12 @@ def test_masks_and_groups(groups: str, mask: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize(
-    "case", ["decode", "chunk", "value-dim", "softcap", "bias", "sinks", "alpha-1", "alpha-1-sinks", "one-pair"]
-)
+    "case",
+    [
+        "decode", "chunk", "value-dim", "softcap", "bias", "sinks", "alpha-1", "alpha-1-sinks", "one-pair",
+        "is-causal", "is-causal-chunk", "is-causal-masked",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("groups", GROUPS)
 def test_variants(groups: str, case: str, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
@@ -90,7 +98,7 @@ def test_variants(groups: str, case: str, dtype: torch.dtype) -> None:
     options: dict[str, object] = {}
     if case == "decode":
         length, size = 1, 9
-    if case == "chunk":  # several new tokens on a cache
+    if "chunk" in case:  # several new tokens on a cache
         length, size = 3, 8
     if case == "value-dim":
         e = 10
@@ -103,6 +111,9 @@ def test_variants(groups: str, case: str, dtype: torch.dtype) -> None:
     if "sinks" in case:
         options["sinks"] = torch.randn(heads, dtype=torch.float64)
     options["mask"] = mask_of("causal", length, size, heads)
+    if "is-causal" in case:
+        seen = (torch.rand(2, 1, length, size) < 0.7) | torch.eye(length, size, dtype=torch.bool)
+        options |= {"mask": seen if "masked" in case else None, "is_causal": True}
     check(tensors(heads, kv, length, size, 6, e, n), dtype, alpha_one="alpha-1" in case, **options)
 
 
@@ -141,14 +152,48 @@ def test_it_is_softmax_attention_over_the_concatenation() -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
-def test_several_sets_share_one_softmax() -> None:
+@pytest.mark.parametrize("alpha_one", [False, True], ids=["alpha", "alpha-1"])
+@pytest.mark.parametrize("weighted", ["none", "first", "second", "both"])
+@pytest.mark.parametrize("per_row", [(1, 1), (2, 1), (1, 2), (2, 2)], ids=str)
+def test_several_sets_share_one_softmax(per_row: tuple[int, int], weighted: str, alpha_one: bool) -> None:
+    """Each may hold the pairs of all rows or of each, and weights of its own or none."""
     torch.manual_seed(3)
-    x, y = tensors(4, 2, 3, 3, 6, 6, 3), tensors(4, 2, 3, 3, 6, 6, 2)
-    union = concatenate_pairs([VirtualPairs(z["virtual_keys"], z["virtual_values"]) for z in (x, y)])
+    x = tensors(4, 2, 3, 3, 6, 6, 1)
+    sets, weights = [], []
+    for place, (rows, n) in enumerate(zip(per_row, (3, 2), strict=True)):
+        keys, values = torch.randn(2, rows, 4, n, 6, dtype=torch.float64)
+        own = torch.randn(rows, 4, n, dtype=torch.float64) if weighted in (("first", "second")[place], "both") else None
+        sets.append(VirtualPairs(keys, values, own, not alpha_one))
+        weights.append(torch.zeros(rows, 4, n, dtype=torch.float64) if own is None else own)
+    union = concatenate_pairs(sets)
+    assert (union.log_weights is None) == (weighted == "none")
     got, _ = virtual_attention(x["query"], x["key"], x["value"], union, scaling=0.3)
-    both = [torch.cat([x[name], y[name]], dim=2) for name in ("virtual_keys", "virtual_values")]
-    want, _ = oracle.hificl(x["query"], x["key"], x["value"], *both, scaling=0.3)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    for row in (0, 1):
+        one = [x[name][row : row + 1] for name in ("query", "key", "value")]
+        both = [
+            torch.cat([t[row if len(t) > 1 else 0][None] for t in parts], dim=2)
+            for parts in ([pairs.keys for pairs in sets], [pairs.values for pairs in sets], weights)
+        ]
+        want, _ = oracle.hificl(*one, *both[:2], scaling=0.3, log_weights=both[2], alpha_one=alpha_one)
+        torch.testing.assert_close(got[row : row + 1], want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("which", ["keys", "values", "log_weights"])
+def test_what_differs_per_row_may_be_one_of_a_set_alone(which: str) -> None:
+    torch.manual_seed(3)
+    x = tensors(4, 2, 3, 3, 6, 6, 2)
+    shared = VirtualPairs(x["virtual_keys"], x["virtual_values"], torch.zeros(1, 1, 2, dtype=torch.float64))
+    of_rows = {"keys": (2, 4, 2, 6), "values": (2, 4, 2, 6), "log_weights": (2, 4, 2)}
+    mixed = shared._replace(**{which: torch.randn(of_rows[which], dtype=torch.float64)})
+    got, _ = virtual_attention(x["query"], x["key"], x["value"], concatenate_pairs([shared, mixed]), scaling=0.3)
+    for row in (0, 1):
+        row_of = [t[row if len(t) > 1 else 0][None] for t in (mixed.keys, mixed.values, mixed.log_weights)]
+        want, _ = oracle.hificl(
+            *(x[name][row : row + 1] for name in ("query", "key", "value")),
+            torch.cat([shared.keys, row_of[0]], 2), torch.cat([shared.values, row_of[1]], 2), scaling=0.3,
+            log_weights=torch.cat([shared.log_weights.expand(1, 4, 2), row_of[2].expand(1, 4, 2)], 2),
+        )  # fmt: skip
+        torch.testing.assert_close(got[row : row + 1], want, rtol=0, atol=1e-12)
 
 
 def test_log_weights_count_a_pair_that_often() -> None:
@@ -159,10 +204,21 @@ def test_log_weights_count_a_pair_that_often() -> None:
     got, _ = virtual_attention(x["query"], x["key"], x["value"], pairs, scaling=0.3)
     want, _ = oracle.hificl(**x, scaling=0.3, log_weights=log_weights)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    assert concatenate_pairs([pairs]) is pairs
     plain = VirtualPairs(x["virtual_keys"][:, :, 2:], x["virtual_values"][:, :, 2:])
     union = concatenate_pairs([pairs, plain])  # the third pair counts again, once
     assert union.log_weights is not None and union.log_weights.shape == (1, 4, 4)
     assert union.log_weights[0, 0].tolist() == [0.0, 1.5, float("-inf"), 0.0]
+    # One per query head, of pairs that the heads of a group share: alone, in a union and chosen for a row.
+    shared = pairs._replace(
+        keys=pairs.keys[:, ::2], values=pairs.values[:, ::2], log_weights=torch.randn_like(log_weights)
+    )
+    expanded = [t.repeat_interleave(2, dim=1) for t in shared[:2]]
+    want, _ = oracle.hificl(x["query"], x["key"], x["value"], *expanded, scaling=0.3, log_weights=shared.log_weights)
+    nothing = shared._replace(log_weights=torch.full((1, 1, 3), -torch.inf, dtype=torch.float64))
+    for same in (shared, concatenate_pairs([shared, nothing]), select_rows([shared, nothing], [0, 0])):
+        got, _ = virtual_attention(x["query"], x["key"], x["value"], same, scaling=0.3)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
 def test_pairs_per_row_and_per_key_value_head() -> None:
@@ -175,21 +231,31 @@ def test_pairs_per_row_and_per_key_value_head() -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
-def test_select_rows_gives_each_row_its_own_set() -> None:
+@pytest.mark.parametrize("alpha_one", [False, True], ids=["alpha", "alpha-1"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "log-weights"])
+def test_select_rows_gives_each_row_its_own_set(weighted: bool, alpha_one: bool) -> None:
     torch.manual_seed(6)
-    x, y = tensors(4, 2, 3, 3, 6, 6, 3), tensors(4, 2, 3, 3, 6, 6, 1)
+    x, y = tensors(4, 2, 3, 3, 6, 6, 3, batch=1), tensors(4, 2, 3, 3, 6, 6, 1)
+    log_weights = torch.randn(1, 4, 1, dtype=torch.float64) if weighted else None
     sets = [
-        VirtualPairs(x["virtual_keys"], x["virtual_values"]),
+        VirtualPairs(x["virtual_keys"], x["virtual_values"], None, not alpha_one),
         None,
-        VirtualPairs(y["virtual_keys"], y["virtual_values"]),
+        VirtualPairs(y["virtual_keys"], y["virtual_values"], log_weights, not alpha_one),
     ]
-    q, k, v = (torch.randn_like(x[name][:1]).repeat(3, 1, 1, 1) for name in ("query", "key", "value"))
-    got, _ = virtual_attention(q, k, v, select_rows(sets, [2, 1, 0]), scaling=0.3)
-    one = q[:1], k[:1], v[:1]
-    torch.testing.assert_close(got[:1], virtual_attention(*one, sets[2], scaling=0.3)[0])
+    one = x["query"], x["key"], x["value"]
+    pairs = select_rows(sets, [2, 1, 0, 2])
+    assert pairs is not None and pairs.keys.shape == (4, 4, 3, 6)
+    got, _ = virtual_attention(*(t.expand(4, -1, -1, -1) for t in one), pairs, scaling=0.3)
+    long, _ = oracle.hificl(**x, scaling=0.3, alpha_one=alpha_one)
+    short, _ = oracle.hificl(
+        *one, y["virtual_keys"], y["virtual_values"], scaling=0.3, log_weights=log_weights, alpha_one=alpha_one
+    )
     bare = torch.nn.functional.scaled_dot_product_attention(*one, scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(got[1:2], bare)
-    torch.testing.assert_close(got[2:], virtual_attention(*one, sets[0], scaling=0.3)[0])
+    torch.testing.assert_close(got, torch.cat([short, bare, long, short]), rtol=0, atol=1e-12)
+    got, _ = virtual_attention(
+        *(t.expand(2, -1, -1, -1) for t in one), select_rows([None, sets[0]], [1, 0]), scaling=0.3
+    )
+    torch.testing.assert_close(got, torch.cat([long, bare]), rtol=0, atol=1e-12)
     assert select_rows([None], [0, 0]) is None
 
 
@@ -202,20 +268,52 @@ def test_sets_that_disagree_about_alpha_are_refused() -> None:
         select_rows(sets, [0, 1])
 
 
+def test_the_widest_dtype_computes_and_the_values_own_is_returned() -> None:
+    torch.manual_seed(10)
+    x = {name: tensor * 8 for name, tensor in tensors(4, 2, 3, 3, 6, 6, 3).items()}  # scores of some 100
+    x |= {name: x[name].float().double() for name in ("query", "key", "value")}
+    q, k, v = (x[name].float() for name in ("query", "key", "value"))
+    want, alpha = oracle.hificl(**x, scaling=0.3)
+    got, weights = virtual_attention(q, k, v, VirtualPairs(x["virtual_keys"], x["virtual_values"]), scaling=0.3)
+    torch.testing.assert_close(weights.sum(-1), alpha, rtol=0, atol=1e-12)
+    assert torch.equal(got, want.float())
+    narrow = VirtualPairs(x["virtual_keys"].half(), x["virtual_values"].half())
+    got, weights = virtual_attention(q, k, v.half(), narrow, scaling=0.3)
+    assert (got.dtype, weights.dtype) == (torch.float16, torch.float32)
+
+
+def test_devices_without_autocast_or_values() -> None:
+    x = {name: tensor.to("meta") for name, tensor in tensors(4, 2, 3, 5, 6, 7, 3).items()}
+    pairs = VirtualPairs(x["virtual_keys"], x["virtual_values"])
+    got, weights = virtual_attention(x["query"], x["key"], x["value"], pairs, scaling=0.3, is_causal=True)
+    assert got.shape == (2, 4, 3, 7) and weights.shape == (2, 4, 3, 5) and got.is_meta and weights.is_meta
+
+
 @pytest.mark.parametrize("alpha_one", [False, True], ids=["alpha", "alpha-1"])
-@pytest.mark.parametrize("mask_kind", ["bool", "additive"])
+@pytest.mark.parametrize("mask_kind", ["bool", "minimum", "-inf", "wider-minimum"])
 def test_a_row_that_sees_nothing_stays_finite(mask_kind: str, alpha_one: bool) -> None:
-    q, k, v = torch.randn(3, 1, 2, 4, 8)
+    torch.manual_seed(6)
+    q, k, v = torch.randn(3, 1, 2, 4, 8).requires_grad_()
     pairs = VirtualPairs(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8, requires_grad=True), None, not alpha_one)
-    mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
-    if mask_kind == "additive":
-        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
-    out, _ = virtual_attention(q, k, v, pairs, scaling=0.3, mask=mask)
-    out.sum().backward()
-    assert torch.isfinite(out).all() and torch.isfinite(pairs.values.grad).all()
-    if not alpha_one:  # only the virtual pairs are seen
-        scores = (q @ pairs.keys.transpose(-1, -2) * 0.3).softmax(-1)
-        torch.testing.assert_close(out, scores @ pairs.values, rtol=1e-5, atol=1e-6)
+    visible = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril(-1)  # the first query sees nothing
+    lowest = {
+        "minimum": torch.tensor(torch.finfo(torch.float32).min),
+        "-inf": torch.tensor(-torch.inf),
+        "wider-minimum": torch.tensor(torch.finfo(torch.float64).min, dtype=torch.float64),
+    }
+    mask = visible if mask_kind == "bool" else torch.where(visible, 0.0, lowest[mask_kind])
+    out, weights = virtual_attention(q, k, v, pairs, scaling=0.3, mask=mask)
+    gradients = torch.autograd.grad(out.sum(), [q, k, v, pairs.values])
+    assert all(torch.isfinite(t).all() for t in (out, weights, *gradients))
+    virtual = (q[:, :, :1] @ pairs.keys.mT * 0.3).softmax(-1) @ pairs.values  # all that the first query sees
+    if alpha_one:  # as transformers' eager attention: the mean of what is masked
+        virtual = virtual + v.mean(dim=2, keepdim=True)
+    torch.testing.assert_close(out[:, :, :1], virtual, rtol=1e-5, atol=1e-6)
+    want, _ = oracle.hificl(
+        *(t.double() for t in (q[:, :, 1:], k, v, pairs.keys, pairs.values)), scaling=0.3, mask=visible[:, :, 1:],
+        alpha_one=alpha_one,
+    )  # fmt: skip
+    torch.testing.assert_close(out[:, :, 1:].double(), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -250,11 +348,19 @@ def test_half_precision_scores_are_float32(dtype: torch.dtype, autocast: bool) -
 
 
 def test_dropout_drops_virtual_and_context_weights_alike() -> None:
+    """Each weight is dropped, or counts 1 / (1 - p) times; the values are unit vectors, which show every weight."""
     torch.manual_seed(8)
-    q, k, v = torch.randn(3, 1, 2, 64, 8)
-    pairs = VirtualPairs(torch.randn(1, 2, 64, 8), torch.randn(1, 2, 64, 8))
-    _, weights = virtual_attention(q, k, v, pairs, scaling=0.3, dropout=0.5)
-    assert 0.4 < (weights == 0).float().mean() < 0.6
-    mean = torch.stack([virtual_attention(q, k, v, pairs, scaling=0.3, dropout=0.5)[0] for _ in range(400)]).mean(0)
-    want, _ = virtual_attention(q, k, v, pairs, scaling=0.3)
-    assert (mean - want).abs().max() < 0.1
+    q, k = torch.randn(2, 1, 2, 64, 8)
+    zero, unit = torch.zeros(1, 2, 64, 64), torch.eye(64).expand(1, 2, 64, 64)
+    keys = torch.randn(1, 2, 64, 8)
+    scores = torch.cat([q @ k.mT, q @ keys.mT], dim=-1) * 0.3
+    kept = scores.softmax(-1) / 0.75
+    for scale in (True, False):
+        context = kept[..., :64] if scale else scores[..., :64].softmax(-1) / 0.75
+        for values, of_pairs, want in ((unit, zero, context), (zero, unit, kept[..., 64:])):
+            pairs = VirtualPairs(keys, of_pairs, None, scale)
+            got, weights = virtual_attention(q, k, values, pairs, scaling=0.3, dropout=0.25)
+            assert 0.2 < (got == 0).float().mean() < 0.3
+            torch.testing.assert_close(got, torch.where(got == 0, 0.0, want), rtol=1e-5, atol=1e-7)
+            if values is unit:
+                assert torch.equal(weights, got)

@@ -8,7 +8,8 @@ import accelerate
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -110,19 +111,29 @@ def test_parameters_offloaded_by_accelerate() -> None:
     model = get_peft_model(build("gqa"), config()).eval()
     want = logits(model, **inputs_for("gqa"))
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    assert all(layer.hificl_K_A["default"].is_meta for layer in hificl_layers(model))
+    assert all(layer.hificl_K_A["default"].weight.is_meta for layer in hificl_layers(model))
     torch.testing.assert_close(logits(model, **inputs_for("gqa")), want)
 
 
 def test_an_adapter_that_is_added_after_offloading() -> None:
-    model = adapted("gqa")
-    want = logits(model, **inputs_for("gqa"))
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    torch.manual_seed(2)
-    model.add_adapter("late", config())
-    torch.testing.assert_close(logits(model, **inputs_for("gqa")), want)
-    model.set_adapter("late")
-    assert not torch.allclose(logits(model, **inputs_for("gqa")), want)
+    """Alone, with the first one, and in one batch with it: as on a model that was never offloaded."""
+    inputs = inputs_for("gqa")
+    outputs = []
+    for offloaded in (False, True):
+        model = adapted("gqa", name="first")
+        if offloaded:
+            accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        torch.manual_seed(2)
+        model.add_adapter("late", config(n=4))
+        found = [logits(model, **inputs), logits(model, **inputs, adapter_names=["late", "first"])]
+        model.set_adapter("late")
+        found.append(logits(model, **inputs))
+        model.base_model.set_adapter(["first", "late"])
+        found.append(logits(model, **inputs))
+        outputs.append(found)
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other)
+    assert len({out.sum().item() for out in outputs[0]}) == 4
 
 
 def test_a_base_that_accelerate_has_offloaded_already() -> None:
@@ -136,3 +147,34 @@ def test_a_base_that_accelerate_has_offloaded_already() -> None:
     torch.testing.assert_close(logits(model, **inputs_for("gqa")), want)
     model.unload()
     assert not any("virtual_pairs" in name for name, _ in base.named_modules())
+
+
+def test_saving_from_within_checkpoint_wrappers(tmp_path: Path) -> None:
+    """They change the names of modules, but not the keys of a state dict."""
+    model = adapted("gqa")
+    want = logits(model, **inputs_for("gqa"))
+    layers = model.get_base_model().model.layers
+    for i in range(len(layers)):
+        layers[i] = checkpoint_wrapper(layers[i])
+    torch.testing.assert_close(logits(model, **inputs_for("gqa")), want)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(build("gqa"), tmp_path), **inputs_for("gqa")), want)
+    with torch.no_grad():
+        for layer in hificl_layers(model):
+            for parameter in layer.parameters():
+                parameter.zero_()
+    set_peft_model_state_dict(model, load_peft_weights(tmp_path))
+    assert torch.equal(logits(model, **inputs_for("gqa")), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_adapter_on_an_offloaded_base_has_its_dtype(dtype: torch.dtype) -> None:
+    base = build("gqa").to(dtype)
+    want = logits(base, **inputs_for("gqa"))
+    accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
+    model = get_peft_model(base, config(), autocast_adapter_dtype=False).eval()
+    adapter = [p for name, p in model.named_parameters() if "hificl_" in name]
+    assert {(p.dtype, p.device.type) for p in adapter} == {(dtype, "cpu")}
+    assert not torch.equal(logits(model, **inputs_for("gqa")), want)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, **inputs_for("gqa")), want)

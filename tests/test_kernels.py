@@ -1,0 +1,214 @@
+"""CUDA's kernels without CUDA: stand-ins of the same signatures that compute what PyTorch documents, and nothing else.
+
+The stand-ins take their arguments by the names of the real operators' schemas, insist on what the real ones need (masks
+in rows of a multiple of 16, an LSE padded to 32, no dropout) and are the definition otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from peft_hificl import VirtualPairs, fused, kernels
+from peft_hificl.kernels import KERNELS, Call
+
+from . import oracle
+from .test_functional import GROUPS, mask_of, tensors
+
+RNG = torch.tensor([11, 22]), torch.tensor(33)  # what the forward hands to the backward
+DEVICE = torch.device("cuda", 3)
+
+
+def bound(name: str, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, object]:
+    """Arguments by the names in the operator's schema."""
+    schema = getattr(torch.ops.aten, name).default._schema
+    by_position = [argument for argument in schema.arguments if not argument.kwarg_only]
+    assert len(args) <= len(by_position)
+    values = {argument.name: value for argument, value in zip(by_position, args, strict=False)}
+    assert not values.keys() & kwargs.keys() and kwargs.keys() <= {argument.name for argument in schema.arguments}
+    values |= kwargs
+    for argument in schema.arguments:
+        if argument.name not in values:
+            assert argument.has_default_value(), argument.name
+            values[argument.name] = argument.default_value
+    assert values["dropout_p"] == 0.0 and values["scale"] is not None
+    return values
+
+
+def scores(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    s = query @ key.mT * scale
+    if mask is not None:
+        s = s + mask
+    return s.masked_fill(~torch.ones_like(s, dtype=torch.bool).tril(), -torch.inf) if is_causal else s
+
+
+def gradients(p: Tensor, grad: Tensor, output: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float):
+    """From the probabilities; the chain rule, written out."""
+    delta = (grad * output).sum(-1, keepdim=True)
+    ds = p * (grad @ value.mT - delta)
+    return ds @ key * scale, ds.mT @ query * scale, p.mT @ grad
+
+
+class Aten:
+    """In the place of `torch.ops.aten`."""
+
+    def _scaled_dot_product_flash_attention(self, *args: object, **kwargs: object) -> tuple[object, ...]:
+        x = bound("_scaled_dot_product_flash_attention", args, kwargs)
+        assert x["return_debug_mask"] is False
+        query = x["query"]
+        key, value = (x[name].repeat_interleave(query.shape[1] // x[name].shape[1], 1) for name in ("key", "value"))
+        s = scores(query, key, None, x["is_causal"], x["scale"])
+        return s.softmax(-1) @ value, s.logsumexp(-1), None, None, query.shape[2], key.shape[2], *RNG, torch.empty(0)
+
+    def _scaled_dot_product_flash_attention_backward(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
+        x = bound("_scaled_dot_product_flash_attention_backward", args, kwargs)
+        query, heads = x["query"], x["key"].shape[1]
+        assert (x["cum_seq_q"], x["cum_seq_k"]) == (None, None)
+        assert (x["max_q"], x["max_k"]) == (query.shape[2], x["key"].shape[2])
+        assert x["philox_seed"] is RNG[0] and x["philox_offset"] is RNG[1]
+        key, value = (x[name].repeat_interleave(query.shape[1] // heads, 1) for name in ("key", "value"))
+        p = torch.exp(scores(query, key, None, x["is_causal"], x["scale"]) - x["logsumexp"][..., None])
+        of_query, *others = gradients(p, x["grad_out"], x["out"], query, key, value, x["scale"])
+        return of_query, *(g.reshape(len(g), heads, -1, *g.shape[2:]).sum(2) for g in others)
+
+    def _scaled_dot_product_efficient_attention(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
+        x = bound("_scaled_dot_product_efficient_attention", args, kwargs)
+        query, key, value = self._checked(x)
+        assert x["compute_log_sumexp"] is True
+        s = scores(query, key, x["attn_bias"], x["is_causal"], x["scale"])
+        lse = torch.nn.functional.pad(s.logsumexp(-1), (0, -query.shape[2] % 32), value=torch.inf)
+        return s.softmax(-1) @ value, lse, *RNG
+
+    def _scaled_dot_product_efficient_attention_backward(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
+        x = bound("_scaled_dot_product_efficient_attention_backward", args, kwargs)
+        query, key, value = self._checked(x)
+        assert x["philox_seed"] is RNG[0] and x["philox_offset"] is RNG[1]
+        assert x["logsumexp"].shape[2] % 32 == 0 and x["grad_input_mask"] == [True, True, True, False]
+        lse = x["logsumexp"][:, :, : query.shape[2], None]
+        p = torch.exp(scores(query, key, x["attn_bias"], x["is_causal"], x["scale"]) - lse)
+        return *gradients(p, x["grad_out_"], x["out"], query, key, value, x["scale"]), torch.empty(0)
+
+    @staticmethod
+    def _checked(x: dict[str, object]) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, mask = x["query"], x["key"], x["value"], x["attn_bias"]
+        assert key.shape[1] == value.shape[1] == query.shape[1]
+        if mask is not None:
+            assert mask.shape == (*query.shape[:3], key.shape[2]) and mask.stride(-1) == 1
+            assert all(stride % 16 == 0 for stride in mask.stride()[:-1])
+        return query, key, value
+
+
+@pytest.fixture(params=["flash", "efficient"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One of CUDA's kernels, in the place of the CPU's."""
+    monkeypatch.setattr(kernels, "aten", Aten())
+    here = {request.param: KERNELS["cuda"][request.param]._replace(limits=lambda call: None)}
+    monkeypatch.setitem(KERNELS, "cpu", here)
+    return request.param
+
+
+def check(inputs: dict[str, Tensor], log_weights: Tensor | None = None, **options: object) -> None:
+    """Forward and every gradient against the definition."""
+    given = dict(options)
+    if given.pop("is_causal", False):
+        given["mask"] = mask_of("causal", inputs["query"].shape[2], inputs["key"].shape[2], 1)
+    want_in, x = ({k: v.clone().requires_grad_() for k, v in inputs.items()} for _ in range(2))
+    want, _ = oracle.hificl(**want_in, scaling=0.3, log_weights=log_weights, **given)
+    pairs = VirtualPairs(x["virtual_keys"], x["virtual_values"], log_weights)
+    args = (x["query"], x["key"], x["value"], pairs)
+    got = fused.attention(*args, scaling=0.3, **options)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+    direction = torch.randn_like(want)
+    grads_want = torch.autograd.grad(want, list(want_in.values()), direction)
+    for a, b in zip(torch.autograd.grad(got, list(x.values()), direction), grads_want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    with torch.no_grad():
+        torch.testing.assert_close(fused.attention(*args, scaling=0.3, **options), want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", ["plain", "is_causal", "decode", "more-keys"])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_without_a_mask(groups: str, case: str, kernel: str) -> None:
+    torch.manual_seed(0)
+    heads, kv = GROUPS[groups]
+    length, size = {"decode": (1, 9), "more-keys": (3, 7)}.get(case, (5, 5))
+    check(tensors(heads, kv, length, size, 6, 6, 3), **({"is_causal": True} if case == "is_causal" else {}))
+
+
+@pytest.mark.parametrize("size", [5, 16, 18], ids=str)
+@pytest.mark.parametrize("mask", ["causal", "per-head", "transposed", "one-for-all-keys", "log-weights", "decode"])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_the_memory_efficient_kernels_masks(groups: str, mask: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "aten", Aten())
+    efficient = KERNELS["cuda"]["efficient"]._replace(limits=lambda call: None)
+    monkeypatch.setitem(KERNELS, "cpu", {"efficient": efficient})
+    torch.manual_seed(1)
+    heads, kv = GROUPS[groups]
+    length = 1 if mask == "decode" else 3
+    given: dict[str, object] = {
+        "causal": lambda: {"mask": mask_of("causal", length, size, heads)},
+        "per-head": lambda: {"mask": mask_of("per-head", length, size, heads)},
+        "decode": lambda: {"mask": mask_of("per-head", length, size, heads)},
+        "transposed": lambda: {"mask": torch.randn(2, 1, size, length, dtype=torch.float64).mT},
+        "one-for-all-keys": lambda: {"mask": torch.randn(2, heads, length, 1, dtype=torch.float64)},
+        "log-weights": lambda: {"log_weights": torch.randn(2, heads, 3, dtype=torch.float64)},
+    }[mask]()
+    check(tensors(heads, kv, length, size, 6, 6, 3), **given)
+
+
+def call(dim: int = 64, dtype: torch.dtype = torch.bfloat16, **changes: object) -> Call:
+    q = torch.empty(1, 4, 6, dim, dtype=dtype, device="meta")
+    return Call(q, q, q, None, True, 0.3)._replace(**changes)
+
+
+def on(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kernel: str) -> Callable[[Call], str | None]:
+    monkeypatch.setattr(kernels, "_capability", lambda device: capability)
+    return KERNELS["cuda"][kernel].limits
+
+
+def test_limits_of_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = on(monkeypatch, (8, 0), "flash")
+    few = torch.empty(1, 4, 3, 64, dtype=torch.bfloat16, device="meta")
+    assert limits(call()) is None and limits(call(dtype=torch.float16)) is None
+    assert limits(call(key=few, is_causal=False)) is None and "square" in limits(call(key=few))
+    assert "takes no mask" in limits(call(mask=few))
+    for dtype in (torch.float32, torch.float64):
+        assert "float16 or bfloat16" in limits(call(dtype=dtype))
+    for dim, fits in ((8, True), (4, False), (192, True), (200, True), (252, False), (256, True), (264, False)):
+        assert (limits(call(dim)) is None) == fits, dim
+    assert all("up to 256 that is a multiple of 8" in limits(call(dim)) for dim in (4, 252, 264))
+    for capability, wide in (((8, 0), True), ((8, 6), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)):
+        limits = on(monkeypatch, capability, "flash")
+        assert limits(call(192)) is None
+        assert limits(call(200)) is None if wide else "no backward for this head dimension" in limits(call(200))
+    assert "capability 8.0" in on(monkeypatch, (7, 5), "flash")(call())
+    monkeypatch.setattr(torch._C, "_get_flash_sdp_enabled", lambda: False)
+    assert "switched off" in on(monkeypatch, (8, 0), "flash")(call())
+
+
+def test_limits_of_memory_efficient(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = on(monkeypatch, (8, 0), "efficient")
+    few = torch.empty(1, 4, 3, 64, dtype=torch.bfloat16, device="meta")
+    assert limits(call()) is None and limits(call(key=few, mask=few)) is None
+    assert limits(call(4, torch.float32)) is None and limits(call(8, torch.float16)) is None
+    assert "16 bytes" in limits(call(4)) and "16 bytes" in limits(call(6, torch.float32))
+    assert "float64" in limits(call(dtype=torch.float64))
+    limits = on(monkeypatch, (7, 5), "efficient")
+    assert "bfloat16 on this device" in limits(call()) and limits(call(dtype=torch.float16)) is None
+    monkeypatch.setattr(torch._C, "_get_mem_efficient_sdp_enabled", lambda: False)
+    assert "switched off" in on(monkeypatch, (8, 0), "efficient")(call())
+
+
+def test_the_limits_ask_the_device_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {DEVICE: (7, 5), torch.device("meta"): (8, 0)}.get)
+    assert kernels._capability(DEVICE) == (7, 5)
+    assert KERNELS["cuda"]["flash"].limits(call()) is None
+    assert KERNELS["cuda"]["efficient"].limits(call()) is None
+
+
+def test_flash_comes_first() -> None:
+    assert list(KERNELS["cuda"]) == ["flash", "efficient"]
+    assert [kernel.groups for kernel in KERNELS["cuda"].values()] == [True, False]
