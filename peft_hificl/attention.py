@@ -174,13 +174,7 @@ def _check_call(
     keywords: dict[str, Any],
 ) -> None:
     """Refuse what would give another result than the formula's, or none."""
-    implementation = layer.base_config._attn_implementation
-    check_implementation(implementation, type(module).__name__)
-    replaced = why_replaced(dispatch, implementation)
-    if replaced is not None:
-        raise ValueError(
-            f"HiFICL cannot mix its virtual pairs into the attention of {type(module).__name__}: {replaced}."
-        )
+    check_backend(module, dispatch, layer.base_config._attn_implementation)
     if hasattr(query, "device_mesh"):
         raise ValueError(
             f"{type(module).__name__} attends with distributed tensors ({type(query).__name__}), which HiFICL does not "
@@ -323,6 +317,16 @@ def check_implementation(implementation: str | None, where: str) -> None:
         raise ValueError(
             f"HiFICL does not support attn_implementation={implementation!r}, found on {where}; supported are "
             f"{', '.join(SUPPORTED)}. Call model.set_attn_implementation('sdpa')."
+        )
+
+
+def check_backend(module: nn.Module, dispatch: Dispatch, implementation: str) -> None:
+    """Raise a ValueError if HiFICL does not compute what this implementation does."""
+    check_implementation(implementation, type(module).__name__)
+    replaced = why_replaced(dispatch, implementation)
+    if replaced is not None:
+        raise ValueError(
+            f"HiFICL cannot mix its virtual pairs into the attention of {type(module).__name__}: {replaced}."
         )
 
 

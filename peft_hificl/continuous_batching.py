@@ -59,7 +59,9 @@ def _init_continuous_batching(
         if rows.running.modules.get(layer) is not None:  # called by `generate`, which has kept the names back
             raise ValueError(_NO_ADAPTER_NAMES)
         if not layer.disable_adapters:
-            attention.check_implementation(layer.base_config._attn_implementation, type(module).__name__)
+            implementation = layer.base_config._attn_implementation
+            used = "paged|eager" if implementation == "eager" else implementation
+            attention.check_backend(module, attention.dispatch_of(type(module)), used)
     config = continuous_batching_config
     if config is None:
         defaults = model.generation_config if generation_config is None else generation_config

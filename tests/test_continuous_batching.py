@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import itertools
 import logging
 import pickle
 import queue
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,8 +17,10 @@ import torch
 import transformers as tf
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import AttentionInterface
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager, continuous_api
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .conftest import VOCAB, build, llama, logits
 from .test_attention import gemma2, gpt_oss
@@ -327,6 +331,20 @@ def test_what_is_refused_is_refused_by_the_call(of: Callable[[PeftModel], nn.Mod
         batch(called)
     called.set_attn_implementation("sdpa")
     assert_same(batch(called), [alone(model, prompt) for prompt in PROMPTS])
+
+
+@pytest.mark.parametrize("implementation, used", [("sdpa", "sdpa"), ("eager", "paged|eager")])
+def test_a_replaced_attention_is_refused_by_the_call(
+    implementation: str, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted("gqa")
+    model.get_base_model().set_attn_implementation(implementation)
+    own = ALL_ATTENTION_FUNCTIONS[used]
+    monkeypatch.setitem(AttentionInterface._global_mapping, used, functools.partial(own))
+    with pytest.raises(ValueError, match=f"has taken the place.*{re.escape(used)}"):
+        batch(model)
+    with model.disable_adapter():
+        assert_same(batch(model), [alone(build("gqa"), prompt) for prompt in PROMPTS])
 
 
 def test_adapter_names_are_refused_wherever_they_are_given() -> None:
