@@ -278,6 +278,25 @@ def test_flex_attention_merges_by_its_log_sum_exp(heads: tuple[int, int], monkey
     assert calls == 4
 
 
+def test_flex_attention_under_autocast_gets_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary embeddings leave queries and keys in float32; torch's own cast of them gives wrong numbers on CUDA."""
+    seen = []
+
+    def kernel(*args: Tensor, training: bool, **kwargs: object) -> object:
+        seen.append({t.dtype for t in args})
+        return flex_attention(*args, **kwargs)
+
+    model, inputs = adapted("gqa"), inputs_for("gqa")
+    want = logits(model, **inputs)
+    model.get_base_model().set_attn_implementation("flex_attention")
+    monkeypatch.setattr(attention, "_FLEX_GIVES_LSE", {"cpu"})
+    monkeypatch.setattr(attention, "compile_friendly_flex_attention", kernel)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = logits(model, **inputs)
+    assert seen == [{torch.bfloat16}] * 2
+    torch.testing.assert_close(got.float(), want, rtol=0.1, atol=0.1)
+
+
 def test_dropout_is_the_modules_business() -> None:
     module = adapted("gqa").get_base_model().model.layers[0].self_attn
     args = torch.randn(3, 1, 4, 5, 16)
