@@ -249,8 +249,8 @@ class HiFICLModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """``hificl_K_A.default.weight`` of a model is ``hificl_K_A`` in a file."""
-        key = checkpoint.uncompiled(super()._remove_adapter_name_from_key(key, adapter_name))
-        return key.removesuffix(".weight") if checkpoint.module_of(key) is not None else key
+        key = super()._remove_adapter_name_from_key(key, adapter_name)
+        return checkpoint.uncompiled(key).removesuffix(".weight") if checkpoint.module_of(key) is not None else key
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
