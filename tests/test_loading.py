@@ -182,6 +182,29 @@ def test_a_second_read_that_fails_leaves_an_adapter_without_effect(
     assert_loads(model, load, good)
 
 
+def test_an_adapter_without_weights_is_not_used_in_silence(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted("gqa", name="a")
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.peft_model.load_peft_weights", lambda *args, **kwargs: pytest.fail("gone"))
+        with pytest.raises(pytest.fail.Exception, match="gone"):
+            model.load_adapter(good, "b")
+    for use in (
+        lambda: model.set_adapter("b"),
+        lambda: model.base_model.set_adapter(["a", "b"]),
+        lambda: model(**INPUTS, adapter_names=["a", "b"]),
+        lambda: model.save_pretrained(tmp_path / "saved"),
+    ):
+        with pytest.raises(ValueError, match=r"weights of adapter 'b' could not be read.*delete_adapter\('b'\)"):
+            use()
+    assert model.active_adapters == ["a"]
+    assert torch.equal(logits(model, **INPUTS), logits(adapted("gqa"), **INPUTS))
+    model.delete_adapter("b")
+    model.save_pretrained(tmp_path / "saved")
+    assert_loads(model, second, good)
+
+
 @pytest.mark.parametrize("route", PEFTS)
 def test_a_second_read_of_other_weights_changes_nothing(
     route: str, good: Path, monkeypatch: pytest.MonkeyPatch
