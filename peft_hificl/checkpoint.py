@@ -225,7 +225,7 @@ def _check_others(stored: Mapping[str, tuple[int, ...]], model: nn.Module, confi
             raise ValueError(
                 f"Tensor {key!r} of the adapter file has shape {stored[key]}, but the base model asks for {expected}: "
                 "load the adapter onto the base model it was trained on (resize_token_embeddings() first, if that was "
-                "done), or give PeftModel.from_pretrained ignore_mismatched_sizes=True to leave such tensors out."
+                "done), or load it with ignore_mismatched_sizes=True to leave such tensors out."
             )
     indices = config.trainable_token_indices
     counts = {len(i) for i in (indices.values() if isinstance(indices, dict) else [indices or []])}
