@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, create_mask
 from transformers import AttentionInterface, PreTrainedConfig
+from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.integrations.eager_paged import eager_paged_attention_forward
 from transformers.integrations.flex_attention import compile_friendly_flex_attention, flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -34,7 +36,11 @@ from .layer import HiFICLLayer
 IMPLEMENTATION = "hificl"
 SUPPORTED = ("eager", "sdpa", "flex_attention")
 # The functions that this module computes the results of.  `eager` stands in each modelling file.
-_TRANSFORMERS_OWN = {"sdpa": sdpa_attention_forward, "flex_attention": flex_attention_forward}
+_TRANSFORMERS_OWN = {
+    "sdpa": sdpa_attention_forward,
+    "flex_attention": flex_attention_forward,
+    "paged|eager": eager_paged_attention_forward,
+}
 _FLEX_GIVES_LSE = {"cuda"}  # on a CPU, compiled flex_attention cannot return it, and has no backward
 
 # What the attention functions of transformers take; an argument that is not here could change the result unseen.
@@ -104,10 +110,10 @@ def hificl_attention_forward(
     if layer.recorded is not None:
         layer.recorded.append((key, value))
     cache = kwargs.get("cache")
-    if cache is not None:
-        paged_cache.check(cache, layer, kwargs)
     dispatch = dispatch_of(type(module))
     if pairs is None:
+        if isinstance(cache, PagedAttentionCache):
+            paged_cache.check(cache, layer, kwargs)
         attend = dispatch.function_of(implementation)
         if is_causal is not None:
             kwargs["is_causal"] = is_causal
@@ -118,7 +124,9 @@ def hificl_attention_forward(
     if cache is not None:
         if implementation == "flex_attention":
             raise ValueError("flex_attention reads no paged cache: call model.set_attn_implementation('sdpa').")
-        key, value = paged_cache.update(cache, module.layer_idx, key, value, kwargs)
+        if not isinstance(cache, PagedAttentionCache):
+            raise ValueError(f"HiFICL does not know the cache that {type(module).__name__} was given: {type(cache)}.")
+        key, value = paged_cache.update(cache, layer, module.layer_idx, key, value, kwargs)
     elif paged:
         raise ValueError(
             f"attn_implementation='paged|{implementation}' is for continuous batching, but {type(module).__name__} was "
@@ -285,7 +293,8 @@ def why_replaced(dispatch: Dispatch, implementation: str) -> str | None:
     Asked on every call, as functions can be exchanged at any time: DeepSpeed's Ulysses registers its own in the place
     of "sdpa" when accelerate prepares a model, torch's context parallelism patches `scaled_dot_product_attention`.
     """
-    implementation = implementation.removeprefix("paged|")  # its functions go on with these
+    if implementation == "paged|sdpa":  # of transformers before 5.19
+        implementation = "sdpa"
     found, own = dispatch.function_of(implementation), _TRANSFORMERS_OWN.get(implementation, dispatch.eager)
     if found is not own:
         if dispatch.interface is not ALL_ATTENTION_FUNCTIONS and implementation in dispatch.interface._local_mapping:

@@ -13,11 +13,11 @@ from torch import nn
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager, ContinuousMixin
 
-from . import attention
+from . import attention, rows
 from .checkpoint import MODULE
 from .layer import HiFICLLayer
 
-NO_ADAPTER_NAMES = (
+_NO_ADAPTER_NAMES = (
     "Continuous batching knows no adapter_names: its requests share one row, and run the active adapters. Call it once "
     "per adapter, after set_adapter(...), or call `generate(..., adapter_names=[...])` without a paged cache."
 )
@@ -43,7 +43,7 @@ def unguard(model: nn.Module) -> None:
 
 def _generate_batch(model: Any, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
     if adapter_names is not None:
-        raise ValueError(NO_ADAPTER_NAMES)
+        raise ValueError(_NO_ADAPTER_NAMES)
     return type(model).generate_batch(model, *args, **kwargs)
 
 
@@ -56,6 +56,8 @@ def _init_continuous_batching(
 ) -> ContinuousBatchingManager:
     for module in _adapted(model):
         layer = getattr(module, MODULE)
+        if rows.running.modules.get(layer) is not None:  # called by `generate`, which has kept the names back
+            raise ValueError(_NO_ADAPTER_NAMES)
         if not layer.disable_adapters:
             attention.check_implementation(layer.base_config._attn_implementation, type(module).__name__)
     config = continuous_batching_config

@@ -323,8 +323,6 @@ class HiFICLModel(BaseTuner):
         if names is None and not outer:
             yield
             return
-        if names is not None and kwargs.get("cache_implementation") == "paged":
-            raise ValueError(continuous_batching.NO_ADAPTER_NAMES)
         mine = dict.fromkeys(self.modules()) if names is None else self._rows(names, args, kwargs)
         rows.running.modules = {**outer, **mine}
         try:

@@ -23,8 +23,8 @@ _writers: WeakKeyDictionary[PagedAttentionCache, dict[HiFICLLayer, list[str]]] =
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def check(cache: Any, layer: HiFICLLayer, keywords: dict[str, Any]) -> None:
-    """Make sure that an attention call meets no keys and values of another adapter.
+def check(cache: PagedAttentionCache, layer: HiFICLLayer, keywords: dict[str, Any]) -> None:
+    """Make sure, before a cache is written to, that an attention call meets no keys and values of another adapter.
 
     A cache may outlive the adapter that it began with, and finds the blocks of a common prefix by their tokens alone.
     So that none can be found after a switch, an edit of weights or `unload()`, a cache that an adapted model writes to
@@ -34,14 +34,12 @@ def check(cache: Any, layer: HiFICLLayer, keywords: dict[str, Any]) -> None:
         keywords: those of the attention call.
 
     Raises:
-        ValueError: not transformers' paged cache, or one with requests that another adapter began.
+        ValueError: there are, in requests that another adapter began.
     """
-    if not isinstance(cache, PagedAttentionCache):
-        raise ValueError(f"HiFICL does not know a cache of type {type(cache).__name__}, which its attention was given.")
     layers = _writers.setdefault(cache, {})
     before = layers.get(layer)
     now = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.n]
-    if not layers and _has_found_blocks(cache) and _has_past(keywords):
+    if not layers and _has_common_blocks(cache) and _has_past(keywords):
         raise ValueError(
             "This continuous batching manager has served the model without its HiFICL adapter, and goes on with keys "
             "and values of then: make a new manager."
@@ -63,8 +61,8 @@ def _has_past(keywords: dict[str, Any]) -> bool:
     return any(int(ends.max()) > int(keywords["cu_seq_lens_q"].max()) for ends in keys)
 
 
-def _has_found_blocks(cache: PagedAttentionCache) -> bool:
-    """Whether a request may go on with the blocks of another; a warm-up, which has a past too, does not."""
+def _has_common_blocks(cache: PagedAttentionCache) -> bool:
+    """Whether a request may go on with blocks of another.  (A warm-up has a past too, but of its own.)"""
     allocators = getattr(cache, "cache_allocators", None)  # since transformers 5.18
     if allocators is None:
         return bool(cache.use_prefix_sharing)
@@ -73,10 +71,11 @@ def _has_found_blocks(cache: PagedAttentionCache) -> bool:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # as transformers' own is
 def update(
-    cache: PagedAttentionCache, layer_idx: int, key: Tensor, value: Tensor, keywords: dict[str, Any]
+    cache: PagedAttentionCache, layer: HiFICLLayer, index: int, key: Tensor, value: Tensor, keywords: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Write keys and values (1, G, T, d) to a cache; returns those of all requests, (1, G, S, d)."""
-    new = {"key_states": key, "value_states": value, "layer_idx": layer_idx}
+    """Write the keys and values (1, G, T, d) of a layer to a cache; returns those of all requests, (1, G, S, d)."""
+    check(cache, layer, keywords)
+    new = {"key_states": key, "value_states": value, "layer_idx": index}
     if _TAKES_KEYWORDS:
         return cache.update(**new, kwargs=dict(keywords))
     where = {name: keywords[name] for name in ("read_index", "write_index")}
