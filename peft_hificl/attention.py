@@ -221,6 +221,7 @@ def _merged_flex_attention(
     block_mask: Any,
     scaling: float,
 ) -> Tensor:
+    query, key, value = fused.autocast(query, key, value)  # left to the kernel, the cast gives wrong numbers
     heads = query.shape[1]
     grouped = heads & (heads - 1) == 0  # the kernel knows groups where the number of heads is a power of 2
     if not grouped:

@@ -130,7 +130,11 @@ def stored_shapes(tensors: Mapping[str, Tensor], config: HiFICLConfig) -> Stored
                     f"configuration (n={config.n}, r={config.r}) says {expected}: the two do not belong together."
                 )
         found[module] = (heads, key_dim, value_dim)
-    others = {plain(key): tuple(tensor.shape) for key, tensor in tensors.items() if module_of(key) is None}
+    others = {
+        key.removeprefix("base_model.model."): tuple(tensor.shape)
+        for key, tensor in tensors.items()
+        if module_of(key) is None
+    }
     return Stored(found, others)
 
 
@@ -154,7 +158,7 @@ def check_fits(stored: Stored, targeted: Mapping[str, HeadShape], model: nn.Modu
     if stored.others is not None:
         others = stored.others
         if elsewhere:
-            here = {_WRAPPERS.sub("", plain(key)) for key in model.state_dict()}
+            here = {_WRAPPERS.sub("", key) for key in model.state_dict()}
             others = {key: shape for key, shape in others.items() if _WRAPPERS.sub("", key) in here}
         _check_others(others, model, config)
 
@@ -199,12 +203,12 @@ def _check_others(stored: Mapping[str, tuple[int, ...]], model: nn.Module, confi
         with suppress(AttributeError, NotImplementedError):  # not every model has them
             embeddings.append(getattr(model, f"get_{side}_embeddings")())
     modules = model.named_modules()
-    names = {_WRAPPERS.sub("", plain(name)) for name, module in modules if any(module is e for e in embeddings)}
+    names = {_WRAPPERS.sub("", name) for name, module in modules if any(module is e for e in embeddings)}
     # PEFT's wrappers may stand around a module of the base model, and save it under their own names besides.
-    base = {_WRAPPERS.sub("", plain(key)): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    base = {_WRAPPERS.sub("", key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
     def below(ends: tuple[str, ...]) -> set[str]:
-        tops = tuple(f"{_WRAPPERS.sub('', plain(n))}." for n, _ in model.named_modules() if ends and n.endswith(ends))
+        tops = tuple(f"{_WRAPPERS.sub('', n)}." for n, _ in model.named_modules() if ends and n.endswith(ends))
         return {key for key in base if key.startswith(tops)} if tops else set()
 
     whole = below(tuple(config.modules_to_save or ()))
@@ -221,7 +225,7 @@ def _check_others(stored: Mapping[str, tuple[int, ...]], model: nn.Module, confi
             raise ValueError(
                 f"Tensor {key!r} of the adapter file has shape {stored[key]}, but the base model asks for {expected}: "
                 "load the adapter onto the base model it was trained on (resize_token_embeddings() first, if that was "
-                "done), or give PeftModel.from_pretrained ignore_mismatched_sizes=True to leave such tensors out."
+                "done), or load it with ignore_mismatched_sizes=True to leave such tensors out."
             )
     indices = config.trainable_token_indices
     counts = {len(i) for i in (indices.values() if isinstance(indices, dict) else [indices or []])}

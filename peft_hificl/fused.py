@@ -63,7 +63,7 @@ def attention(
 
     Source: arXiv 2603.12760, section 3, written in terms of log-sum-exps; exact.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     path, inputs = _plan(query, key, value, pairs, scaling, **options)
     if inputs is None or path.kernel is None:
         if not torch.compiler.is_compiling():
@@ -93,7 +93,7 @@ def attention_path(
     >>> attention_path(q, k, v, pairs, scaling=0.3, dropout=0.1)
     Path(kernel=None, reason='attention dropout')
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     return _plan(query, key, value, pairs, scaling, **options)[0]
 
 
@@ -323,8 +323,15 @@ def _additive(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> T
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """Kernels read the last dimension as contiguous, without asking."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """Kernels read the last dimension as contiguous, CUDA's in words of 16 bytes, without asking."""
+    if tensor.stride(-1) != 1:
+        return tensor.contiguous()
+    if not torch.compiler.is_compiling() and tensor.is_cuda:  # torch.compile does not trace storage_offset()
+        word = 16 // tensor.itemsize
+        # A view of a flat buffer may begin anywhere, and after a misaligned read CUDA is of no use to the process.
+        if any(place % word for place in (tensor.storage_offset(), *tensor.stride()[:-1])):
+            return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
 
 
 def _padded(tensor: Tensor, dim: int) -> Tensor:
@@ -332,7 +339,7 @@ def _padded(tensor: Tensor, dim: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
 
-def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The cast that PyTorch's autocast makes before its own attention."""
     device = query.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -184,9 +184,10 @@ class HiFICLModel(BaseTuner):
         """Set the active adapters; several of them share one softmax.
 
         Raises:
-            ValueError: the adapters disagree about scale_self_attention.
+            ValueError: the adapters disagree about scale_self_attention, or the weights of one were never read.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        _check_loaded(self.model, names)
         for module in self.modules():
             if isinstance(module, HiFICLLayer):
                 module.check_together(names)  # all of them before the first one is switched
@@ -239,6 +240,7 @@ class HiFICLModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        _check_loaded(model, [adapter_name])
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # PEFT looks for the names of the layers, and FSDP1 and checkpoint_wrapper put their own into those of modules,
         # but not into keys: it would find nothing to save.
@@ -252,8 +254,8 @@ class HiFICLModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """``hificl_K_A.default.weight`` of a model is ``hificl_K_A`` in a file."""
-        key = checkpoint.uncompiled(super()._remove_adapter_name_from_key(key, adapter_name))
-        return key.removesuffix(".weight") if checkpoint.module_of(key) is not None else key
+        key = super()._remove_adapter_name_from_key(key, adapter_name)
+        return checkpoint.uncompiled(key).removesuffix(".weight") if checkpoint.module_of(key) is not None else key
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -340,6 +342,7 @@ class HiFICLModel(BaseTuner):
                 f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}; there are "
                 f"{', '.join(sorted(self.peft_config))} and __base__."
             )
+        _check_loaded(self.model, set(names))
         text, media = rows.of_call(self.model, list(names), args, kwargs)
         prompts = targets.text_modules(self.model)
         return {self: text} | {
@@ -351,6 +354,15 @@ class HiFICLModel(BaseTuner):
 
 def _layers_with(model: nn.Module, adapter_name: str) -> list[HiFICLLayer]:
     return [module for module in model.modules() if isinstance(module, HiFICLLayer) and adapter_name in module.n]
+
+
+def _check_loaded(model: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        if any(layer.awaits_weights[name] for layer in _layers_with(model, name)):
+            raise ValueError(
+                f"The weights of adapter {name!r} could not be read when it was to be loaded: call "
+                f"load_adapter again, or delete_adapter({name!r})."
+            )
 
 
 def _forget_unloaded(model: nn.Module, adapter_name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 
@@ -276,6 +277,34 @@ def test_flex_attention_merges_by_its_log_sum_exp(heads: tuple[int, int], monkey
     for a, b in zip(others, gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     assert calls == 4
+    names = ["__base__", "default"]  # a row without pairs has none of their weight
+    got = logits(model.eval(), **inputs, adapter_names=names)
+    assert calls == 6
+    model.get_base_model().set_attn_implementation("sdpa")
+    for row, name in enumerate(names):
+        alone = {key: value[row : row + 1] for key, value in inputs.items()}
+        with model.disable_adapter() if name == "__base__" else contextlib.nullcontext():
+            want = logits(model, **alone)[0]
+        torch.testing.assert_close(got[row][real[row]], want[real[row]], rtol=1e-4, atol=1e-4)
+
+
+def test_flex_attention_under_autocast_gets_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary embeddings leave queries and keys in float32; torch's own cast of them gives wrong numbers on CUDA."""
+    seen = []
+
+    def kernel(*args: Tensor, training: bool, **kwargs: object) -> object:
+        seen.append({t.dtype for t in args})
+        return flex_attention(*args, **kwargs)
+
+    model, inputs = adapted("gqa"), inputs_for("gqa")
+    want = logits(model, **inputs)
+    model.get_base_model().set_attn_implementation("flex_attention")
+    monkeypatch.setattr(attention, "_FLEX_GIVES_LSE", {"cpu"})
+    monkeypatch.setattr(attention, "compile_friendly_flex_attention", kernel)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = logits(model, **inputs)
+    assert seen == [{torch.bfloat16}] * 2
+    torch.testing.assert_close(got.float(), want, rtol=0.1, atol=0.1)
 
 
 def test_dropout_is_the_modules_business() -> None:

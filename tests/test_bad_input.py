@@ -451,7 +451,11 @@ def test_heads_of_another_size_are_ignored_when_asked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"score.weight.*ignore_mismatched_sizes"):
         PeftModel.from_pretrained(base(5), tmp_path)
     with pytest.warns(UserWarning, match="score"):
-        PeftModel.from_pretrained(base(5), tmp_path, ignore_mismatched_sizes=True)
+        model = PeftModel.from_pretrained(base(5), tmp_path, ignore_mismatched_sizes=True)
+    with pytest.raises(ValueError, match=r"score.weight.*ignore_mismatched_sizes"):
+        model.load_adapter(tmp_path, "b")
+    with pytest.warns(UserWarning, match="score"):
+        model.load_adapter(tmp_path, "b", ignore_mismatched_sizes=True)
     assert PeftModelForSequenceClassification(base(3), config()).modules_to_save
 
 

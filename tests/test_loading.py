@@ -182,6 +182,29 @@ def test_a_second_read_that_fails_leaves_an_adapter_without_effect(
     assert_loads(model, load, good)
 
 
+def test_an_adapter_without_weights_is_not_used_in_silence(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted("gqa", name="a")
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.peft_model.load_peft_weights", lambda *args, **kwargs: pytest.fail("gone"))
+        with pytest.raises(pytest.fail.Exception, match="gone"):
+            model.load_adapter(good, "b")
+    for use in (
+        lambda: model.set_adapter("b"),
+        lambda: model.base_model.set_adapter(["a", "b"]),
+        lambda: model(**INPUTS, adapter_names=["a", "b"]),
+        lambda: model.save_pretrained(tmp_path / "saved"),
+    ):
+        with pytest.raises(ValueError, match=r"weights of adapter 'b' could not be read.*delete_adapter\('b'\)"):
+            use()
+    assert model.active_adapters == ["a"]
+    assert torch.equal(logits(model, **INPUTS), logits(adapted("gqa"), **INPUTS))
+    model.delete_adapter("b")
+    model.save_pretrained(tmp_path / "saved")
+    assert_loads(model, second, good)
+
+
 @pytest.mark.parametrize("route", PEFTS)
 def test_a_second_read_of_other_weights_changes_nothing(
     route: str, good: Path, monkeypatch: pytest.MonkeyPatch
@@ -517,12 +540,12 @@ def in_regions(model: nn.Module, what: str) -> nn.Module:
 
 @pytest.mark.parametrize("what", ["layers", "attentions"])
 def test_an_adapter_of_compiled_regions_and_of_the_model_as_it_was_are_the_same(what: str, tmp_path: Path) -> None:
-    model = adapted("gqa", seed=3, modules_to_save=["mlp"])
+    model = adapted("gqa", seed=3)
     model.save_pretrained(tmp_path / "plain")
     regions = in_regions(build("gqa"), what)
     logits(regions, **INPUTS)  # compiled before there is an adapter
     torch.manual_seed(3)
-    compiled = get_peft_model(regions, config(modules_to_save=["mlp"])).eval()
+    compiled = get_peft_model(regions, config()).eval()
     want = logits(model, **INPUTS)
     torch.testing.assert_close(logits(compiled, **INPUTS), want, rtol=1e-5, atol=1e-5)
     compiled.save_pretrained(tmp_path / "compiled")
@@ -533,6 +556,18 @@ def test_an_adapter_of_compiled_regions_and_of_the_model_as_it_was_are_the_same(
     for folder, base in (("plain", in_regions(build("gqa"), what)), ("compiled", build("gqa"))):
         loaded = PeftModel.from_pretrained(base, tmp_path / folder)
         torch.testing.assert_close(logits(loaded, **INPUTS), want, rtol=1e-5, atol=1e-5)
+
+
+def test_whole_modules_in_compiled_regions(tmp_path: Path) -> None:
+    """PEFT saves and looks for them by their names, LoRA's too: the regions must be compiled on both sides, or none."""
+    torch.manual_seed(3)
+    model = get_peft_model(in_regions(build("gqa"), "layers"), config(modules_to_save=["mlp"])).eval()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(in_regions(build("gqa"), "layers"), tmp_path)
+    assert torch.equal(logits(loaded, **INPUTS), logits(model, **INPUTS))
+    base = build("gqa")
+    with unchanged(base), pytest.raises(ValueError, match=r"has unexpected 'model.layers.0._orig_mod.mlp"):
+        PeftModel.from_pretrained(base, tmp_path)
 
 
 @pytest.mark.parametrize("targets", [{"target_modules": ["self_attn"], "layers_to_transform": [1]}, {}])

@@ -44,7 +44,8 @@ class Recording:
 def own_functions() -> Iterator[None]:
     mappings = ALL_ATTENTION_FUNCTIONS._local_mapping, AttentionInterface._global_mapping
     before = [dict(mapping) for mapping in mappings]
-    yield
+    with torch.compiler.set_stance("force_eager"):  # transformers compiles the making of flex_attention's masks
+        yield
     for mapping, entries in zip(mappings, before, strict=True):
         mapping.clear()
         mapping.update(entries)

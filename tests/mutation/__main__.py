@@ -61,8 +61,8 @@ edited since starts anew.
     python -m tests.mutation fused --again                       # what survived, after a test was added
 """
 TABLE = (
-    "| module | mutants | run | found | of these by timeout | equivalent | survived | of those not equivalent |",
-    "|---|---:|---:|---:|---:|---:|---:|---:|",
+    "| module | mutants | run | found | by timeout | equivalent | survived | of those not equivalent | CPU minutes |",
+    "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
 )
 
 
@@ -145,7 +145,11 @@ def key_of(row: Row) -> tuple[str, ...]:
 
 def latest(rows: Iterable[Row]) -> list[Row]:
     """The last result of each mutant of the modules as they stand."""
-    return list({key_of(row): row for row in rows if row["source"] == digest(source_of(row["module"]))}.values())
+    sources = {module: source_of(module) for module in TESTS}
+    digests = {module: digest(source) for module, source in sources.items()}
+    results = {key_of(row): row for row in rows if row["source"] == digests.get(row["module"])}
+    mutants = [(module, *mutant.key) for module, source in sources.items() for mutant in mutants_of(source)]
+    return [results[key] for key in mutants if key in results]
 
 
 def mutate(module: str, sample: int | None, seed: int, again: bool, tree: Path) -> None:
@@ -204,20 +208,24 @@ def judge(rows: list[Row]) -> None:
             row["outcome"] = "equivalent"
 
 
+def line_of(name: str, mutants: int, rows: list[Row]) -> str:
+    counts = Counter(row["outcome"] for row in rows)
+    counted = len(rows) - counts["equivalent"]
+    cells = [
+        name, mutants, len(rows), counts["killed"] + counts["timeout"], counts["timeout"], counts["equivalent"],
+        counts["survived"], f"{counts['survived'] / counted:.1%}" if counted else "",
+        round(sum(row["seconds"] for row in rows) / 60),
+    ]  # fmt: skip
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
 def report() -> None:
     rows = latest(known())
     judge(rows)
+    sizes = {module: len(mutants_of(source_of(module))) for module in TESTS}
     text = ["# Deliberate faults", "", *INTRODUCTION.strip().splitlines(), "", *TABLE]
-    for module in TESTS:
-        mine = [row for row in rows if row["module"] == module]
-        counts = Counter(row["outcome"] for row in mine)
-        counted = len(mine) - counts["equivalent"]
-        share = f"{counts['survived'] / counted:.1%}" if counted else ""
-        text.append(
-            f"| `{module}` | {len(mutants_of(source_of(module)))} | {len(mine)} | "
-            f"{counts['killed'] + counts['timeout']} | {counts['timeout']} | {counts['equivalent']} | "
-            f"{counts['survived']} | {share} |"
-        )
+    text += [line_of(f"`{m}`", size, [row for row in rows if row["module"] == m]) for m, size in sizes.items()]
+    text.append(line_of("all", sum(sizes.values()), rows))
     for outcome, title in (("survived", "Survivors"), ("equivalent", "Equivalent")):
         text += ["", f"## {title}", ""]
         for row in rows:

@@ -189,7 +189,8 @@ class _Walker(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         for left, right in zip(node.args, node.args[1:], strict=False):
-            if not isinstance(left, ast.Starred) and not isinstance(right, ast.Starred):
+            same = self.source(left) == self.source(right)
+            if not same and not isinstance(left, ast.Starred) and not isinstance(right, ast.Starred):
                 (start, a), (b, end) = self.span(left), self.span(right)
                 text = self.source(right) + self.data[a:b].decode() + self.source(left)
                 self.add(f"swap {self.source(left)}, {self.source(right)}", start, end, text)
