@@ -4,13 +4,14 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quality test test-slow mutation quickstart quality-run quality-report base-model architectures peer-suite clean
+.PHONY: setup quality test test-slow test-integration mutation quickstart quality-run quality-report base-model architectures \
+	peer-suite clean
 setup: .venv/ready
 
 .venv/ready: constraints.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,bench]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,bench,integration]'
 	touch $@
 
 quality: setup
@@ -19,10 +20,13 @@ quality: setup
 	$(BIN)/mypy
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -m 'not slow' --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not integration' --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+test-integration: setup  ## with TRL, DeepSpeed and torchao; two processes on this machine
+	$(BIN)/python -m pytest tests/integration
 
 mutation: setup  ## deliberate faults in the package, and which of them its tests find; may be stopped and called again
 	nice $(BIN)/python -m tests.mutation

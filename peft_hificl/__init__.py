@@ -4,7 +4,7 @@ Importing the package registers the method; from then on `get_peft_model(model, 
 `PeftModel.from_pretrained(...)` and all the rest work as they do for LoRA.
 """
 
-from .registration import add_peft_type, register
+from .registration import add_peft_type, register, register_key_renaming
 
 add_peft_type()  # the classes below refer to the new member
 
@@ -13,9 +13,12 @@ from .demonstrations import initialize_from_demonstrations  # noqa: E402
 from .functional import VirtualPairs, concatenate_pairs, select_rows, virtual_attention  # noqa: E402
 from .layer import HiFICLLayer  # noqa: E402
 from .model import HiFICLModel  # noqa: E402
+from .model_card import keep_usage  # noqa: E402
 from .optimizer import parameter_groups  # noqa: E402
 
 register(HiFICLConfig, HiFICLModel)
+register_key_renaming()
+keep_usage()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -23,14 +23,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, create_mask
 from transformers import AttentionInterface, PreTrainedConfig
-from transformers.integrations.flex_attention import compile_friendly_flex_attention
+from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.integrations.eager_paged import eager_paged_attention_forward
+from transformers.integrations.flex_attention import compile_friendly_flex_attention, flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from . import functional, fused
+from . import functional, fused, paged_cache
 from .checkpoint import MODULE, HeadShape
 from .layer import HiFICLLayer
 
 IMPLEMENTATION = "hificl"
 SUPPORTED = ("eager", "sdpa", "flex_attention")
+# The functions that this module computes the results of.  `eager` stands in each modelling file.
+_TRANSFORMERS_OWN = {
+    "sdpa": sdpa_attention_forward,
+    "flex_attention": flex_attention_forward,
+    "paged|eager": eager_paged_attention_forward,
+}
 _FLEX_GIVES_LSE = {"cuda"}  # on a CPU, compiled flex_attention cannot return it, and has no backward
 
 # What the attention functions of transformers take; an argument that is not here could change the result unseen.
@@ -44,10 +54,23 @@ _KEY_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_
 
 
 class Dispatch(NamedTuple):
-    """How a class of attention modules reaches its attention function."""
+    """How a class of attention modules reaches its attention function.
 
-    eager: Callable[..., tuple[Tensor, Tensor | None]]
+    Attributes:
+        interface: where it looks the function up.
+        eager: what it takes for "eager", as it was when the class was read.
+        namespace: the globals of its modelling file, where `eager` is looked up on every call.
+        eager_name: under this name.
+    """
+
     interface: AttentionInterface
+    eager: Callable[..., tuple[Tensor, Tensor | None]]
+    namespace: dict[str, Any]
+    eager_name: str
+
+    def function_of(self, implementation: str | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """What the attention would call without an adapter."""
+        return self.interface.get_interface(implementation, self.namespace[self.eager_name])
 
 
 def hificl_attention_forward(
@@ -83,36 +106,32 @@ def hificl_attention_forward(
             f"name is set by attaching an adapter; load the base model with one of {', '.join(SUPPORTED)}."
         )
     implementation = layer.base_config._attn_implementation
-    # Only while decoding: an edit behind autograd's back (`parameter.data`) is seen by the next call with more tokens.
-    pairs = layer(query.shape[0], reuse=query.shape[2] == 1 and key.shape[2] > 1)
+    pairs = layer(query.shape[0])
     if layer.recorded is not None:
         layer.recorded.append((key, value))
+    cache = kwargs.get("cache")
+    dispatch = dispatch_of(type(module))
     if pairs is None:
-        dispatch = dispatch_of(type(module))
-        attend = dispatch.interface.get_interface(implementation, dispatch.eager)
+        if isinstance(cache, PagedAttentionCache):
+            paged_cache.check(cache, layer, kwargs)
+        attend = dispatch.function_of(implementation)
         if is_causal is not None:
             kwargs["is_causal"] = is_causal
         return attend(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
-    check_implementation(implementation, type(module).__name__)
-    if kwargs.get("adapter_names") is not None:
+    _check_call(module, layer, dispatch, query, value, pairs, kwargs)
+    paged, _, implementation = implementation.rpartition("|")
+    if cache is not None:
+        if implementation == "flex_attention":
+            raise ValueError("flex_attention reads no paged cache: call model.set_attn_implementation('sdpa').")
+        if not isinstance(cache, PagedAttentionCache):
+            raise ValueError(f"HiFICL does not know the cache that {type(module).__name__} was given: {type(cache)}.")
+        key, value = paged_cache.update(cache, layer, module.layer_idx, key, value, kwargs)
+    elif paged:
         raise ValueError(
-            "adapter_names needs a PeftModel (get_peft_model, PeftModel.from_pretrained), which hands each row its "
-            "adapter; a model with adapters added by its own add_adapter() runs the active adapters for every row."
+            f"attn_implementation='paged|{implementation}' is for continuous batching, but {type(module).__name__} was "
+            f"called without its cache: call model.set_attn_implementation({implementation!r})."
         )
-    found = (query.shape[1], query.shape[3], value.shape[3])
-    if found != layer.head_shape:
-        raise ValueError(
-            f"{type(module).__name__} attends with (query heads, key dim, value dim) = {found}, but its HiFICL adapter "
-            f"was made for {layer.head_shape}: this attention is not supported; please report it."
-        )
-    if pairs.keys.device != query.device:
-        raise ValueError(
-            f"{type(module).__name__} runs on {query.device}, but its HiFICL adapter is on {pairs.keys.device}: move "
-            "the whole model, adapter included, with model.to(...)."
-        )
-    if kwargs.get("cache") is not None:
-        raise ValueError("HiFICL does not support paged caches (continuous batching): use `generate` as usual.")
     bias = kwargs.get("position_bias")
     options: dict[str, Any] = {
         "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -145,6 +164,52 @@ def hificl_attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
+def _check_call(
+    module: nn.Module,
+    layer: HiFICLLayer,
+    dispatch: Dispatch,
+    query: Tensor,
+    value: Tensor,
+    pairs: functional.VirtualPairs,
+    keywords: dict[str, Any],
+) -> None:
+    """Refuse what would give another result than the formula's, or none."""
+    implementation = layer.base_config._attn_implementation
+    check_implementation(implementation, type(module).__name__)
+    replaced = why_replaced(dispatch, implementation)
+    if replaced is not None:
+        raise ValueError(
+            f"HiFICL cannot mix its virtual pairs into the attention of {type(module).__name__}: {replaced}."
+        )
+    if hasattr(query, "device_mesh"):
+        raise ValueError(
+            f"{type(module).__name__} attends with distributed tensors ({type(query).__name__}), which HiFICL does not "
+            "support: run it without tensor, sequence or context parallelism."
+        )
+    if keywords.get("adapter_names") is not None:
+        raise ValueError(
+            "adapter_names needs a PeftModel (get_peft_model, PeftModel.from_pretrained), which hands each row its "
+            "adapter; a model with adapters added by its own add_adapter() runs the active adapters for every row."
+        )
+    found = (query.shape[1], query.shape[3], value.shape[3])
+    if found != layer.head_shape:
+        raise ValueError(
+            f"{type(module).__name__} attends with (query heads, key dim, value dim) = {found}, but its HiFICL adapter "
+            f"was made for {layer.head_shape}: this attention is not supported; please report it."
+        )
+    if pairs.keys.device != query.device:
+        remedy = (
+            "it was never loaded. transformers' load_adapter loads nothing onto a base model that accelerate has "
+            "offloaded: use PeftModel.from_pretrained"
+            if pairs.keys.is_meta
+            else "move the whole model, adapter included, with model.to(...)"
+        )
+        raise ValueError(
+            f"{type(module).__name__} runs on {query.device}, but its HiFICL adapter is on {pairs.keys.device}: "
+            f"{remedy}."
+        )
+
+
 def _flex_merges(
     query: Tensor, pairs: functional.VirtualPairs, mask: Any, bias: Tensor | None, options: dict[str, Any]
 ) -> bool:
@@ -162,6 +227,7 @@ def _merged_flex_attention(
     block_mask: Any,
     scaling: float,
 ) -> Tensor:
+    query, key, value = fused.autocast(query, key, value)  # left to the kernel, the cast gives wrong numbers
     heads = query.shape[1]
     grouped = heads & (heads - 1) == 0  # the kernel knows groups where the number of heads is a power of 2
     if not grouped:
@@ -182,7 +248,7 @@ def _dense(block_mask: Any, query: Tensor, key: Tensor) -> Tensor:
 def attach(module: nn.Module, head_shape: HeadShape) -> HiFICLLayer:
     """Give an attention module an (empty) HiFICLLayer and route its attention calls here."""
     config = cast(PreTrainedConfig, module.config)
-    layer = HiFICLLayer(config, head_shape, like=_reference_tensor(module))
+    layer = HiFICLLayer(config, head_shape)
     module.add_module(MODULE, layer)
     own = copy.copy(config)
     own._attn_implementation_internal = IMPLEMENTATION
@@ -213,18 +279,48 @@ def why_unsupported(module: nn.Module) -> str | None:
         return "it has no transformers configuration to look its attention implementation up in"
     layer = getattr(module, MODULE, None)
     implementation = (layer.base_config if layer is not None else config)._attn_implementation
-    if implementation in dispatch.interface._local_mapping:
-        return f"its modelling code replaces {implementation!r} by an attention of its own"
     try:
         check_implementation(implementation, type(module).__name__)
         head_shape_of(module)
     except ValueError as error:
         return str(error)
+    return why_replaced(dispatch, implementation)
+
+
+def why_replaced(dispatch: Dispatch, implementation: str) -> str | None:
+    """Why the attention that a module would run without an adapter is not the one that HiFICL computes.
+
+    Asked on every call, as functions can be exchanged at any time: DeepSpeed's Ulysses registers its own in the place
+    of "sdpa" when accelerate prepares a model, torch's context parallelism patches `scaled_dot_product_attention`.
+    """
+    if implementation == "paged|sdpa":  # of transformers before 5.19
+        implementation = "sdpa"
+    found, own = dispatch.function_of(implementation), _TRANSFORMERS_OWN.get(implementation, dispatch.eager)
+    if found is not own:
+        if dispatch.interface is not ALL_ATTENTION_FUNCTIONS and implementation in dispatch.interface._local_mapping:
+            return f"its modelling code replaces {implementation!r} by an attention of its own"
+        return (
+            f"{_name_of(found)} has taken the place of transformers' own attention function {implementation!r}, as "
+            "sequence parallelism (DeepSpeed's Ulysses) and attention packages do, and HiFICL does not know what it "
+            "computes. Run without it"
+        )
+    if implementation == "sdpa":
+        patched = torch.nn.functional.scaled_dot_product_attention
+        if patched is not torch._C._nn.scaled_dot_product_attention:
+            return (
+                f"torch.nn.functional.scaled_dot_product_attention has been replaced by {_name_of(patched)}, as "
+                "context parallelism (torch's context_parallel) and attention packages do, and HiFICL does not know "
+                "what it computes. Run without it"
+            )
     return None
 
 
+def _name_of(function: Any) -> str:
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', function)}"
+
+
 def check_implementation(implementation: str | None, where: str) -> None:
-    if implementation not in SUPPORTED:
+    if implementation is None or implementation.removeprefix("paged|") not in SUPPORTED:
         raise ValueError(
             f"HiFICL does not support attn_implementation={implementation!r}, found on {where}; supported are "
             f"{', '.join(SUPPORTED)}. Call model.set_attn_implementation('sdpa')."
@@ -284,14 +380,18 @@ def _read_dispatch(cls: type[nn.Module]) -> Dispatch:
                     raise TypeError(
                         f"{cls.__name__} behaves differently depending on the attention implementation's name"
                     )
-    eager = forward.__globals__.get(ast.unparse(lookups[0].args[1]))
+    eager_name = ast.unparse(lookups[0].args[1])
+    eager = forward.__globals__.get(eager_name)
     interface = forward.__globals__.get(ast.unparse(lookups[0].func.value))  # type: ignore[attr-defined]
     if eager is None or interface is None:
         raise TypeError(f"{cls.__name__} keeps its attention functions where HiFICL cannot see them")
+    origin = eager.__globals__["__name__"]  # functools.wraps copies __module__, but not this
+    if origin != forward.__globals__["__name__"] and not origin.startswith("transformers."):
+        raise TypeError(f"{_name_of(eager)} has taken the place of the eager attention function of {cls.__name__}")
     unknown = set(inspect.signature(eager).parameters) - _KNOWN_ARGUMENTS
     if unknown:
         raise TypeError(f"the attention function of {cls.__name__} takes {sorted(unknown)}, which HiFICL does not know")
-    return Dispatch(eager, interface)
+    return Dispatch(interface, eager, forward.__globals__, eager_name)
 
 
 def _source_of(thing: Callable[..., Any]) -> ast.Module:
@@ -323,24 +423,6 @@ def head_shape_of(module: nn.Module) -> HeadShape:
     if heads is None or key_dim is None or value_dim is None:
         raise ValueError(f"{type(module).__name__} does not state its number of heads and head dimension")
     return heads, key_dim, value_dim
-
-
-def _reference_tensor(module: nn.Module) -> Tensor:
-    """A tensor with the device and dtype that a module computes in; its weights may be quantised or kept elsewhere."""
-    reference = torch.empty(0)
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            reference = parameter.detach()
-            break
-        reference = torch.empty(0, device=parameter.device)
-    for submodule in module.modules():
-        dtype = getattr(submodule, "compute_dtype", None)  # bitsandbytes' 4-bit linear layers
-        if isinstance(dtype, torch.dtype):
-            reference = torch.empty(0, dtype=dtype, device=reference.device)
-        device = getattr(getattr(submodule, "_hf_hook", None), "execution_device", None)  # accelerate's offloading
-        if reference.is_meta and device is not None:
-            reference = torch.empty(0, dtype=reference.dtype, device=device)
-    return reference
 
 
 AttentionInterface.register(IMPLEMENTATION, hificl_attention_forward)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 PREFIX = "hificl_"
 MODULE = "virtual_pairs"  # the name under which an attention module holds its HiFICLLayer
 TOKENS = ".token_adapter.trainable_tokens_delta"  # PEFT's name for the rows that trainable_token_indices trains
+# Heads that PEFT adds to modules_to_save, whether a model has them or not.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 _WRAPPERS = re.compile(r"\.(original_module|modules_to_save(\.\w+(?=\.))?|token_adapter|base_layer)(?=\.|$)")
 
 HeadShape = tuple[int, int, int]  # query heads, head dimension of keys, head dimension of values
@@ -31,25 +37,41 @@ class Stored(NamedTuple):
     others: dict[str, tuple[int, ...]] | None  # None: shapes that differ are to be ignored
 
 
-def read(path: str, **hub_kwargs: Any) -> dict[str, Tensor] | None:
-    """The tensors stored at a local path or Hub id; None where there are none.
+def read(path: str | os.PathLike[str], **options: Any) -> dict[str, Tensor]:
+    """The tensors stored at a local path or Hub id; `options` are those of `peft.utils.load_peft_weights`.
 
     Raises:
-        ValueError: the file cannot be read.
+        ValueError: there is no file, or it cannot be read.
     """
-    folder = os.path.join(path, hub_kwargs.get("subfolder") or "")
-    local = any(os.path.exists(os.path.join(folder, name)) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
-    if not local and os.path.isdir(path):
-        return None
+    folder = os.path.join(path, options.get("subfolder") or "")
+    files = [os.path.join(folder, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+    local = any(os.path.exists(file) for file in files)
+    if not local and os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+        broken = [file for file in files if os.path.islink(file)]
+        found = f"{os.path.basename(broken[0])} is a link to a file that is gone" if broken else "no weights"
+        raise ValueError(
+            f"The folder {folder!r} holds {CONFIG_NAME} but {found}: copy {SAFETENSORS_WEIGHTS_NAME} beside it, or "
+            "save the adapter again."
+        )
     try:
-        return dict(load_peft_weights(path, device="cpu", **hub_kwargs))
+        return dict(load_peft_weights(os.fspath(path), device="cpu", **options))
     except Exception as error:
         if not local and isinstance(error, (OSError, ValueError)):
-            return None  # not on the Hub, or the Hub is out of reach: the load that follows says so itself
+            raise  # not on the Hub, or the Hub is out of reach: it says so itself
         raise ValueError(
             f"The adapter weights in {folder!r} cannot be read ({type(error).__name__}: {error}). The file is "
             "damaged or incomplete: copy or download it again."
         ) from error
+
+
+def uncompiled(name: str) -> str:
+    """The name of a module, parameter or tensor without what torch.compile puts into it."""
+    return name.replace("._orig_mod", "")
+
+
+def plain(name: str) -> str:
+    """The name of a module, parameter or tensor without what torch.compile and a PeftModel put into it."""
+    return uncompiled(name).removeprefix("base_model.model.")
 
 
 def module_of(key: str) -> str | None:
@@ -59,7 +81,7 @@ def module_of(key: str) -> str | None:
     'model.layers.0.self_attn'
     """
     module, dot, _ = key.rpartition(f".{PREFIX}")
-    return module.removeprefix("base_model.model.").removesuffix(f".{MODULE}") if dot else None
+    return plain(module).removesuffix(f".{MODULE}") if dot else None
 
 
 def stored_shapes(tensors: Mapping[str, Tensor], config: HiFICLConfig) -> Stored:
@@ -77,7 +99,7 @@ def stored_shapes(tensors: Mapping[str, Tensor], config: HiFICLConfig) -> Stored
     if not modules:
         raise ValueError(
             f"The adapter file holds no {PREFIX}* tensors, found {_some(tensors)}: it is not a HiFICL adapter, or its "
-            "adapter_config.json belongs to another file."
+            "configuration belongs to another file."
         )
     for field, present in (
         ("modules_to_save", any(module_of(key) is None for key in tensors)),
@@ -85,13 +107,13 @@ def stored_shapes(tensors: Mapping[str, Tensor], config: HiFICLConfig) -> Stored
     ):
         if getattr(config, field) and not present:
             raise ValueError(
-                f"adapter_config.json says {field}={getattr(config, field)!r}, but the adapter file holds no tensors "
-                "for it: the two files do not belong together."
+                f"The configuration says {field}={getattr(config, field)!r}, but the adapter file holds no tensors for "
+                "it: the two do not belong together."
             )
     found = {}
     for module, shapes in modules.items():
         expected_names = set(config.parameter_shapes(1, 1, 1))
-        check_names(f"Module {module!r} of the adapter file", expected_names, shapes, "adapter_config.json")
+        check_names(f"Module {module!r} of the adapter file", expected_names, shapes, "the configuration")
         for name, shape in shapes.items():
             if len(shape) != 3:
                 raise ValueError(
@@ -104,9 +126,8 @@ def stored_shapes(tensors: Mapping[str, Tensor], config: HiFICLConfig) -> Stored
         for name, expected in config.parameter_shapes(heads, key_dim, value_dim).items():
             if shapes[name] != expected:
                 raise ValueError(
-                    f"Tensor {name} of module {module!r} in the adapter file has shape {shapes[name]}, but "
-                    f"adapter_config.json (n={config.n}, r={config.r}) says {expected}: the two files do not belong "
-                    "together."
+                    f"Tensor {name} of module {module!r} in the adapter file has shape {shapes[name]}, but the "
+                    f"configuration (n={config.n}, r={config.r}) says {expected}: the two do not belong together."
                 )
         found[module] = (heads, key_dim, value_dim)
     others = {
@@ -120,19 +141,59 @@ def stored_shapes(tensors: Mapping[str, Tensor], config: HiFICLConfig) -> Stored
 def check_fits(stored: Stored, targeted: Mapping[str, HeadShape], model: nn.Module, config: HiFICLConfig) -> None:
     """Compare what a file holds with what a model has.
 
+    A stage of a pipeline has a part of the modules, and takes that part.
+
     Raises:
         ValueError: the adapter was made for another base model.
     """
-    check_names("The base model", set(stored.modules), targeted, "the adapter file", what="adapted modules")
-    for module, shape in stored.modules.items():
-        if shape != targeted[module]:
+    elsewhere = on_other_stages(stored.modules, model)
+    check_names("The base model", set(stored.modules) - elsewhere, targeted, "the adapter file", what="adapted modules")
+    for module, shape in targeted.items():
+        if stored.modules[module] != shape:
             raise ValueError(
-                f"Module {module!r} of the base model has {_words(targeted[module])}, but the adapter was made for "
-                f"{_words(shape)}: load it onto the base model it was trained on, or, to train a fresh adapter on "
-                "this model, write a new HiFICLConfig instead of loading one."
+                f"Module {module!r} of the base model has {_words(shape)}, but the adapter was made for "
+                f"{_words(stored.modules[module])}: load it onto the base model it was trained on, or, to train a "
+                "fresh adapter on this model, write a new HiFICLConfig instead of loading one."
             )
     if stored.others is not None:
-        _check_others(stored.others, model, config)
+        others = stored.others
+        if elsewhere:
+            here = {_WRAPPERS.sub("", key) for key in model.state_dict()}
+            others = {key: shape for key, shape in others.items() if _WRAPPERS.sub("", key) in here}
+        _check_others(others, model, config)
+
+
+def on_other_stages(modules: Iterable[str], model: nn.Module) -> set[str]:
+    """Those of an adapter's modules that the model, a stage of a pipeline, has left to other stages.
+
+    A stage differs from another model in that its configuration counts more layers than it has: a layer that is within
+    the count, but gone or replaced by something without parameters, is on another stage.
+
+    Raises:
+        ValueError: the stage gave its layers new numbers, so that their names mean other layers.
+    """
+    here = {plain(name): module for name, module in model.named_modules()}
+    elsewhere, containers = set(), set()
+    for name in modules:
+        layer = re.match(r"((?:.*?\.)?)(\d+)\.", name)
+        if layer is None or next(here.get(layer[0][:-1], nn.Identity()).parameters(), None) is not None:
+            continue
+        rest = [module for other, module in here.items() if other.startswith(layer[1])]
+        count = max((getattr(getattr(m, "config", None), "num_hidden_layers", None) or 0 for m in rest), default=0)
+        if int(layer[2]) < count:
+            elsewhere.add(name)
+            containers.add(layer[1])
+    for name, module in here.items():
+        for container in containers:
+            number = name.removeprefix(container).partition(".")[0]
+            index = getattr(module, "layer_idx", None)
+            if name.startswith(container) and number.isdigit() and isinstance(index, int) and index != int(number):
+                raise ValueError(
+                    f"{name!r} is layer {index} of the model: it has been given another number, so that the stored "
+                    "adapter cannot be told apart by names. Keep the numbers of the layers when you split the model "
+                    "into stages: put nn.Identity() in the place of those that are on other stages."
+                )
+    return elsewhere
 
 
 def _check_others(stored: Mapping[str, tuple[int, ...]], model: nn.Module, config: HiFICLConfig) -> None:
@@ -141,16 +202,21 @@ def _check_others(stored: Mapping[str, tuple[int, ...]], model: nn.Module, confi
     for side in ("input", "output"):
         with suppress(AttributeError, NotImplementedError):  # not every model has them
             embeddings.append(getattr(model, f"get_{side}_embeddings")())
-    names = {_WRAPPERS.sub("", name) for name, module in model.named_modules() if any(module is e for e in embeddings)}
+    modules = model.named_modules()
+    names = {_WRAPPERS.sub("", name) for name, module in modules if any(module is e for e in embeddings)}
     # PEFT's wrappers may stand around a module of the base model, and save it under their own names besides.
     base = {_WRAPPERS.sub("", key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    ends = tuple(config.modules_to_save or ())
-    saved = tuple(f"{_WRAPPERS.sub('', name)}." for name, _ in model.named_modules() if ends and name.endswith(ends))
-    whole = {key for key in base if key.startswith(saved)} if saved else set()
+
+    def below(ends: tuple[str, ...]) -> set[str]:
+        tops = tuple(f"{_WRAPPERS.sub('', n)}." for n, _ in model.named_modules() if ends and n.endswith(ends))
+        return {key for key in base if key.startswith(tops)} if tops else set()
+
+    whole = below(tuple(config.modules_to_save or ()))
+    heads = below(tuple(HEADS.get(config.task_type or "", ())))  # the configuration may not name them yet
     tokens = {key for key in stored if key.endswith(TOKENS) and config.trainable_token_indices is not None}
     resized = {key for key in stored if _WRAPPERS.sub("", key).rpartition(".")[0] in names} - tokens
     check_names(
-        "The adapter file", whole, set(stored) - tokens - (resized - whole), "the base model",
+        "The adapter file", whole, set(stored) - tokens - ((resized | heads) - whole), "the base model",
         what="tensors beside HiFICL's",
     )  # fmt: skip
     for key in set(stored) - tokens:
@@ -159,39 +225,80 @@ def _check_others(stored: Mapping[str, tuple[int, ...]], model: nn.Module, confi
             raise ValueError(
                 f"Tensor {key!r} of the adapter file has shape {stored[key]}, but the base model asks for {expected}: "
                 "load the adapter onto the base model it was trained on (resize_token_embeddings() first, if that was "
-                "done), or give PeftModel.from_pretrained ignore_mismatched_sizes=True to leave such tensors out."
+                "done), or load it with ignore_mismatched_sizes=True to leave such tensors out."
             )
     indices = config.trainable_token_indices
     counts = {len(i) for i in (indices.values() if isinstance(indices, dict) else [indices or []])}
     for key in tokens:
         if stored[key][0] not in counts:
             raise ValueError(
-                f"Tensor {key!r} of the adapter file has {stored[key][0]} rows, but adapter_config.json says "
-                f"trainable_token_indices={indices!r}: the two files do not belong together."
+                f"Tensor {key!r} of the adapter file has {stored[key][0]} rows, but the configuration says "
+                f"trainable_token_indices={indices!r}: the two do not belong together."
             )
 
 
-def check_state_dict(state_dict: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+def check_state_dict(
+    state_dict: Mapping[str, Tensor], expected: Mapping[str, torch.Size], dtypes: Mapping[str, torch.dtype]
+) -> None:
     """Check a state dict, in the model's own keys, against the parameters it is to fill.
 
+    Args:
+        state_dict: what is to be loaded.
+        expected: the shapes of HiFICL's parameters.
+        dtypes: the dtypes of all parameters.
+
     Raises:
-        ValueError: tensors that are missing, superfluous, misshapen or not finite.
+        ValueError: tensors that are missing, superfluous, misshapen, not finite, or not within the range of the dtype.
     """
     found = {key for key in state_dict if f".{PREFIX}" in key}
     check_names("The state dict", set(expected), found, "the adapter in the model")
+    check_finite(state_dict)
     for key in found:
         if state_dict[key].shape != expected[key]:
             raise ValueError(
                 f"Tensor {key!r} has shape {tuple(state_dict[key].shape)}, but the adapter in the model has "
                 f"{tuple(expected[key])}: load it with the HiFICLConfig (n, r) and the base model it was trained with."
             )
-    check_finite(state_dict)
+    for key, tensor in state_dict.items():
+        dtype = dtypes.get(key, tensor.dtype)
+        if dtype == tensor.dtype or not dtype.is_floating_point:
+            continue
+        beyond = ~torch.isfinite(tensor.to(dtype))
+        if beyond.any():
+            raise ValueError(
+                f"Tensor {key!r} ({tensor.dtype}) holds {tensor[beyond][0].item():.4g}, which the parameter's "
+                f"{dtype} cannot hold: load the base model in a dtype with a wider range, or PeftModel with "
+                "autocast_adapter_dtype=True, under which an adapter is float32."
+            )
+
+
+def check_whole(state_dict: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError for a tensor without elements: it would be saved so, in silence."""
+    empty = [key for key, tensor in state_dict.items() if tensor.numel() == 0]
+    if empty:
+        raise ValueError(
+            f"{_some(empty)} would be saved empty: DeepSpeed ZeRO-3 (or FSDP) keeps them in parts, on several ranks. "
+            "Give save_pretrained the whole state dict, state_dict=accelerator.get_state_dict(model), or save within "
+            "deepspeed.zero.GatheredParameters(list(model.parameters()))."
+        )
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError for what is not a tensor of finite numbers."""
     for key, tensor in tensors.items():
-        is_number = tensor.is_floating_point() or f".{PREFIX}" not in key
-        if not is_number or not bool(torch.isfinite(tensor).all()):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{key!r} is not a tensor but {type(tensor).__name__}: the file holds more than an adapter. Keep the "
+                "tensors alone, or save the adapter again with save_pretrained."
+            )
+        finite = tensor.is_floating_point() or f".{PREFIX}" not in key
+        if finite:
+            try:
+                # float8 can be converted, but not tested
+                finite = bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())
+            except (RuntimeError, NotImplementedError) as error:
+                raise ValueError(f"Tensor {key!r} cannot be read as numbers ({tensor.dtype}): {error}") from error
+        if not finite:
             raise ValueError(
                 f"Tensor {key!r} holds values that are not finite numbers (dtype {tensor.dtype}): the training that "
                 "made it diverged, or the file is damaged. Use an earlier checkpoint."

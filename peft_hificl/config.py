@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, Literal, Optional, Union
@@ -10,7 +9,7 @@ from typing import Any, Literal, Optional, Union
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from . import checkpoint, model_card
+from . import model_card
 
 _NUMBER = ((int,), "an int of at least 1")
 _SWITCH = ((bool,), "True or False")
@@ -143,12 +142,10 @@ class HiFICLConfig(PeftConfig):
                 f"HiFICLConfig.layers_pattern={self.layers_pattern!r} needs layers_to_transform: set it to the "
                 "indices of the layers to adapt."
             )
-        # Set by `from_pretrained`: what the file beside the configuration holds.  Not a field, never saved.
-        self._stored: checkpoint.Stored | None = None
-        # Set when the adapter is attached: target_modules as they were asked for, and as they were found.
+        # Set when the adapter is attached: target_modules as they were asked for, and as they were found.  Not a field.
         self._found_targets: tuple[Any, Any] | None = None
-        # Set when the adapter is attached, for the model card.
-        self._base_model_class: str | None = None
+        # Set when the adapter is attached, for the model card: how PEFT notes the base model's class.
+        self._base_model: dict[str, str] | None = None
 
     def parameter_shapes(self, heads: int, key_dim: int, value_dim: int) -> dict[str, tuple[int, int, int]]:
         """Name and shape of each parameter of this adapter on one attention."""
@@ -161,26 +158,8 @@ class HiFICLConfig(PeftConfig):
                 shapes[f"hificl_{kind}"] = (heads, self.n, dim)
         return shapes
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs: Any
-    ) -> HiFICLConfig:
-        """Load a saved configuration and, where weights lie beside it, check them before any model is touched.
-
-        Raises:
-            ValueError: the weights cannot be read, or do not fit the configuration.
-        """
-        config: HiFICLConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if isinstance(config, HiFICLConfig):
-            hub_kwargs, _, _ = cls._split_kwargs({**kwargs, "subfolder": subfolder})
-            tensors = checkpoint.read(os.fspath(pretrained_model_name_or_path), **hub_kwargs)
-            if tensors is not None:
-                config._stored = checkpoint.stored_shapes(tensors, config)
-                if kwargs.get("ignore_mismatched_sizes"):  # PeftModel.from_pretrained hands down what it is given
-                    config._stored = config._stored._replace(others=None)
-        return config
-
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the configuration; a model card that PEFT has written there learns how to load the adapter."""
-        super().save_pretrained(save_directory, **kwargs)
-        model_card.add_usage(save_directory, self)
+        noted = kwargs.pop("auto_mapping_dict", None) or self._base_model
+        super().save_pretrained(save_directory, auto_mapping_dict=noted, **kwargs)
+        model_card.update(save_directory)

@@ -70,13 +70,25 @@ def initialize_from_demonstrations(
         raise ValueError("The adapter is offloaded by accelerate: initialize it before the model is dispatched.")
     read = _read(model, inputs, adapted)
     places = list(tokens)
-    for name, (key, value) in read.items():
+    for key, _ in read.values():
         size = key.shape[2]
         if key.shape[0] != 1:
             raise ValueError(f"The demonstrations are a batch of {key.shape[0]}: give one prompt.")
         if not all(-size <= place < size for place in places):
             raise ValueError(f"tokens={places} for a prompt of {size} tokens: each must be one of them.")
-        adapted[name].set_pairs(adapter_name, key[0][:, places], value[0][:, places])
+    before = {
+        parameter: parameter.clone()
+        for layer in adapted.values()
+        for name, parameter in layer.named_parameters()
+        if adapter_name in name.split(".")
+    }
+    try:
+        for name, (key, value) in read.items():
+            adapted[name].set_pairs(adapter_name, key[0][:, places], value[0][:, places])
+    except BaseException:  # out of memory in a late layer, or interrupted
+        for parameter, value in before.items():
+            parameter.copy_(value)
+        raise
 
 
 def _read(

@@ -195,6 +195,9 @@ def virtual_attention(
 def grouped_matmul(left: Tensor, right: Tensor) -> Tensor:
     """``(B, H, T, x)``, ``(B or 1, G, x, y)`` -> ``(B, H, T, y)``; head h of left meets head h // (H / G) of right."""
     batch, heads, length, inner = left.shape
+    if torch.compiler.is_exporting() and right.shape[1] != heads:
+        # With a symbolic T, torch.export cannot prove that the heads of a group can be stacked along it.
+        right = right.repeat_interleave(heads // right.shape[1], dim=1)
     groups, size = right.shape[1], right.shape[3]
     # The heads of one group are stacked along T, so that nothing of `right` is ever repeated.
     folded = left.reshape(batch, groups, heads // groups * length, inner)

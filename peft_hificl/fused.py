@@ -63,7 +63,7 @@ def attention(
 
     Source: arXiv 2603.12760, section 3, written in terms of log-sum-exps; exact.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     path, inputs = _plan(query, key, value, pairs, scaling, **options)
     if inputs is None or path.kernel is None:
         if not torch.compiler.is_compiling():
@@ -93,7 +93,7 @@ def attention_path(
     >>> attention_path(q, k, v, pairs, scaling=0.3, dropout=0.1)
     Path(kernel=None, reason='attention dropout')
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     return _plan(query, key, value, pairs, scaling, **options)[0]
 
 
@@ -108,6 +108,44 @@ def needs_formula(pairs: VirtualPairs, *, softcap: float | None, sinks: Tensor |
     if not pairs.scale_self_attention:
         return "scale_self_attention=False (alpha = 1)"
     return None
+
+
+_PROXIES = torch._C._TorchDispatchModeKey.PROXY  # make_fx, and what is built on it
+
+
+def recorder() -> str | None:
+    """Who records this call to run it as other operations; None if it runs as it is written.
+
+    Whoever puts other operations in a kernel's place reproduces its output, but not its log-sum-exp: torch's own
+    decomposition of the CPU kernel hands back attention weights instead, and translators for other runtimes zeros.
+    """
+    if torch.compiler.is_exporting():
+        return "an export"
+    if torch.compiler.is_compiling():
+        return None if _compiles_kernels() else f"a torch.compile backend that is not one of {', '.join(_BACKENDS)}"
+    if torch._C._is_tracing() or torch._C._get_dispatch_mode(_PROXIES) is not None:
+        return "a trace"
+    return None
+
+
+# Backends of torch.compile that run kernels which are called by name as they are.
+_BACKENDS = ("inductor", "cudagraphs", "eager", "aot_eager", "aot_eager_decomp_partition")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _compiles_kernels() -> bool:
+    """Whether torch.compile traces for one of `_BACKENDS`."""
+    try:
+        output = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
+        backend: Any = torch._dynamo.eval_frame.innermost_backend(output.compiler_fn)  # type: ignore[arg-type]
+        # Under DistributedDataParallel, a splitter of graphs stands before it.
+        backend = getattr(getattr(backend, "__self__", None), "backend_compile_fn", backend)
+        if isinstance(backend, torch._TorchCompileInductorWrapper):
+            return True
+        known = [torch._dynamo.backends.registry.lookup_backend(name) for name in _BACKENDS]
+        return getattr(backend, "compiler_fn", backend) in known
+    except AttributeError:  # it is another thread that compiles, or torch has renamed its own
+        return False
 
 
 def _plan(
@@ -125,7 +163,7 @@ def _plan(
     dropout: float = 0.0,
 ) -> tuple[Path, _Inputs | None]:
     """The path, and what a kernel is to be given."""
-    reason = needs_formula(pairs, softcap=softcap, sinks=sinks, dropout=dropout)
+    reason = needs_formula(pairs, softcap=softcap, sinks=sinks, dropout=dropout) or recorder()
     if reason is None:
         if any(t is not None and t.requires_grad for t in (mask, bias, pairs.log_weights)):
             reason = "a mask, bias or log-weight that is trained"
@@ -285,8 +323,15 @@ def _additive(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> T
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """Kernels read the last dimension as contiguous, without asking."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """Kernels read the last dimension as contiguous, CUDA's in words of 16 bytes, without asking."""
+    if tensor.stride(-1) != 1:
+        return tensor.contiguous()
+    if not torch.compiler.is_compiling() and tensor.is_cuda:  # torch.compile does not trace storage_offset()
+        word = 16 // tensor.itemsize
+        # A view of a flat buffer may begin anywhere, and after a misaligned read CUDA is of no use to the process.
+        if any(place % word for place in (tensor.storage_offset(), *tensor.stride()[:-1])):
+            return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
 
 
 def _padded(tensor: Tensor, dim: int) -> Tensor:
@@ -294,7 +339,7 @@ def _padded(tensor: Tensor, dim: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
 
-def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The cast that PyTorch's autocast makes before its own attention."""
     device = query.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedConfig
 
 from .checkpoint import HeadShape
 from .config import HiFICLConfig
 from .functional import VirtualPairs, concatenate_pairs, select_rows, without_autocast
+from .rows import running
+
+
+class Factor(nn.Module):
+    """One parameter of one adapter: ``virtual_pairs.hificl_K_A.default.weight``.
+
+    A module of its own, called for its value, because that is the form in which others look for an adapter's
+    parameters: TRL copies those with ``.default.`` in their name, FSDP wraps childless modules that have a ``weight``,
+    accelerate and DeepSpeed bring offloaded or partitioned weights in for the modules that are called.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def forward(self, left: Tensor | None = None) -> Tensor:
+        """The weight, (H, x, y), or its product with `left`, (H, w, x)."""
+        if left is None:
+            value = self.weight.clone()  # FSDP frees the memory of the weight itself when this returns
+        else:
+            with without_autocast(left.device):
+                value = torch.bmm(left, self.weight)
+        if value.requires_grad and getattr(vars(self).get("_hf_hook"), "offload", False):
+            value.register_hook(_refuse_gradient)
+        return value
 
 
 class HiFICLLayer(nn.Module, BaseTunerLayer):
@@ -35,18 +58,18 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         base_config: the configuration object of the attention module as it was; stays the live source of the
             attention implementation.
         head_shape: query heads, head dimension of keys, head dimension of values.
-        like: a tensor whose device and dtype new adapters take (PEFT may cast them to float32 afterwards).
     """
 
     adapter_layer_names = ("hificl_K_A", "hificl_K_B", "hificl_V_A", "hificl_V_B", "hificl_K", "hificl_V")
-    other_param_names = ("n", "r", "scale_self_attention")
+    other_param_names = ("n", "r", "scale_self_attention", "awaits_weights", "had_gradient")
 
-    def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape, like: Tensor) -> None:
+    def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape) -> None:
         super().__init__()
         self.base_config = base_config
         self.head_shape = head_shape
+        self._device_and_dtype = torch.device("cpu"), torch.get_default_dtype()
         for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict())
+            setattr(self, name, nn.ModuleDict())
         self.n: dict[str, int] = {}
         self.r: dict[str, int] = {}
         self.scale_self_attention: dict[str, bool] = {}
@@ -55,28 +78,32 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self.cast_input_dtype_enabled = True  # PEFT's helpers look for it; queries meet the adapter in its own dtype
         self.in_features, self.out_features = head_shape[0] * head_shape[1], head_shape[0] * head_shape[2]
-        self._like = like.detach().new_empty(0)
-        # State of the parameters, the pairs that it gives, and the memory that keeps the state unique.
-        self._multiplied_out: tuple[object, VirtualPairs, list[Tensor]] | None = None
+        self.awaits_weights: dict[str, bool] = {}  # it has no effect before PEFT has read its weights
+        # What `watch` looks at: how often pairs were asked for, whether an adapter has ever had a gradient, and which
+        # gave pairs that have had none since.
+        self.calls = 0
+        self.had_gradient: dict[str, bool] = {}
+        self.awaits_gradient: set[str] = set()
         # While demonstrations are read (see there): what the attention, run without an adapter, is called with.
         self.recorded: list[tuple[Tensor, Tensor]] | None = None
 
-    def update_layer(self, adapter_name: str, config: HiFICLConfig) -> None:
-        """Create the parameters of an adapter; its name must be new to this layer."""
-        for parameters in self.children():
-            if hook := getattr(parameters, "_hf_hook", None):
-                from accelerate.hooks import remove_hook_from_module  # noqa: PLC0415 - it is there, it made the hook
+    def update_layer(self, adapter_name: str, config: HiFICLConfig, device: torch.device, dtype: torch.dtype) -> None:
+        """Create the parameters of an adapter; its name must be new to this layer.
 
-                # It offloaded the adapters that were here and does not know the new one: let them stay where they run.
-                remove_hook_from_module(parameters)
-                parameters.to(device=hook.execution_device)
-        for name, shape in config.parameter_shapes(*self.head_shape).items():
-            getattr(self, name)[adapter_name] = nn.Parameter(torch.empty(shape))
+        Device and dtype are those that the attention computes in; PEFT may cast to float32 afterwards.
+        """
+        factors = {name: Factor(shape) for name, shape in config.parameter_shapes(*self.head_shape).items()}
+        for name, factor in factors.items():
+            getattr(self, name)[adapter_name] = factor
         self.n[adapter_name] = config.n
         self.r[adapter_name] = config.r
         self.scale_self_attention[adapter_name] = config.scale_self_attention
+        self.awaits_weights[adapter_name] = self.had_gradient[adapter_name] = False
         self.reset_parameters(adapter_name, config.init_weights)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._device_and_dtype = device, dtype
+        for factor in factors.values():
+            if not factor.weight.is_meta:
+                factor.to(device=device, dtype=dtype)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
@@ -91,7 +118,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             if adapter_name in getattr(self, name):
                 std = stds.get(name, 1.0) if init_weights else 1.0
-                nn.init.normal_(getattr(self, name)[adapter_name], std=std)
+                nn.init.normal_(getattr(self, name)[adapter_name].weight, std=std)
 
     @torch.no_grad()
     def set_pairs(self, adapter_name: str, keys: Tensor, values: Tensor) -> None:
@@ -105,9 +132,9 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         for kind, pairs in (("K", keys), ("V", values)):
             whole = pairs.repeat_interleave(heads // pairs.shape[0], dim=0).float()  # (H, n, d)
             if adapter_name in getattr(self, f"hificl_{kind}"):
-                getattr(self, f"hificl_{kind}")[adapter_name].copy_(whole)
+                getattr(self, f"hificl_{kind}")[adapter_name].weight.copy_(whole)
                 continue
-            left, right = (getattr(self, f"hificl_{kind}_{factor}")[adapter_name] for factor in "AB")
+            left, right = (getattr(self, f"hificl_{kind}_{factor}")[adapter_name].weight for factor in "AB")
             n, rank = left.shape[1:]
             u, s, w = torch.linalg.svd(whole, full_matrices=False)  # (H, n, k), (H, k), (H, k, d)
             k = min(rank, s.shape[1])
@@ -117,102 +144,53 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             left[:, :, :k].copy_(n**0.5 * u[:, :, :k] @ rotation)
             right[:, :k].copy_(rotation.mT @ (s[:, :k, None] * w[:, :k]) / n**0.5)
 
-    def forward(
-        self, batch_size: int, adapter_names: list[str] | None = None, reuse: bool = False
-    ) -> VirtualPairs | None:
-        """The virtual pairs for one attention call.
+    def forward(self, batch_size: int) -> VirtualPairs | None:
+        """The virtual pairs for one attention call: of the active adapters, or of each row's own (see `rows`).
 
         Args:
             batch_size: rows of the call.
-            adapter_names: one adapter per row ("__base__": none) instead of the active adapters.
-            reuse: while decoding; pairs of frozen adapters that were multiplied out before are used again, unless a
-                parameter has changed since.
 
         Raises:
-            ValueError: ``adapter_names`` is not one name per row.
+            ValueError: it is not certain which row has which adapter.
         """
+        if not torch.compiler.is_compiling():
+            self.calls += 1
         if self.disable_adapters:
             return None
-        if any("_hf_hook" in vars(parameters) for parameters in self._modules.values()):
-            # accelerate keeps the parameters elsewhere and brings them in for modules that are called; a
-            # ParameterDict is not.
-            with onload_layer(self):
-                return self._select(batch_size, adapter_names, reuse, keep=False)
-        return self._select(batch_size, adapter_names, reuse)
-
-    def _select(
-        self, batch_size: int, adapter_names: list[str] | None, reuse: bool, keep: bool = True
-    ) -> VirtualPairs | None:
-        if adapter_names is not None:
-            if len(adapter_names) != batch_size:
-                raise ValueError(
-                    f"adapter_names has {len(adapter_names)} entries for a batch of {batch_size} rows: give one per "
-                    "row."
-                )
+        rows = running.modules.get(self)
+        if rows is not None:
+            adapter_names = rows.spread(batch_size)
             names = sorted(set(adapter_names))
-            choices = [self._pairs(name) if name in self.n else None for name in names]
+            choices = [self._pairs(name) if self._has(name) else None for name in names]
             return select_rows(choices, [names.index(name) for name in adapter_names])
-        active = [name for name in self.active_adapters if name in self.n]
-        return self._union(active, reuse, keep) if active else None
+        active = [name for name in self.active_adapters if self._has(name)]
+        return concatenate_pairs([self._pairs(name) for name in active]) if active else None
 
-    def _union(self, names: list[str], reuse: bool, keep: bool) -> VirtualPairs:
-        if torch.compiler.is_compiling() or not keep:
-            return concatenate_pairs([self._pairs(name) for name in names])
-        state, known = self._state(names), self._multiplied_out
-        if reuse and state is not None and known is not None and known[0] == state:
-            return known[1]
-        pairs = concatenate_pairs([self._pairs(name) for name in names])
-        if state is not None:
-            kinds = [getattr(self, kind) for kind in self.adapter_layer_names]
-            held = [kind[name].detach() for kind in kinds for name in names if name in kind]
-            self._multiplied_out = (state, pairs, held)
-        else:
-            self._multiplied_out = None  # a fused optimizer changes parameters without counting their version up
-        return pairs
-
-    def _state(self, names: list[str]) -> tuple[object, ...] | None:
-        """What tells whether parameters have changed; None while they are trained.
-
-        An edit in place counts the version up; anything else is other memory, as what `_multiplied_out` holds is not
-        freed.
-        """
-        if (
-            torch._C._are_functorch_transforms_active()
-            or _get_current_dispatch_mode() is not None  # fake tensors, for one
-            or torch._C._is_tracing()
-        ):
-            return None
-        state: list[object] = [torch.is_inference_mode_enabled(), *names]
-        state += [self.scale_self_attention[name] for name in names]
-        for kind in self._modules.values():
-            held = kind._parameters if kind is not None else {}
-            for name in names:
-                parameter = held.get(name)
-                if parameter is not None:
-                    if parameter.requires_grad or parameter.is_inference():
-                        return None
-                    if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
-                        return None
-                    state += (parameter.data_ptr(), parameter._version)
-        return tuple(state)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_multiplied_out": None}
+    def _has(self, adapter_name: str) -> bool:
+        return adapter_name in self.n and not self.awaits_weights[adapter_name]
 
     def _pairs(self, adapter_name: str) -> VirtualPairs:
-        return VirtualPairs(
-            keys=self._product("hificl_K", adapter_name),
-            values=self._product("hificl_V", adapter_name),
-            scale_self_attention=self.scale_self_attention[adapter_name],
-        )
+        keys, values = self._product("hificl_K", adapter_name), self._product("hificl_V", adapter_name)
+        if torch.is_grad_enabled() and not self.had_gradient[adapter_name] and not torch.compiler.is_compiling():
+            for product in (keys, values):
+                if product.requires_grad:
+                    self.awaits_gradient.add(adapter_name)
+                    product.register_hook(lambda grad: self._gradient_came(adapter_name))
+        return VirtualPairs(keys, values, scale_self_attention=self.scale_self_attention[adapter_name])
+
+    def _gradient_came(self, adapter_name: str) -> None:
+        self.awaits_gradient.discard(adapter_name)
+        if adapter_name in self.had_gradient:  # it has not been deleted since
+            self.had_gradient[adapter_name] = True
 
     def _product(self, name: str, adapter_name: str) -> Tensor:
-        whole: nn.ParameterDict = getattr(self, name)
+        whole: nn.ModuleDict = getattr(self, name)
         if adapter_name in whole:
-            return whole[adapter_name][None]  # (1, H, n, d)
-        left, right = getattr(self, f"{name}_A")[adapter_name], getattr(self, f"{name}_B")[adapter_name]
-        with without_autocast(left.device):
-            return torch.bmm(left, right)[None]  # (1, H, n, d)
+            product = whole[adapter_name]()
+        else:
+            left, right = getattr(self, f"{name}_A")[adapter_name], getattr(self, f"{name}_B")[adapter_name]
+            product = right(left())
+        return product[None]  # (1, H, n, d)
 
     # -- what PEFT asks of a tuner layer -------------------------------------------------------------------------
 
@@ -234,11 +212,6 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
                 "belongs to the softmax that they would share; activate adapters that agree."
             )
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter of this layer."""
-        self._multiplied_out = None
-        super().delete_adapter(adapter_name)
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         raise NotImplementedError(CANNOT_MERGE)
 
@@ -246,14 +219,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError(CANNOT_MERGE)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        return self._like.device, self._like.dtype
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # The base model moves: adapters that are added later learn its device and dtype from here.  Not a buffer, as
-        # tools that offload buffers would look for it in the base model's checkpoint.
-        self._like = fn(self._like)
-        self._multiplied_out = None
-        return super()._apply(fn, recurse)
+        return self._device_and_dtype
 
     def extra_repr(self) -> str:
         heads, key_dim, value_dim = self.head_shape
@@ -262,6 +228,14 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
     # BaseTunerLayer would look for them on the module it wraps; this layer wraps none.
     weight: Any = None
     bias: Any = None
+
+
+def _refuse_gradient(gradient: Tensor) -> NoReturn:
+    """The weights that accelerate has brought in for one forward take their gradients along when they go."""
+    raise RuntimeError(
+        "This HiFICL adapter is offloaded by accelerate, so its gradients would be lost: offload the base model first "
+        "and attach the adapter afterwards, which stays in memory and can be trained."
+    )
 
 
 CANNOT_MERGE = (

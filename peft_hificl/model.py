@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 
-from . import attention, checkpoint, targets
+from . import attention, checkpoint, continuous_batching, hooks, loading, offloading, preflight, rows, targets
 from .config import HiFICLConfig
 from .layer import CANNOT_MERGE, HiFICLLayer
-
-# Heads that PEFT adds to modules_to_save, whether a model has them or not.
-_CLASSIFIERS = {"classifier", "score", "qa_outputs"}
 
 
 class HiFICLModel(BaseTuner):
@@ -52,6 +52,29 @@ class HiFICLModel(BaseTuner):
     tuner_layer_cls = HiFICLLayer
     target_module_mapping: dict[str, list[str]] = {}  # targets are found by structure
 
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: HiFICLConfig | dict[str, HiFICLConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        self._unloaded: dict[str, _Undo] = {}  # adapters whose weights PEFT is about to read
+        before = getattr(model, "peft_config", None)
+        others = dict(before or {})
+        try:
+            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        except BaseException:  # PEFT gives the model the configuration before it attaches the adapter
+            if before is None:
+                vars(model).pop("peft_config", None)
+                if getattr(model, "_hf_peft_config_loaded", False):  # set by transformers before it calls PEFT
+                    model._hf_peft_config_loaded = False  # type: ignore[assignment]
+            else:
+                before.clear()
+                before.update(others)
+            raise
+
     # -- attaching ------------------------------------------------------------------------------------------------
 
     def inject_adapter(
@@ -62,93 +85,75 @@ class HiFICLModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
+        named = list(self.targeted_module_names)
         config = self.peft_config[adapter_name]
         before = asked = config.target_modules
-        if config._found_targets is not None and config.target_modules == config._found_targets[1]:
-            # It has served already: what was found there must not be said of this model, nor the other way round.
-            asked = config._found_targets[0]
-            searched = copy.copy(config)
-            searched.target_modules = asked
-            self._prepare_adapter_config(searched, self.get_model_config(model))
-            if searched.target_modules != config.target_modules:
-                config = self.peft_config[adapter_name] = searched
         try:
-            self._attach(model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        except Exception:
+            preflight.check_kind(model)
+            load = loading.in_progress(config)
+            if config._found_targets is not None and config.target_modules == config._found_targets[1]:
+                # It has served already: what was found there must not be said of this model, nor the other way round.
+                asked = config._found_targets[0]
+                searched = copy.copy(config)
+                searched.target_modules = asked
+                self._prepare_adapter_config(searched, self.get_model_config(model))
+                if searched.target_modules != config.target_modules:
+                    config = self.peft_config[adapter_name] = searched
+            self._prepare_adapter_config(config, self.get_model_config(model))
+            state_dict = self._in_names_of(model, state_dict)
+            names = {key.rpartition(f".{checkpoint.PREFIX}")[0] for key in state_dict or ()} or {
+                name for name in self._own_names(model) if name and self._check_target_module_exists(config, name)
+            }
+            _forget_unloaded(model, adapter_name)
+            preflight.check(model, adapter_name, config, names, load)
+            undo = _Undo(model, adapter_name)
+            try:
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+                hooks.refresh(model)
+                rows.install(model)
+                continuous_batching.guard(model)
+                offloading.note_in_device_map(model)
+                if load is not None:
+                    self._prepare_load(model, adapter_name, load, undo)
+            except BaseException:  # PEFT has checks of its own, some of them after the change
+                undo()
+                raise
+        except BaseException:
+            self.targeted_module_names = named
+            self.peft_config.pop(adapter_name, None)
             config.target_modules = before
             raise
         config._found_targets = (asked, config.target_modules)
         if type(model).__module__.startswith("transformers."):
-            config._base_model_class = type(model).__name__
+            config._base_model = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
-    def _attach(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        config: HiFICLConfig,
-        autocast_adapter_dtype: bool,
-        low_cpu_mem_usage: bool,
-        state_dict: dict[str, Tensor] | None,
-    ) -> None:
-        self._prepare_adapter_config(config, self.get_model_config(model))
-        if state_dict is None:
-            names = {name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)}
+    def _prepare_load(self, model: nn.Module, adapter_name: str, load: loading.Load, undo: _Undo) -> None:
+        if load.by_peft:  # which reads the weights next; should that fail, the adapter must have no effect
+            self._unloaded[adapter_name] = undo
+            for layer in _layers_with(model, adapter_name):
+                layer.awaits_weights[adapter_name] = True
         else:
-            # PEFT takes whatever stands before ".hificl_" in a key for the target: that is to be the attention.
-            state_dict = {key.replace(f".{checkpoint.MODULE}.", "."): value for key, value in state_dict.items()}
-            names = {name for key in state_dict if (name := checkpoint.module_of(key))}
-        self._check_before_change(model, adapter_name, config, names)
-        with _undone_on_error(model, adapter_name):
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            # transformers reads them again, with no word to the tuner: should that fail, or find no names for them,
+            # what is attached is what was stored.
+            model.load_state_dict(self._in_keys_of(model, adapter_name, load.tensors), strict=False)
 
-    def _check_before_change(self, model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[str]) -> None:
-        """Find whatever can be wrong with an adapter before the first module is changed."""
-        # The first two cannot be a key of a ParameterDict; the third names the layer itself in a state dict's keys.
-        if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name) or adapter_name == checkpoint.MODULE:
-            raise ValueError(f"An adapter cannot be named {adapter_name!r}: choose a plain word, without dots.")
-        if (getattr(model, "_tp_size", None) or 1) > 1:
-            raise ValueError(
-                "The base model is sharded by tensor parallelism, which HiFICL does not support: load it without "
-                "tp_plan (device_map='auto' splits it by layers, which works)."
-            )
-        if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
-            raise ValueError(
-                "The base model is partly offloaded to disk, where PEFT has no place for a HiFICL adapter: give "
-                "from_pretrained a device_map (or max_memory) that needs no disk."
-            )
-        if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            raise ValueError(
-                f"target_modules={config.target_modules!r} means linear layers, but HiFICL adapts attention modules: "
-                "leave target_modules=None to have them found."
-            )
-        shapes = {}
-        for name, module in model.named_modules():
-            if isinstance(module, HiFICLLayer) and adapter_name in module.n:
-                raise ValueError(
-                    f"An adapter named {adapter_name!r} is already attached to {name.rpartition('.')[0]!r}: choose "
-                    "another adapter_name, or delete_adapter() it first."
-                )
-            if name in names and checkpoint.MODULE not in name.split("."):
-                reason = attention.why_unsupported(module)
-                if reason:
-                    raise TypeError(
-                        f"HiFICL cannot adapt module {name!r} of type {type(module).__name__}: {reason}. Choose "
-                        "attention modules as target_modules, or leave target_modules=None to have them found."
-                    )
-                shapes[name] = attention.head_shape_of(module)
-        tokens = config.trainable_token_indices
-        for field, wanted in (
-            ("modules_to_save", set(config.modules_to_save or ()) - _CLASSIFIERS),
-            ("trainable_token_indices", tokens if isinstance(tokens, dict) else ()),
-        ):
-            absent = sorted(end for end in wanted if not any(name.endswith(end) for name, _ in model.named_modules()))
-            if absent:
-                raise ValueError(
-                    f"{field} names {', '.join(map(repr, absent))}, not found in {type(model).__name__}; give names of "
-                    "its modules, or their ends."
-                )
-        if config._stored is not None and shapes:
-            checkpoint.check_fits(config._stored, shapes, model, config)
+    @staticmethod
+    def _own_names(model: nn.Module) -> list[str]:
+        return [name for name, module in model.named_modules() if not isinstance(module, OptimizedModule)]
+
+    def _in_names_of(self, model: nn.Module, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """The keys of a state dict, with the attention's name before ``.hificl_``: there PEFT looks for the targets."""
+        if state_dict is None:
+            return None
+        live = {checkpoint.plain(name): name for name in self._own_names(model)}
+        attentions = {key: live.get(name, name) for key in state_dict if (name := checkpoint.module_of(key))}
+        return {
+            f"{name}{key[key.rindex(f'.{checkpoint.PREFIX}') :]}": state_dict[key] for key, name in attentions.items()
+        }
+
+    @staticmethod
+    def _check_target_module_exists(config: HiFICLConfig, key: str) -> Any:
+        return check_target_module_exists(config, checkpoint.plain(key))
 
     def _prepare_adapter_config(self, peft_config: HiFICLConfig, model_config: dict[str, Any]) -> HiFICLConfig:
         if peft_config.target_modules is None:
@@ -165,12 +170,13 @@ class HiFICLModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, HiFICLLayer):  # matched by a wide pattern when a second adapter is added
+        # Matched by a wide pattern when a second adapter is added; the attention within has the same name.
+        if isinstance(target, (HiFICLLayer, OptimizedModule)):
             return
         layer = getattr(target, checkpoint.MODULE, None)
         if layer is None:
             layer = attention.attach(target, attention.head_shape_of(target))
-        layer.update_layer(adapter_name, peft_config)
+        layer.update_layer(adapter_name, peft_config, *offloading.device_and_dtype(target))
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
 
@@ -178,13 +184,20 @@ class HiFICLModel(BaseTuner):
         """Set the active adapters; several of them share one softmax.
 
         Raises:
-            ValueError: the adapters disagree about scale_self_attention.
+            ValueError: the adapters disagree about scale_self_attention, or the weights of one were never read.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        _check_loaded(self.model, names)
         for module in self.modules():
             if isinstance(module, HiFICLLayer):
                 module.check_together(names)  # all of them before the first one is switched
         super().set_adapter(adapter_name, inference_mode)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(
+            "HiFICL adapters cannot be combined into a weighted one yet. Adapters that are active together share one "
+            "softmax, which weighs their pairs by each query: model.base_model.set_adapter(['a', 'b'])."
+        )
 
     # -- detaching ------------------------------------------------------------------------------------------------
 
@@ -197,80 +210,195 @@ class HiFICLModel(BaseTuner):
         for module in list(self.model.modules()):
             if isinstance(getattr(module, checkpoint.MODULE, None), HiFICLLayer):
                 attention.detach(module)
+        hooks.refresh(self.model)
+        continuous_batching.unguard(self.model)
+        offloading.note_in_device_map(self.model)
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # Called when PEFT's wrappers around whole modules and embeddings go; there is no weight to hand over.
         setattr(parent, child_name, new_module)
 
-    # -- loading --------------------------------------------------------------------------------------------------
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; if it was active and no other is, the first one that is left becomes active."""
+        if adapter_name in self.active_adapters:
+            others = sorted(n for n, c in self.peft_config.items() if n != adapter_name and isinstance(c, HiFICLConfig))
+            active = [name for name in self.active_adapters if name != adapter_name] or others[:1]
+            if active:  # each layer would choose among its own, which need not be the same on all of them
+                warnings.warn(f"{adapter_name} was active; active from now on: {', '.join(active)}.", stacklevel=3)
+                self.set_adapter(active)
+        super().delete_adapter(adapter_name)
+
+    # -- saving and loading ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: HiFICLConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        _check_loaded(model, [adapter_name])
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # PEFT looks for the names of the layers, and FSDP1 and checkpoint_wrapper put their own into those of modules,
+        # but not into keys: it would find nothing to save.
+        found |= {key: tensor for key, tensor in state_dict.items() if checkpoint.module_of(key) is not None}
+        if not dist.is_initialized() or dist.get_rank() == 0:  # the one that saves; the others may have nothing to save
+            ends = f".modules_to_save.{adapter_name}.", f"{checkpoint.TOKENS}.{adapter_name}"
+            beside = {key: tensor for key, tensor in state_dict.items() if any(end in key for end in ends)}
+            checkpoint.check_whole({**found, **beside})
+        return found
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """``hificl_K_A.default.weight`` of a model is ``hificl_K_A`` in a file."""
+        key = super()._remove_adapter_name_from_key(key, adapter_name)
+        return checkpoint.uncompiled(key).removesuffix(".weight") if checkpoint.module_of(key) is not None else key
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: HiFICLConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
-        )
-        expected = {
-            f"{name.removeprefix('_fsdp_wrapped_module.')}.{parameter}.{adapter_name}": tensors[adapter_name].shape
-            for name, module in model.named_modules()
-            if isinstance(module, HiFICLLayer)
-            for parameter in module.adapter_layer_names
-            if adapter_name in (tensors := getattr(module, parameter))
+        tuner: Any = getattr(model, "base_model", None)
+        undo = tuner._unloaded.pop(adapter_name, None) if isinstance(tuner, HiFICLModel) else None
+        try:
+            remapped = cls._in_keys_of(model, adapter_name, state_dict)
+        except BaseException:
+            if undo is not None:
+                undo()
+                tuner.peft_config.pop(adapter_name, None)
+            raise
+        for layer in _layers_with(model, adapter_name):
+            layer.awaits_weights[adapter_name] = False
+        return remapped
+
+    @classmethod
+    def _in_keys_of(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A stored state dict in the keys of the model, found to fit it."""
+        live = model.state_dict()
+        own = {
+            key: tensor
+            for key, tensor in live.items()
+            if checkpoint.module_of(key) and key.rpartition(f".{checkpoint.MODULE}.")[2].split(".")[1] == adapter_name
         }
-        checkpoint.check_state_dict(remapped, expected)
+        names = {checkpoint.plain(key): key for key in live}
+        names |= {checkpoint.plain(cls._remove_adapter_name_from_key(key, adapter_name)): key for key in own}
+        for name, module in model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT has renamed those that were there before it asks us
+                for stored, key in module.adapter_state_dict_load_map(adapter_name).items():
+                    names[checkpoint.plain(f"{name}.{stored}")] = f"{name}.{key}"
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        modules = {module for key in state_dict if (module := checkpoint.module_of(key))}
+        elsewhere = checkpoint.on_other_stages(modules, base)
+        remapped = {
+            names.get(checkpoint.plain(key), key): tensor
+            for key, tensor in state_dict.items()
+            if checkpoint.module_of(key) not in elsewhere
+        }
+        dtypes = {key: tensor.dtype for key, tensor in live.items()}
+        for key, tensor in own.items():
+            if tensor.is_meta:  # it takes the dtype of the base model when it has been loaded
+                dtypes[key] = offloading.device_and_dtype(
+                    model.get_submodule(key.rpartition(f".{checkpoint.MODULE}.")[0])
+                )[1]
+        checkpoint.check_state_dict(remapped, {key: tensor.shape for key, tensor in own.items()}, dtypes)
         return remapped
 
     # -- one adapter per row ----------------------------------------------------------------------------------------
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base model."""
+        if (known := rows.running.modules.get(self)) is None:
+            return super().forward(*args, **kwargs)
+        # A PeftModel of a task type has given the names, but kept the ids of the prompts back.
+        with self._enable_peft_forward_hooks(*args, **kwargs, adapter_names=known.names):
+            return super().forward(*args, **kwargs)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names=[...]`, one per row, to every layer for the duration of one forward or generate."""
-        adapter_names = kwargs.get("adapter_names")
-        if adapter_names is None:
+        names, outer = kwargs.get("adapter_names"), rows.running.modules
+        if names is None and not outer:
             yield
             return
+        mine = dict.fromkeys(self.modules()) if names is None else self._rows(names, args, kwargs)
+        rows.running.modules = {**outer, **mine}
+        try:
+            yield
+        finally:
+            rows.running.modules = outer
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _rows(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[nn.Module, Any]:
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first.")
-        unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
+        if not names or isinstance(names, str):
+            raise ValueError(f"adapter_names must be a list, one name per row; got {names!r}.")
+        unknown = set(names) - set(self.peft_config) - {"__base__"}
         if unknown:
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}; there are "
                 f"{', '.join(sorted(self.peft_config))} and __base__."
             )
-        thread = threading.get_ident()
-        # `generate` repeats each row, but not inside an encoder.
-        repeats = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
-
-        def hand_down(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if threading.get_ident() != thread:
-                return None  # another thread's forward, which has rows of its own
-            first = args[0] if args else next(iter(kwargs.values()))
-            batch_size = first if isinstance(module, HiFICLLayer) else len(first)
-            repeated = repeats if batch_size == repeats * len(adapter_names) else 1
-            return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(repeated)]}
-
-        with ExitStack() as hooks:
-            for module in self.modules():
-                if isinstance(module, (HiFICLLayer, AuxiliaryTrainingWrapper)):
-                    hooks.callback(module.register_forward_pre_hook(hand_down, with_kwargs=True).remove)
-            yield
+        _check_loaded(self.model, set(names))
+        text, media = rows.of_call(self.model, list(names), args, kwargs)
+        prompts = targets.text_modules(self.model)
+        return {self: text} | {
+            module: (text if module in prompts else media)._replace(module=name.removesuffix(f".{checkpoint.MODULE}"))
+            for name, module in self.model.named_modules()
+            if isinstance(module, (HiFICLLayer, AuxiliaryTrainingWrapper))
+        }
 
 
-@contextmanager
-def _undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """PEFT has checks of its own, some of them after the change: after an error, take the new adapter off again."""
-    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        yield
-    except Exception:
-        for module in list(model.modules()):
-            layer = getattr(module, checkpoint.MODULE, None)
-            if isinstance(layer, HiFICLLayer) and adapter_name in layer.n:
-                layer.delete_adapter(adapter_name)
-                if not layer.n:
-                    attention.detach(module)
-        for parameter, value in requires_grad.items():
+def _layers_with(model: nn.Module, adapter_name: str) -> list[HiFICLLayer]:
+    return [module for module in model.modules() if isinstance(module, HiFICLLayer) and adapter_name in module.n]
+
+
+def _check_loaded(model: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        if any(layer.awaits_weights[name] for layer in _layers_with(model, name)):
+            raise ValueError(
+                f"The weights of adapter {name!r} could not be read when it was to be loaded: call "
+                f"load_adapter again, or delete_adapter({name!r})."
+            )
+
+
+def _forget_unloaded(model: nn.Module, adapter_name: str) -> None:
+    """An adapter of this name whose weights could not be read, earlier, makes room."""
+    for layer in _layers_with(model, adapter_name):
+        if layer.awaits_weights[adapter_name]:
+            layer.delete_adapter(adapter_name)
+
+
+class _Undo:
+    """Makes a model again what it was before an adapter was attached to it."""
+
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
+        self.model, self.adapter_name = model, adapter_name
+        self.modules = set(model.modules())
+        self.requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        tuned = (m for m in self.modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
+        self.active = {module: module._active_adapter for module in tuned}
+
+    def __call__(self) -> None:
+        for parent in self.modules:
+            for name, child in list(parent.named_children()):
+                if child not in self.modules and isinstance(child, HiFICLLayer):
+                    attention.detach(parent)
+                elif child not in self.modules and isinstance(child, AuxiliaryTrainingWrapper):
+                    setattr(parent, name, child.original_module)
+        for module, names in self.active.items():
+            module._active_adapter = names
+            if isinstance(module, HiFICLLayer):
+                module.delete_adapter(self.adapter_name)
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                module.delete_adapter(self.adapter_name, names)
+                module._active_adapter = names
+        hooks.refresh(self.model)
+        if not any(isinstance(module, HiFICLLayer) for module in self.model.modules()):
+            continuous_batching.unguard(self.model)
+        offloading.note_in_device_map(self.model)
+        for parameter, value in self.requires_grad.items():
             parameter.requires_grad = value
-        raise

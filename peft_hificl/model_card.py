@@ -2,44 +2,124 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import shutil
+import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from .config import HiFICLConfig
+from huggingface_hub import RepoCard
+
+CARD = "README.md"
+MARK = "<!-- peft-hificl:"
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
 
 
-def add_usage(save_directory: str, config: HiFICLConfig) -> None:
-    """Add how to load the adapter to the card that PEFT has written beside it (or above, for a named adapter).
+def update(save_directory: str) -> None:
+    """Tell in the card beside an adapter that was just saved (or above it, if it has a name) how to load it.
 
-    Loading needs `import peft_hificl`, which nothing in PEFT's own card says.  The section of an adapter that was
-    saved in the same place before is replaced.  A README that is not a PEFT card is left alone.
+    Loading needs `import peft_hificl`, which nothing in PEFT's own card says.  A README that is not a PEFT card, or is
+    not UTF-8, is left alone.
     """
     folder = Path(save_directory)
-    for path, adapter in ((folder / "README.md", "."), (folder.parent / "README.md", folder.name)):
+    for path in (folder / CARD, folder.parent / CARD):
         if path.is_file():
-            card = path.read_text(encoding="utf-8")
-            if "library_name: peft" in card:
-                begin, end = (f"<!-- peft-hificl: {edge} of the usage of {adapter} -->" for edge in ("begin", "end"))
-                section = f"{begin}\n{_usage(config, adapter)}{end}"
-                before, found, rest = card.partition(begin)
-                card = f"{before}{section}{rest.partition(end)[2]}" if found else f"{card.rstrip()}\n\n{section}\n"
-                path.write_text(card, encoding="utf-8")
+            try:
+                card = path.read_bytes().decode()
+            except UnicodeDecodeError:
+                return
+            if "library_name: peft" in card or MARK in card:
+                _replace(path, _with_usage(card, _stored_adapters(path.parent)))
             return
 
 
-def _usage(config: HiFICLConfig, adapter: str) -> str:
-    heading = "## How to use this HiFICL adapter" if adapter == "." else f"## How to use the HiFICL adapter {adapter}"
-    base_class = config._base_model_class or "AutoModel"
-    base = config.base_model_name_or_path
+def _with_card_kept(save: Callable[[RepoCard, Path | str], None]) -> Callable[[RepoCard, Path | str], None]:
+    """Keep the usage of HiFICL adapters in a card that is written beside them when they have been saved already.
+
+    transformers' `push_to_hub`, `Trainer.create_model_card` and trl's trainers do that, each with a card of its own,
+    and PEFT when an adapter is saved again.
+    """
+
+    @functools.wraps(save)
+    def save_card(card: RepoCard, filepath: Path | str) -> None:
+        path = Path(filepath)
+        if path.name == CARD:
+            adapters = _stored_adapters(path.parent)
+            if adapters or (path.is_file() and MARK.encode() in path.read_bytes()):
+                _replace(path, _with_usage(str(card), adapters))
+                return
+        save(card, filepath)
+
+    return save_card
+
+
+def _stored_adapters(folder: Path) -> dict[str, dict[str, Any]]:
+    """The configurations of the HiFICL adapters that a card in this folder speaks of, by the path from there."""
+    found = {}
+    for path in sorted([*folder.glob("adapter_config.json"), *folder.glob("*/adapter_config.json")]):
+        if path.parent != folder and (path.parent / CARD).exists():
+            continue  # it has a card of its own: a checkpoint of a Trainer
+        try:
+            config = json.loads(path.read_bytes())
+        except ValueError:
+            continue
+        if isinstance(config, dict) and config.get("peft_type") == "HIFICL":
+            found["." if path.parent == folder else path.parent.name] = config
+    return found
+
+
+def _with_usage(card: str, adapters: dict[str, dict[str, Any]]) -> str:
+    """A section of each adapter takes the place of the one that the card has, or goes to the end."""
+    newline = "\r\n" if "\r\n" in card else "\n"
+    for adapter, config in adapters.items():
+        begin, end = (f"{MARK} {edge} of the usage of {adapter} -->" for edge in ("begin", "end"))
+        section = f"{begin}\n{_usage(config, adapter)}{end}".replace("\n", newline)
+        before, found, rest = card.partition(begin)
+        if found:
+            card = f"{before}{section}{rest.partition(end)[2]}"
+        else:
+            card = f"{card.rstrip()}{newline}{newline}{section}{newline}"
+    return card
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that whoever reads it, and whatever stops this process, finds the old text or the new one."""
+    path = path.resolve()  # a link stays one
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_bytes(text.encode())
+        if path.exists():
+            shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _usage(config: dict[str, Any], adapter: str) -> str:
+    named = adapter != "."
+    heading = f"## How to use the HiFICL adapter {adapter}" if named else "## How to use this HiFICL adapter"
+    origin = config.get("auto_mapping") or {}
+    base_class = _AUTO_CLASSES.get(config.get("task_type") or "", "AutoModel")
+    if origin.get("parent_library", "").startswith("transformers."):
+        base_class = origin["base_model_class"]
+    base = config.get("base_model_name_or_path")
     if base is None:
         base = "the base model: a folder or its id on the Hub"
     elif os.path.isdir(base):
         base = os.path.abspath(base)  # the snippet runs in the adapter's folder
+    subfolder = f", subfolder={adapter!r}" if named else ""
     return f"""{heading}
 
-{config.n} virtual key-value pairs per attention head, rank {config.r} ([HiFICL](https://arxiv.org/abs/2603.12760)).
+{config["n"]} virtual key-value pairs per attention head, rank {config["r"]} ([HiFICL](https://arxiv.org/abs/2603.12760)).
 
 ```bash
 pip install peft-hificl
@@ -51,6 +131,12 @@ from peft import PeftModel
 from transformers import {base_class}
 
 base = {base_class}.from_pretrained({base!r})
-model = PeftModel.from_pretrained(base, "{adapter}")  # this folder, or its id on the Hub
+model = PeftModel.from_pretrained(base, "."{subfolder})  # ".": this folder, or its id on the Hub
 ```
 """
+
+
+def keep_usage() -> None:
+    """Wrap `RepoCard.save`: the one place that all cards pass which are written after an adapter has been saved."""
+    if not hasattr(RepoCard.save, "__wrapped__"):
+        RepoCard.save = _with_card_kept(RepoCard.save)  # type: ignore[method-assign, assignment]

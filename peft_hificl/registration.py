@@ -8,6 +8,8 @@ import warnings
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 NAME = "HIFICL"
 
@@ -37,3 +39,14 @@ def register(config_cls: type, model_cls: type) -> None:
             "own classes are used. Uninstall peft-hificl, or import its functions directly.",
             stacklevel=3,
         )
+
+
+def register_key_renaming() -> None:
+    """Let transformers' own `load_adapter` find ``hificl_K_A.default.weight`` for the stored key ``hificl_K_A``.
+
+    It renames keys by patterns, after which the adapter's name is the end of ours.  The "legacy" mapping is the one
+    that transformers applies to every model.
+    """
+    renaming = WeightRenaming(r"(hificl_[KV]\w*\.[^.]+)$", r"\1.weight")
+    mapping = get_checkpoint_conversion_mapping("legacy")
+    register_checkpoint_conversion_mapping("legacy", [*mapping, renaming], overwrite=True)

@@ -9,11 +9,12 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import attention
+from . import attention, checkpoint
 from .config import HiFICLConfig
 
 # Classes and names by which transformers' models tell apart what is not self-attention over text.
-_OTHER_KIND = re.compile(r"Cross|Vision|Visual|Image|Video|Audio|Perceiver|Resampler|QFormer|Pooler|Pooling")
+_TOWER = re.compile(r"Vision|Visual|Image|Video|Audio|QFormer")
+_OTHER_KIND = re.compile(r"Cross|Perceiver|Resampler|Pooler|Pooling")
 _CROSS_NAME = re.compile(r"cross|enc(oder)?_?dec|encoder_attn", re.IGNORECASE)
 
 
@@ -25,12 +26,14 @@ def default_targets(model: nn.Module, config: HiFICLConfig) -> str | set[str]:
     Raises:
         ValueError: there is none that HiFICL can adapt, or `exclude_modules` and `layers_to_transform` leave none.
     """
-    found = find_self_attention(model)
+    # A compiled module has the name of the module that it wraps, which comes after it.
+    modules = {checkpoint.plain(name): module for name, module in model.named_modules()}
+    found = [checkpoint.plain(name) for name in find_self_attention(model)]
     # exclude_modules and layers_to_transform are PEFT's to apply, to names that match by their end.
     by_end = dataclasses.replace(config, target_modules=list({name.rpartition(".")[2] for name in found}))
     names = {name for name in found if check_target_module_exists(by_end, name)}
-    kinds = {type(model.get_submodule(name)) for name in found}
-    for name, module in model.named_modules():  # never some of the layers in silence
+    kinds = {type(modules[name]) for name in found}
+    for name, module in modules.items():  # never some of the layers in silence
         if type(module) in kinds and name not in found and check_target_module_exists(by_end, name):
             reason = attention.why_unsupported(module)
             if reason:
@@ -42,7 +45,7 @@ def default_targets(model: nn.Module, config: HiFICLConfig) -> str | set[str]:
             f"layers_to_transform={config.layers_to_transform!r}, layers_pattern={config.layers_pattern!r}."
         )
     pattern = "|".join(sorted({re.sub(r"(?<=\.)\d+(?=\\|$)", r"\\d+", re.escape(name)) for name in names}))
-    matched = {name for name, _ in model.named_modules() if re.fullmatch(pattern, name)}
+    matched = {name for name in modules if re.fullmatch(pattern, name)}
     return pattern if matched == names and config.layers_to_transform is None else names
 
 
@@ -50,7 +53,8 @@ def find_self_attention(model: nn.Module) -> list[str]:
     """Names of every self-attention of the model's text decoder (of its encoder, where it has no decoder).
 
     Vision and audio towers, perceivers and cross-attentions are left out, and so are layers of hybrid models that are
-    not attention (state-space or linear-attention layers).
+    not attention (state-space or linear-attention layers).  In a model that is a tower and no more, they are the
+    tower's.
 
     Raises:
         ValueError: there is none that HiFICL can adapt; the message says why.
@@ -61,28 +65,35 @@ def find_self_attention(model: nn.Module) -> list[str]:
             "please specify `target_modules` in the HiFICLConfig."
         )
     decoder = _text_decoder(model)
-    # A model within the model may have towers of its own.
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    found_towers = [(part, part.get_encoder(kind)) for part in parts for kind in ("image", "video", "audio")]
-    towers = {tower for part, tower in found_towers if tower is not part and tower is not None} - {decoder}
-    outside = {m for tower in towers for m in tower.modules() if m is not decoder}
+    outside = {m for tower in _towers(model) - {decoder} for m in tower.modules() if m is not decoder}
     inside = set(decoder.modules()) - outside
-    candidates = [
-        (name, module)
-        for name, module in model.named_modules()
-        if module in inside and not _is_other_kind(name, module)
-    ]
-    reasons = {name: reason for name, module in candidates if (reason := attention.why_unsupported(module))}
-    found = [name for name, _ in candidates if name not in reasons]
+    candidates = {name: module for name, module in model.named_modules() if not _is_other_kind(name, module)}
+    text = {n: m for n, m in candidates.items() if m in inside and not _TOWER.search(type(m).__name__)}
+    part = candidates if not _embeds_tokens(model) and not _adaptable(text) else text
+    found = _adaptable(part)
     if not found:
-        likely = {reasons[name]: name for name, module in candidates if "attention" in type(module).__name__.lower()}
+        likely = {
+            attention.why_unsupported(module): name
+            for name, module in part.items()
+            if "attention" in type(module).__name__.lower()
+        }
         why = "; ".join(f"{name}: {reason}" for reason, name in likely.items())
+        others = _adaptable(candidates)
+        hint = (
+            f" Attention of other parts, like {others[0]!r}, is adapted where target_modules names it."
+            if others
+            else ""
+        )
         raise ValueError(
-            f"{type(model).__name__} has no self-attention that HiFICL can adapt: "
+            f"{type(model).__name__} has no self-attention {'over text ' if others else ''}that HiFICL can adapt: "
             f"{why or f'nothing in {type(decoder).__name__} is an attention module'}. HiFICL needs attention that goes "
-            "through transformers' attention interface."
+            f"through transformers' attention interface.{hint}"
         )
     return found
+
+
+def _adaptable(modules: dict[str, nn.Module]) -> list[str]:
+    return [name for name, module in modules.items() if attention.why_unsupported(module) is None]
 
 
 def _text_decoder(model: nn.Module) -> nn.Module:
@@ -94,6 +105,35 @@ def _text_decoder(model: nn.Module) -> nn.Module:
             break
         model = decoder
     return model
+
+
+def _embeds_tokens(model: PreTrainedModel) -> bool:
+    """Whether there is text in the model at all; the configuration of a tower may speak of its companions too."""
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return vocabulary is not None and any(embedding.num_embeddings >= vocabulary for embedding in embeddings)
+
+
+def _towers(model: nn.Module) -> set[nn.Module]:
+    """Encoders of images, videos and sounds; a model within the model may have towers of its own."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    found = [(part, part.get_encoder(kind)) for part in parts for kind in ("image", "video", "audio")]
+    return {tower for part, tower in found if tower is not part and tower is not None}
+
+
+def text_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules whose batch has one row per prompt: the text decoder, its encoder, the embeddings and heads."""
+    decoder = _text_decoder(model)
+    text: list[nn.Module | None] = [decoder]
+    heads = {name for names in checkpoint.HEADS.values() for name in names}
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and (part is model or decoder in part.modules()):
+            text += [part.get_output_embeddings(), *(getattr(part, name, None) for name in heads)]
+            if part.config.is_encoder_decoder:
+                text.append(part.get_encoder())
+    towers = _towers(model) - set(text)
+    outside = {module for tower in towers for module in tower.modules()}
+    return {module for part in text if part is not None for module in part.modules()} - outside
 
 
 def _is_other_kind(name: str, module: nn.Module) -> bool:

@@ -92,7 +92,7 @@ class Family:
 
     @property
     def generates(self) -> bool:
-        return self.kind not in (ENCODER, DUAL)
+        return self.kind not in (ENCODER, DUAL, TOWER)
 
     @property
     def media(self) -> str:
@@ -269,6 +269,7 @@ SEQ2SEQ = "Encoder-decoders"
 VISION_LANGUAGE = "Vision-language models"
 AUDIO = "Audio and speech models"
 DUAL = "Dual encoders"
+TOWER = "Towers on their own"
 
 LAYERS = "model.layers.{0,1}.self_attn"
 GPT_LAYERS = "transformer.h.{0,1}.attn"
@@ -313,6 +314,10 @@ def audio(
     name: str, model: str, targets: str, inputs: Callable[[], Inputs], quirks: Quirks | None = None, **config: Any
 ) -> Family:
     return Family(name, model, AUDIO, targets, config, inputs, quirks or {})
+
+
+def tower(name: str, model: str, targets: str, inputs: Callable[[], Inputs], base: Config, **config: Any) -> Family:
+    return Family(name, model, TOWER, targets, {**base, **config}, inputs)
 
 
 # fmt: off
@@ -656,6 +661,19 @@ FAMILIES: tuple[Family, ...] = (
            {"text_config": MHA, "vision_config": VISION}, prompt(pixel_values=(2, 3, 8, 8))),
     Family("vit", "ViTForImageClassification", ENCODER, "vit.layers.{0,1}.attention", VISION,
            tensors(pixel_values=(2, 3, 8, 8))),
+
+    tower("chinese_clip", "ChineseCLIPVisionModel", "encoder.layers.{0,1}.self_attn",
+          tensors(pixel_values=(2, 3, 8, 8)), VISION),
+    tower("idefics3", "Idefics3VisionTransformer", "encoder.layers.{0,1}.self_attn",
+          tensors(pixel_values=(2, 3, 8, 8)), VISION),
+    tower("internvl", "InternVLVisionModel", "encoder.layer.{0,1}.attention", tensors(pixel_values=(2, 3, 8, 8)),
+          VISION, image_size=(8, 8), patch_size=(4, 4)),
+    tower("qwen2_audio", "Qwen2AudioEncoder", "layers.{0,1}.self_attn", tensors(input_features=(2, 8, 16)),
+          WHISPER_ENCODER),
+    tower("siglip", "SiglipForImageClassification", "vision_model.encoder.layers.{0,1}.self_attn",
+          tensors(pixel_values=(2, 3, 8, 8)), {}, text_config=MHA, vision_config=VISION),
+    tower("videomae", "VideoMAEModel", "encoder.layer.{0,1}.attention.attention",
+          tensors(pixel_values=(2, 2, 3, 8, 8)), VISION, num_frames=2),
 )
 # fmt: on
 

@@ -106,8 +106,8 @@ def oracle(call: Call, adapted: bool) -> tuple[Tensor, Tensor]:
 
     columns, values = [context], [value]
     if adapted:
-        K_D = layer.hificl_K_A["default"].double() @ layer.hificl_K_B["default"].double()
-        V_D = layer.hificl_V_A["default"].double() @ layer.hificl_V_B["default"].double()
+        K_D = layer.hificl_K_A["default"].weight.double() @ layer.hificl_K_B["default"].weight.double()
+        V_D = layer.hificl_V_A["default"].weight.double() @ layer.hificl_V_B["default"].weight.double()
         columns, values = [scores(K_D.expand(batch, -1, -1, -1)), *columns], [V_D.expand(batch, -1, -1, -1), *values]
     if options.get("s_aux") is not None:
         columns.append(options["s_aux"].double().reshape(1, -1, 1, 1).expand(batch, heads, length, 1))

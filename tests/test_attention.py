@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 import types
 
 import pytest
@@ -150,9 +149,9 @@ def test_an_unsupported_implementation_is_refused_with_the_list() -> None:
     assert torch.equal(logits(base, **inputs), want)
 
 
-def test_paged_caches_are_refused() -> None:
+def test_an_unknown_cache_is_refused() -> None:
     module = adapted("gqa").get_base_model().model.layers[0].self_attn
-    with pytest.raises(ValueError, match="paged caches"):
+    with pytest.raises(ValueError, match="does not know the cache.*LlamaAttention.*object"):
         attention.hificl_attention_forward(module, *torch.randn(3, 1, 4, 5, 16), None, cache=object())
 
 
@@ -287,6 +286,25 @@ def test_flex_attention_merges_by_its_log_sum_exp(heads: tuple[int, int], monkey
         with model.disable_adapter() if name == "__base__" else contextlib.nullcontext():
             want = logits(model, **alone)[0]
         torch.testing.assert_close(got[row][real[row]], want[real[row]], rtol=1e-4, atol=1e-4)
+
+
+def test_flex_attention_under_autocast_gets_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary embeddings leave queries and keys in float32; torch's own cast of them gives wrong numbers on CUDA."""
+    seen = []
+
+    def kernel(*args: Tensor, training: bool, **kwargs: object) -> object:
+        seen.append({t.dtype for t in args})
+        return flex_attention(*args, **kwargs)
+
+    model, inputs = adapted("gqa"), inputs_for("gqa")
+    want = logits(model, **inputs)
+    model.get_base_model().set_attn_implementation("flex_attention")
+    monkeypatch.setattr(attention, "_FLEX_GIVES_LSE", {"cpu"})
+    monkeypatch.setattr(attention, "compile_friendly_flex_attention", kernel)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = logits(model, **inputs)
+    assert seen == [{torch.bfloat16}] * 2
+    torch.testing.assert_close(got.float(), want, rtol=0.1, atol=0.1)
 
 
 def test_dropout_is_the_modules_business() -> None:
@@ -465,7 +483,7 @@ def test_autocast_and_moving_the_model() -> None:
     model.double()
     torch.testing.assert_close(logits(model, **inputs), want.double(), rtol=1e-4, atol=1e-4)
     model.add_adapter("late", config(), autocast_adapter_dtype=False)
-    assert hificl_layers(model)[0].hificl_K_A["late"].dtype == torch.float64
+    assert hificl_layers(model)[0].hificl_K_A["late"].weight.dtype == torch.float64
 
 
 def test_dropout_is_part_of_training_only() -> None:
@@ -545,17 +563,6 @@ def test_a_compiled_model_sees_an_adapter_that_comes_and_goes() -> None:
     torch.testing.assert_close(logits(compiled, **inputs), bare, rtol=1e-5, atol=1e-5)
 
 
-def test_a_compiled_model_sees_adapter_names() -> None:
-    torch._dynamo.reset()
-    model, inputs = adapted("gqa", name="a"), inputs_for("gqa")
-    torch.manual_seed(2)
-    model.add_adapter("b", config())
-    want = logits(model, **inputs, adapter_names=["b", "a"])
-    compiled = torch.compile(model, backend="eager")
-    logits(compiled, **inputs)
-    torch.testing.assert_close(logits(compiled, **inputs, adapter_names=["b", "a"]), want, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.slow
 def test_inductor_equals_eager(kind: str) -> None:
     torch._dynamo.reset()
@@ -565,37 +572,6 @@ def test_inductor_equals_eager(kind: str) -> None:
     want = logits(model, **inputs)
     compiled = torch.compile(model.get_base_model(), fullgraph=True)
     torch.testing.assert_close(logits(compiled, **inputs), want, rtol=1e-4, atol=1e-4)
-
-
-def test_threads_do_not_meet() -> None:
-    model = adapted("gqa", name="a")
-    torch.manual_seed(2)
-    model.add_adapter("b", config())
-    jobs = [
-        (inputs_for("gqa", rows=2, length=4 + i), names) for i, names in enumerate([None, ["a", "b"], ["b", "b"]] * 3)
-    ]
-
-    def run(job: tuple[dict[str, Tensor], list[str] | None]) -> Tensor:
-        inputs, names = job
-        return logits(model, **inputs, **({} if names is None else {"adapter_names": names}))
-
-    want = [run(job) for job in jobs]
-    got: dict[int, list[Tensor]] = {i: [] for i in range(len(jobs))}
-    start = threading.Barrier(len(jobs))
-
-    def work(i: int) -> None:
-        start.wait()
-        got[i] = [run(jobs[i]) for _ in range(5)]
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i, expected in enumerate(want):
-        assert len(got[i]) == 5
-        for result in got[i]:
-            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_meta_base_counts_parameters() -> None:

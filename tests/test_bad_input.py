@@ -111,6 +111,54 @@ def test_models_without_attention_that_dispatches() -> None:
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), config())
 
 
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda base: get_peft_model(base, config()), "PeftModel already.*add_adapter.*load_adapter"),
+        (lambda base: get_peft_model(base, LoraConfig(target_modules=["q_proj"])), "PeftModel already"),
+        (lambda base: get_peft_model(base, config()).base_model, "HiFICLModel already"),
+        (torch.compile, "is compiled: attach the adapter first"),
+    ],
+    ids=["hificl", "lora", "tuner", "compiled"],
+)
+@pytest.mark.parametrize("targets", [None, ["self_attn"]])
+def test_models_that_are_wrapped(
+    wrap: Callable[[nn.Module], nn.Module], message: str, targets: list[str] | None, saved: Path
+) -> None:
+    model = wrap(build("gqa"))
+    for attach in (get_peft_model, lambda model, cfg: inject_adapter_in_model(cfg, model, "b")):
+        with unchanged(model), pytest.raises(ValueError, match=message):
+            attach(model, config(target_modules=targets))
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(model, saved)
+
+
+def test_beside_a_peft_model_of_another_method_as_the_message_says() -> None:
+    model = get_peft_model(build("gqa"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    base, lora = model.get_base_model(), logits(model, **inputs_for("gqa"))
+    torch.manual_seed(1)
+    base.add_adapter(config(), "pairs")
+    hificl = logits(base, **inputs_for("gqa"))
+    torch.testing.assert_close(hificl, logits(adapted("gqa"), **inputs_for("gqa")))
+    base.set_adapter("default")
+    assert torch.equal(logits(model, **inputs_for("gqa")), lora)
+
+
+def test_a_model_that_prepare_pippy_has_traced() -> None:
+    base = build("gqa")
+    base.pippy_stage = object()
+    with unchanged(base), pytest.raises(ValueError, match="prepare_pippy.*attach or load the adapter first"):
+        get_peft_model(base, config())
+
+
+def test_adapters_cannot_be_weighted_yet() -> None:
+    model = adapted("gqa", name="a")
+    model.add_adapter("b", config())
+    with unchanged(model), pytest.raises(NotImplementedError, match=r"yet.*set_adapter\(\['a', 'b'\]\)"):
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "both")
+    model.base_model.set_adapter(["a", "b"])
+
+
 def test_attention_that_depends_on_the_implementations_name_is_refused() -> None:
     """It would leave out its sparse mask if it saw a name that it does not know."""
     modeling = pytest.importorskip("transformers.models.deepseek_v32.modeling_deepseek_v32")
@@ -136,18 +184,19 @@ def test_adapter_names_that_are_taken() -> None:
         inject_adapter_in_model(config(), base, "a")
 
 
-def test_a_model_with_parts_on_disk_or_in_parallel_is_refused() -> None:
-    for attribute, value in (("hf_device_map", {"model.layers.1": "disk"}), ("_tp_size", 2)):
-        base = build("gqa")
-        setattr(base, attribute, value)
-        with unchanged(base), pytest.raises(ValueError, match=r"disk|tensor parallelism"):
-            get_peft_model(base, config())
+def test_a_model_in_parallel_is_refused() -> None:
+    base = build("gqa")
+    base._tp_size = 2
+    with unchanged(base), pytest.raises(ValueError, match=r"tensor parallelism"):
+        get_peft_model(base, config())
 
 
 def test_an_adapter_on_another_device() -> None:
     model = adapted("gqa")
     hificl_layers(model)[1].to("meta")
-    with pytest.raises(ValueError, match=r"LlamaAttention runs on cpu, but its HiFICL adapter is on meta.*model\.to"):
+    with pytest.raises(
+        ValueError, match=r"LlamaAttention runs on cpu, but its HiFICL adapter is on meta: it was never"
+    ):
         model(**inputs_for("gqa"))
 
 
@@ -212,6 +261,12 @@ def integers(tensors: Tensors) -> None:
     tensors[key] = tensors[key].int()
 
 
+def too_large(tensors: Tensors) -> None:
+    key = next(k for k in tensors if "V_A" in k)
+    tensors[key] = tensors[key].double()
+    tensors[key][0, 1, 0] = 1e300
+
+
 DAMAGES: dict[Callable[[Tensors], None], str] = {
     drop_one: r"lacks '\S*hificl_V_B",
     drop_a_layer: r"lacks|base model has unexpected 'model.layers.1.self_attn'",
@@ -224,6 +279,7 @@ DAMAGES: dict[Callable[[Tensors], None], str] = {
     not_a_number: r"hificl_V_A\S* holds values that are not finite.*earlier checkpoint",
     infinite: r"hificl_K_B\S* holds values that are not finite",
     integers: r"hificl_K_A\S* holds values that are not finite numbers \(dtype torch.int32\)",
+    too_large: r"hificl_V_A\S* \(torch.float64\) holds 1e\+300, which the parameter's torch.float32 cannot hold",
 }
 
 
@@ -244,7 +300,9 @@ def copy_of(saved: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
-@pytest.mark.parametrize("route", ["from_pretrained", "load_adapter", "auto", "set_state_dict"])
+@pytest.mark.parametrize(
+    "route", ["from_pretrained", "config", "load_adapter", "auto", "transformers", "set_state_dict"]
+)
 def test_files_that_do_not_fit(damage: Callable[[Tensors], None], route: str, saved: Path, tmp_path: Path) -> None:
     folder = copy_of(saved, tmp_path)
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -254,10 +312,14 @@ def test_files_that_do_not_fit(damage: Callable[[Tensors], None], route: str, sa
         with pytest.raises(ValueError, match=DAMAGES[damage]):
             AutoPeftModelForCausalLM.from_pretrained(folder)
         return
-    model = build("gqa") if route == "from_pretrained" else adapted("gqa", name="a")
+    model = adapted("gqa", name="a") if route in ("load_adapter", "set_state_dict") else build("gqa")
     with unchanged(model), pytest.raises(ValueError, match=DAMAGES[damage]):
         if route == "from_pretrained":
             PeftModel.from_pretrained(model, folder)
+        elif route == "config":
+            PeftModel.from_pretrained(model, folder, config=config())
+        elif route == "transformers":
+            model.load_adapter(folder)
         elif route == "load_adapter":
             model.load_adapter(folder, "b")
         else:
@@ -286,9 +348,10 @@ def llama_like(**kwargs: int) -> tf.PreTrainedModel:
 @pytest.mark.parametrize("case", OTHER_BASES)
 def test_the_wrong_base_model(case: str, saved: Path) -> None:
     make, message = OTHER_BASES[case]
-    base = make().eval()
-    with unchanged(base), pytest.raises(ValueError, match=message):
-        PeftModel.from_pretrained(base, saved)
+    for load in (PeftModel.from_pretrained, lambda model, folder: model.load_adapter(folder)):
+        base = make().eval()
+        with unchanged(base), pytest.raises(ValueError, match=message):
+            load(base, saved)
 
 
 def with_a_head(folder: Path, **kwargs: object) -> Path:
@@ -305,6 +368,7 @@ OTHER_DAMAGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "nan": (lambda t: t[HEAD].fill_(float("nan")), "lm_head.weight' holds values that are not finite"),
     "foreign": (lambda t: t.update({"base_model.model.nose": torch.zeros(3)}), "unexpected 'nose'"),
     "tokens": (lambda t: t.update({TOKENS: t[TOKENS][:1]}), r"trainable_tokens_delta'.* 1 rows.*\[7, 9\]"),
+    "overflow": (lambda t: t.update({HEAD: t[HEAD].double() * 1e300}), r"lm_head\S* \(torch.float64\) holds .*e\+29"),
 }
 
 
@@ -387,7 +451,11 @@ def test_heads_of_another_size_are_ignored_when_asked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"score.weight.*ignore_mismatched_sizes"):
         PeftModel.from_pretrained(base(5), tmp_path)
     with pytest.warns(UserWarning, match="score"):
-        PeftModel.from_pretrained(base(5), tmp_path, ignore_mismatched_sizes=True)
+        model = PeftModel.from_pretrained(base(5), tmp_path, ignore_mismatched_sizes=True)
+    with pytest.raises(ValueError, match=r"score.weight.*ignore_mismatched_sizes"):
+        model.load_adapter(tmp_path, "b")
+    with pytest.warns(UserWarning, match="score"):
+        model.load_adapter(tmp_path, "b", ignore_mismatched_sizes=True)
     assert PeftModelForSequenceClassification(base(3), config()).modules_to_save
 
 
@@ -427,24 +495,73 @@ def test_a_failed_attach_leaves_the_config_as_it_was(choice: dict[str, object]) 
     assert cfg.target_modules is None
 
 
-def test_an_error_half_way_takes_the_adapter_off_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT has checks of its own after the change; a first adapter and what was trainable must survive them."""
-    update_layer, calls = HiFICLLayer.update_layer, 0
+def with_a_hificl(**kwargs: object) -> nn.Module:
+    model = build("gqa")
+    model.add_adapter(config(**kwargs), "a")
+    return model
 
-    def fails_the_second_time(layer: HiFICLLayer, name: str, cfg: HiFICLConfig) -> None:
+
+ATTACH: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, HiFICLConfig], object]]] = {
+    "get_peft_model": (lambda: build("gqa"), get_peft_model),
+    "add_adapter": (
+        lambda: adapted("gqa", name="a", modules_to_save=["lm_head"]),
+        lambda model, cfg: model.add_adapter("b", cfg),
+    ),
+    "inject": (lambda: build("gqa"), lambda model, cfg: inject_adapter_in_model(cfg, model)),
+    "inject-second": (
+        lambda: with_a_hificl(modules_to_save=["lm_head"]),
+        lambda model, cfg: inject_adapter_in_model(cfg, model, "b"),
+    ),
+    "transformers": (lambda: build("gqa"), lambda model, cfg: model.add_adapter(cfg)),
+    "transformers-second": (with_a_hificl, lambda model, cfg: model.add_adapter(cfg, "b")),
+}
+
+
+def in_a_late_layer(what: Callable[..., object], error: type[BaseException]) -> Callable[..., object]:
+    """The function, failing at every second call."""
+    calls = 0
+
+    def fails(*args: object, **kwargs: object) -> object:
         nonlocal calls
         calls += 1
-        update_layer(layer, name, cfg)
         if calls % 2 == 0:
-            raise RuntimeError("half-way")
+            raise error("half-way")
+        return what(*args, **kwargs)
 
-    fresh, model = build("gqa"), adapted("gqa", name="a")
-    fresh.lm_head.requires_grad_(False)
-    monkeypatch.setattr(HiFICLLayer, "update_layer", fails_the_second_time)
-    with unchanged(fresh), pytest.raises(RuntimeError, match="half-way"):
-        get_peft_model(fresh, config())
-    with unchanged(model), pytest.raises(RuntimeError, match="half-way"):
-        model.add_adapter("b", config())
+    return fails
+
+
+@pytest.mark.parametrize("route", ATTACH)
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize(
+    ("owner", "place"),
+    [(HiFICLLayer, "update_layer"), (HiFICLLayer, "reset_parameters"), (HiFICLConfig, "parameter_shapes")],
+)
+def test_an_error_half_way_takes_the_adapter_off_again(
+    owner: type, place: str, error: type[BaseException], route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first adapter, what was trainable, and whether one can try again, must survive it."""
+    make, attach = ATTACH[route]
+    model = make()
+    next(m for n, m in model.named_modules() if n.endswith("mlp")).requires_grad_(False)
+    layers = len(hificl_layers(model))
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, place, in_a_late_layer(getattr(owner, place), error))
+        with unchanged(model), pytest.raises(error, match="half-way"):
+            attach(model, config())
+    assert len(hificl_layers(model)) == layers
+    attach(model, config())
+    assert all(layer.n for layer in hificl_layers(model)) and len(hificl_layers(model)) == 2
+
+
+@pytest.mark.parametrize("route", ATTACH)
+def test_an_error_of_pefts_after_the_attach(route: str) -> None:
+    """PEFT finds that two settings contradict each other when it has wrapped a module already."""
+    make, attach = ATTACH[route]
+    model = make()
+    with unchanged(model), pytest.raises(ValueError, match="already marked to be trained fully"):
+        attach(model, config(modules_to_save=["embed_tokens"], trainable_token_indices={"embed_tokens": [1]}))
+    attach(model, config())
 
 
 def test_an_error_after_the_model_was_frozen_gives_its_gradients_back() -> None:
@@ -496,17 +613,10 @@ def test_n_and_r_that_are_not_the_files(saved: Path, tmp_path: Path) -> None:
     folder = copy_of(saved, tmp_path)
     stored = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**stored, "n": 10**12}))
-    base = build("gqa")
-    with unchanged(base), pytest.raises(ValueError, match=r"adapter_config.json \(n=1000000000000, r=2\)"):
-        PeftModel.from_pretrained(base, folder)
-
-
-def test_a_stored_configuration_is_not_a_recipe_for_another_shape(saved: Path) -> None:
-    stored = HiFICLConfig.from_pretrained(saved)
-    with pytest.raises(ValueError, match="write a new HiFICLConfig"):
-        get_peft_model(llama_like(head_dim=8).eval(), stored)
-    same = get_peft_model(build("gqa"), HiFICLConfig.from_pretrained(saved))
-    assert len(hificl_layers(same)) == 2
+    for load in (PeftModel.from_pretrained, lambda model, folder: model.load_adapter(folder)):
+        base = build("gqa")
+        with unchanged(base), pytest.raises(ValueError, match=r"the configuration \(n=1000000000000, r=2\)"):
+            load(base, folder)
 
 
 def test_a_partial_state_dict_changes_nothing() -> None:
@@ -515,18 +625,6 @@ def test_a_partial_state_dict_changes_nothing() -> None:
     state.popitem()
     with unchanged(model), pytest.raises(ValueError, match="lacks"):
         set_peft_model_state_dict(model, state)
-
-
-def test_transformers_own_loader_refuses_shapes_and_reports_what_is_missing(saved: Path, tmp_path: Path) -> None:
-    """`model.load_adapter` never hands the file to PEFT: what it checks is its own. Documented in docs/limits.md."""
-    with pytest.raises(RuntimeError, match="mismatch"):
-        llama_like(num_attention_heads=8).load_adapter(saved)
-    folder = copy_of(saved, tmp_path)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    drop_one(tensors)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    report = build("gqa").load_adapter(folder)
-    assert len(report.missing_keys) == 1
 
 
 # -- fuzzing ---------------------------------------------------------------------------------------------------------

@@ -274,3 +274,25 @@ def test_without_an_initialisation_every_factor_is_normal(factorize):
 def test_an_unknown_initialisation_is_refused():
     with pytest.raises(ValueError, match="init_weights must be True, False or 'unit_keys', found 'svd'"):
         HiFICLConfig(init_weights="svd")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_an_error_in_a_late_layer_leaves_the_early_ones_as_they_were(error, monkeypatch):
+    model = adapted("gqa", n=3, r=2)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    set_pairs, calls = HiFICLLayer.set_pairs, 0
+
+    def fails_in_the_second(layer, *args):
+        nonlocal calls
+        calls += 1
+        set_pairs(layer, *args)
+        if calls == 2:
+            raise error("half-way")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HiFICLLayer, "set_pairs", fails_in_the_second)
+        with pytest.raises(error, match="half-way"):
+            initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [0, 2, 4])
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [0, 2, 4])
+    assert not all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

@@ -156,8 +156,8 @@ def test_paper_init_is_not_the_identity() -> None:
     want = logits(base, **inputs_for("gqa"))
     model = get_peft_model(base, HiFICLConfig(n=8, r=8)).eval()
     for layer in hificl_layers(model):
-        assert not layer.hificl_V_B["default"].any() and layer.hificl_K_A["default"].any()
-        assert 0.005 < layer.hificl_K_B["default"].std() < 0.02
+        assert not layer.hificl_V_B["default"].weight.any() and layer.hificl_K_A["default"].weight.any()
+        assert 0.005 < layer.hificl_K_B["default"].weight.std() < 0.02
         assert not layer(2).values.any()
     difference = (logits(model, **inputs_for("gqa")) - want).abs()
     assert difference.max() > 0.01
@@ -351,7 +351,7 @@ def test_load_adapter_and_switch(kind: str, low_cpu_mem_usage: bool, tmp_path: P
         assert torch.equal(logits(model, **inputs), bare)
     model.delete_adapter("a")
     assert list(model.peft_config) == ["b"] and torch.equal(logits(model, **inputs), want["b"])
-    assert not any(name.endswith(".a") for name, _ in model.named_parameters())
+    assert not any(".a." in name for name, _ in model.named_parameters())
 
 
 def test_several_active_adapters_are_the_union_of_their_pairs(kind: str) -> None:
@@ -363,8 +363,8 @@ def test_several_active_adapters_are_the_union_of_their_pairs(kind: str) -> None
     # One adapter that holds both sets of pairs, learned whole.
     both = get_peft_model(build(kind), config(n=5, factorize_keys=False, factorize_values=False)).eval()
     for mine, theirs in zip(hificl_layers(both), hificl_layers(model), strict=True):
-        mine.hificl_K["default"].data = theirs(2).keys[0]
-        mine.hificl_V["default"].data = theirs(2).values[0]
+        mine.hificl_K["default"].weight.data = theirs(2).keys[0]
+        mine.hificl_V["default"].weight.data = theirs(2).values[0]
     torch.testing.assert_close(got, logits(both, **inputs_for(kind)), rtol=1e-4, atol=1e-5)
 
 
@@ -445,7 +445,7 @@ def test_a_second_adapter_leaves_the_first_ones_requires_grad_alone() -> None:
     model = adapted("gqa", name="a")
     model.add_adapter("b", config())
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable and all(name.endswith(".a") for name in trainable)
+    assert trainable and all(".a." in name for name in trainable)
 
 
 def test_unload_restores_the_base_model(kind: str) -> None:
@@ -567,6 +567,41 @@ def test_pefts_hotswap_knows_lora_alone(tmp_path: Path) -> None:
         hotswap_adapter(model, tmp_path, adapter_name="default", torch_device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("covers", "active", "want"),
+    [
+        ({"a": [0, 1], "b": [0], "c": [1]}, ["a"], ["b"]),
+        ({"a": [1], "b": [0], "c": [1]}, ["a"], ["b"]),
+        ({"a": [0], "c": [1], "b": [0, 1]}, ["a"], ["b"]),
+        ({"a": [0, 1], "b": [0], "c": [1]}, ["a", "c"], ["c"]),
+        ({"a": [0, 1], "b": [0], "c": [1]}, ["b"], ["b"]),  # another than the one that is deleted
+        ({"a": [0]}, ["a"], []),
+    ],
+    ids=str,
+)
+def test_deleting_an_active_adapter(covers: dict[str, list[int]], active: list[str], want: list[str]) -> None:
+    """Every layer has the same active adapters afterwards, whatever adapters it has itself."""
+
+    def make(names: list[str]) -> PeftModel:
+        model = None
+        for seed, (name, layers) in enumerate(covers.items()):
+            torch.manual_seed(seed)
+            cfg = config(target_modules=[f"layers.{i}.self_attn" for i in layers])
+            if model is None:
+                model = get_peft_model(build("gqa"), cfg, adapter_name=name).eval()
+            else:
+                model.add_adapter(name, cfg)
+        model.base_model.set_adapter(names)
+        return model
+
+    model, inputs = make(active), inputs_for("gqa")
+    model.delete_adapter("a")
+    assert model.active_adapters == want
+    assert all(layer.active_adapters == want for layer in hificl_layers(model))
+    other = make(want).base_model.model if want else build("gqa")
+    assert torch.equal(logits(model.base_model.model, **inputs), logits(other, **inputs))
+
+
 # -- beside other adapters -------------------------------------------------------------------------------------------
 
 
@@ -630,58 +665,6 @@ def test_forms_of_targets(choice: dict[str, object], layers: list[int], tmp_path
     assert PeftModel.from_pretrained(build("gqa"), tmp_path).targeted_module_names == names
 
 
-# -- one adapter per row ---------------------------------------------------------------------------------------------
-
-
-def test_mixed_batch_equals_each_row_alone(kind: str) -> None:
-    inputs = inputs_for(kind, rows=3)
-    model = adapted(kind, name="a")
-    torch.manual_seed(2)
-    model.add_adapter("b", config(n=5))
-    alone = {"a": logits(model, **inputs)}
-    model.set_adapter("b")
-    alone["b"] = logits(model, **inputs)
-    with model.disable_adapter():
-        alone["__base__"] = logits(model, **inputs)
-    names = ["b", "__base__", "a"]
-    got = logits(model, **inputs, adapter_names=names)
-    for row, name in enumerate(names):
-        torch.testing.assert_close(got[row], alone[name][row], rtol=1e-4, atol=1e-5)
-    assert not any(m._forward_pre_hooks for m in hificl_layers(model))
-    kwargs = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
-    beams = model.generate(**inputs, adapter_names=names, **kwargs)
-    for row, name in enumerate(names):
-        one = {key: value[row : row + 1] for key, value in inputs.items()}
-        assert torch.equal(beams[row : row + 1], model.generate(**one, adapter_names=[name], **kwargs))
-
-
-def test_mixed_batch_with_a_head_of_each_adapters_own() -> None:
-    model, inputs = adapted("gqa", name="a", modules_to_save=["lm_head"]), inputs_for("gqa")
-    model.add_adapter("b", config(modules_to_save=["lm_head"]))
-    for name in ("a", "b"):
-        torch.nn.init.normal_(model.get_base_model().lm_head.modules_to_save[name].weight)
-    alone = []
-    for name in ("b", "a"):
-        model.set_adapter(name)
-        alone.append(logits(model, **inputs))
-    got = logits(model, **inputs, adapter_names=["b", "a"])
-    for row in (0, 1):
-        torch.testing.assert_close(got[row], alone[row][row], rtol=1e-4, atol=1e-5)
-
-
-def test_mixed_batch_errors() -> None:
-    model, inputs = adapted("gqa", name="a"), inputs_for("gqa", rows=2)
-    for names, message in (
-        (["a"], r"1 entries for a batch of 2 rows"),
-        (["a", "nope"], r"non-existing adapter\(s\): nope"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            model(**inputs, adapter_names=names)
-    with pytest.raises(ValueError, match="training mode"):
-        model.train()(**inputs, adapter_names=["a", "a"])
-    assert not any(m._forward_pre_hooks for m in hificl_layers(model))
-
-
 # -- copies ----------------------------------------------------------------------------------------------------------
 
 
@@ -693,7 +676,7 @@ def test_copies_are_independent(kind: str) -> None:
     for clone in (copy.deepcopy(model), pickle.loads(pickled)):
         assert torch.equal(logits(clone, **inputs), want)
         for layer in hificl_layers(clone):
-            layer.hificl_V_B["default"].data.zero_()
+            layer.hificl_V_B["default"].weight.data.zero_()
         mine, its = (m.get_base_model().get_submodule(name).virtual_pairs for m in (model, clone))
         assert mine.base_config is not its.base_config
         clone.base_model.model.set_attn_implementation("eager")

@@ -8,7 +8,8 @@ import accelerate
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -110,7 +111,7 @@ def test_parameters_offloaded_by_accelerate() -> None:
     model = get_peft_model(build("gqa"), config()).eval()
     want = logits(model, **inputs_for("gqa"))
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    assert all(layer.hificl_K_A["default"].is_meta for layer in hificl_layers(model))
+    assert all(layer.hificl_K_A["default"].weight.is_meta for layer in hificl_layers(model))
     torch.testing.assert_close(logits(model, **inputs_for("gqa")), want)
 
 
@@ -146,6 +147,24 @@ def test_a_base_that_accelerate_has_offloaded_already() -> None:
     torch.testing.assert_close(logits(model, **inputs_for("gqa")), want)
     model.unload()
     assert not any("virtual_pairs" in name for name, _ in base.named_modules())
+
+
+def test_saving_from_within_checkpoint_wrappers(tmp_path: Path) -> None:
+    """They change the names of modules, but not the keys of a state dict."""
+    model = adapted("gqa")
+    want = logits(model, **inputs_for("gqa"))
+    layers = model.get_base_model().model.layers
+    for i in range(len(layers)):
+        layers[i] = checkpoint_wrapper(layers[i])
+    torch.testing.assert_close(logits(model, **inputs_for("gqa")), want)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(build("gqa"), tmp_path), **inputs_for("gqa")), want)
+    with torch.no_grad():
+        for layer in hificl_layers(model):
+            for parameter in layer.parameters():
+                parameter.zero_()
+    set_peft_model_state_dict(model, load_peft_weights(tmp_path))
+    assert torch.equal(logits(model, **inputs_for("gqa")), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

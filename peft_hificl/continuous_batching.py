@@ -1,0 +1,79 @@
+"""Continuous batching (`generate_batch`) of an adapted model: what it cannot do is refused where it is called.
+
+transformers runs the model in a thread of its own, and writes what is raised there among the results.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+from torch import nn
+from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager, ContinuousMixin
+
+from . import attention, rows
+from .checkpoint import MODULE
+from .layer import HiFICLLayer
+
+_NO_ADAPTER_NAMES = (
+    "Continuous batching knows no adapter_names: its requests share one row, and run the active adapters. Call it once "
+    "per adapter, after set_adapter(...), or call `generate(..., adapter_names=[...])` without a paged cache."
+)
+
+
+def guard(model: nn.Module) -> None:
+    """Let the models within `model` that carry an adapter check what continuous batching is asked for."""
+    for module in model.modules():
+        if not isinstance(module, ContinuousMixin) or "generate_batch" in vars(module) or not _adapted(module):
+            continue
+        module.destroy_cached_continuous_batching_manager()  # its cache is full of the model without the adapter
+        module.generate_batch = functools.partial(_generate_batch, module)
+        module.init_continuous_batching = functools.partial(_init_continuous_batching, module)
+
+
+def unguard(model: nn.Module) -> None:
+    """Undo `guard`."""
+    for module in model.modules():
+        if isinstance(module, ContinuousMixin):
+            for name in ("generate_batch", "init_continuous_batching"):
+                vars(module).pop(name, None)
+
+
+def _generate_batch(model: Any, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+    if adapter_names is not None:
+        raise ValueError(_NO_ADAPTER_NAMES)
+    return type(model).generate_batch(model, *args, **kwargs)
+
+
+def _init_continuous_batching(
+    model: Any,
+    generation_config: Any = None,
+    continuous_batching_config: ContinuousBatchingConfig | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> ContinuousBatchingManager:
+    for module in _adapted(model):
+        layer = getattr(module, MODULE)
+        if rows.running.modules.get(layer) is not None:  # called by `generate`, which has kept the names back
+            raise ValueError(_NO_ADAPTER_NAMES)
+        if not layer.disable_adapters:
+            attention.check_implementation(layer.base_config._attn_implementation, type(module).__name__)
+    config = continuous_batching_config
+    if config is None:
+        defaults = model.generation_config if generation_config is None else generation_config
+        config = getattr(defaults, "continuous_batching_config", None) or ContinuousBatchingConfig()
+    if any(config.cuda_graph_booleans):
+        raise ValueError(
+            f"HiFICL does not support continuous batching with use_cuda_graph={config.use_cuda_graph}: a graph goes on "
+            "with the adapter that it was captured with. Leave use_cuda_graph out."
+        )
+    config = copy.copy(config)
+    config.use_cuda_graph = False  # a padding interval would turn it on
+    config.auto_switch_to_flash = False  # to an implementation that HiFICL does not support
+    return type(model).init_continuous_batching(model, generation_config, config, *args, **kwargs)
+
+
+def _adapted(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(getattr(module, MODULE, None), HiFICLLayer)]

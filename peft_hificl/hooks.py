@@ -1,0 +1,49 @@
+"""The hooks on models whose attentions are adapted: positions from the mask, and the watches."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .layer import HiFICLLayer
+from .positions import PositionsFromMask, counts_positions
+from .watch import EffectWatch, GradientWatch
+
+
+def refresh(model: nn.Module) -> None:
+    """Give every model, in this model, the hooks that its adapted attentions ask for, and no others."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    below = {part: set(part.modules()) for part in parts}
+    for part in parts:
+        _remove(part)
+        layers = {
+            name.rpartition(".")[0]: module for name, module in part.named_modules() if isinstance(module, HiFICLLayer)
+        }
+        if not layers:
+            continue
+        inner = {module for other in parts if other in below[part] - {part} for module in below[other]}
+        own = {name: layer for name, layer in layers.items() if layer not in inner}
+        if own:
+            effect = EffectWatch(own)
+            part.register_forward_pre_hook(effect.before)
+            part.register_forward_hook(effect.after, always_call=True)
+        if not any(part in below[other] for other in parts if other is not part):
+            gradient = GradientWatch(layers)
+            part.register_forward_pre_hook(gradient.before)
+            part.register_forward_hook(gradient.after)
+        if counts_positions(part, bool(own)):
+            part.register_forward_pre_hook(PositionsFromMask(part, list(layers.values())), with_kwargs=True)
+
+
+def _remove(model: nn.Module) -> None:
+    # By what they are, not by the handles that torch gave: a copied model has copies of the hooks and no handles.
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", hook), (PositionsFromMask, EffectWatch, GradientWatch)):
+                del hooks[key]
+                for flags in (
+                    model._forward_pre_hooks_with_kwargs,
+                    model._forward_hooks_with_kwargs,
+                    model._forward_hooks_always_called,
+                ):
+                    flags.pop(key, None)

@@ -1,0 +1,87 @@
+"""Where an attention computes, and what accelerate has to know of the adapters on a base model that it offloads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import checkpoint
+from .config import HiFICLConfig
+
+
+def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """What an attention module computes in, as its own weights say, which may be quantised or kept elsewhere."""
+    adapters: list[torch.Tensor] = list(getattr(module, checkpoint.MODULE, nn.Module()).parameters())
+    tensors: list[torch.Tensor] = [p for p in module.parameters() if not any(p is own for own in adapters)]
+    if not tensors:  # of a base that FSDP has flattened, or whose quantised weights are buffers
+        tensors = [*module.buffers(), *adapters]
+    floating = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.dtype.itemsize > 1]
+    tensor = next(iter([*floating, *tensors]), torch.empty(0))
+    device, dtype = tensor.device, tensor.dtype if floating else torch.get_default_dtype()
+    for submodule in module.modules():
+        compute_dtype = getattr(submodule, "compute_dtype", None)  # bitsandbytes' 4-bit linear layers
+        if isinstance(compute_dtype, torch.dtype):
+            dtype = compute_dtype
+        for hook in accelerate_hooks(submodule):
+            execution_device = getattr(hook, "execution_device", None)
+            if device.type == "meta" and execution_device is not None:
+                device = torch.device(execution_device)
+    return device, dtype
+
+
+def accelerate_hooks(module: nn.Module) -> list[Any]:
+    """What accelerate does before and after each forward of this module, to offload it for one."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def check(model: nn.Module, config: HiFICLConfig, names: set[str]) -> None:
+    """accelerate brings offloaded weights in by hooks, under the names that they had when it attached these."""
+    modules = dict(model.named_modules())
+    hooks = {name: hook for name, module in modules.items() for hook in accelerate_hooks(module)}
+    on_disk = "disk" in (getattr(model, "hf_device_map", None) or {}).values()
+    if on_disk and not hooks and any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "The base model was partly offloaded to disk, and PeftModel.from_pretrained has taken its weights apart to "
+            "offload them anew, with no place for a HiFICL adapter. Load the base model again, attach with "
+            "get_peft_model(base, HiFICLConfig.from_pretrained(path)) and load with set_peft_model_state_dict(model, "
+            "load_peft_weights(path)); or give the base a device_map (or max_memory) that needs no disk."
+        )
+    offloaded = {name: hook for name, hook in hooks.items() if getattr(hook, "offload", False)}
+    for name, hook in offloaded.items():
+        inside = [target for target in names if f"{target}.".startswith(f"{name}." if name else "")]
+        if hook.place_submodules and inside:
+            raise ValueError(
+                f"accelerate loads the weights of module {name!r} all at once (preload_module_classes), and would look "
+                f"for those of an adapter on {min(inside)!r} among them: offload without preload_module_classes."
+            )
+    tokens = config.trainable_token_indices
+    ends = [*(config.modules_to_save or ()), *(tokens if isinstance(tokens, dict) else ())]
+    copied = {name for name in modules if name.endswith(tuple(ends))}
+    if isinstance(tokens, list | tuple):
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+        copied |= {name for name, module in modules.items() if module is embeddings}
+    for name in offloaded:
+        if any(f"{name}.".startswith(f"{whole}.") for whole in copied):
+            raise ValueError(
+                f"Module {name!r} is offloaded by accelerate: PEFT's copy of it (modules_to_save, "
+                "trainable_token_indices) would compute with the base model's weights, whatever it learns or loads. "
+                "Load the adapter before offloading, leave the module out, or keep it in memory (device_map)."
+            )
+
+
+def note_in_device_map(model: nn.Module) -> None:
+    """Adapters stay where an offloaded attention runs; transformers' load_adapter asks the map where to load them."""
+    device_map = getattr(model, "hf_device_map", None)
+    if device_map is None:
+        return
+    for name in [name for name in device_map if name.endswith(f".{checkpoint.MODULE}")]:
+        del device_map[name]
+    for name, module in model.named_modules():
+        if hasattr(module, checkpoint.MODULE):
+            hooks = [hook for submodule in module.modules() for hook in accelerate_hooks(submodule)]
+            devices = [hook.execution_device for hook in hooks if getattr(hook, "offload", False)]
+            if devices:
+                device_map[f"{name}.{checkpoint.MODULE}"] = devices[0]

@@ -1,0 +1,83 @@
+"""The cache of keys and values that transformers' continuous batching hands to each attention call.
+
+Many requests share one row, in one cache.  The attention function itself writes the new keys and values to it and reads
+those of all requests from it; a mask keeps the requests apart.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers.generation.continuous_batching import PagedAttentionCache
+
+from .layer import HiFICLLayer
+
+_TAKES_KEYWORDS = "kwargs" in inspect.signature(PagedAttentionCache.update).parameters  # since transformers 5.19
+
+# The adapters that each layer ran when it last wrote to a cache.
+_writers: WeakKeyDictionary[PagedAttentionCache, dict[HiFICLLayer, list[str]]] = WeakKeyDictionary()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def check(cache: PagedAttentionCache, layer: HiFICLLayer, keywords: dict[str, Any]) -> None:
+    """Make sure, before a cache is written to, that an attention call meets no keys and values of another adapter.
+
+    A cache may outlive the adapter that it began with, and finds the blocks of a common prefix by their tokens alone.
+    So that none can be found after a switch, an edit of weights or `unload()`, a cache that an adapted model writes to
+    no longer looks for them.  (The sequences of one request still share their prompt.)
+
+    Args:
+        keywords: those of the attention call.
+
+    Raises:
+        ValueError: there are, in requests that another adapter began.
+    """
+    layers = _writers.setdefault(cache, {})
+    before = layers.get(layer)
+    now = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.n]
+    if not layers and _has_common_blocks(cache) and _has_past(keywords):
+        raise ValueError(
+            "This continuous batching manager has served the model without its HiFICL adapter, and goes on with keys "
+            "and values of then: make a new manager."
+        )
+    if before is not None and before != now and _has_past(keywords):
+        raise ValueError(
+            f"The active HiFICL adapters have changed from {before} to {now} while requests were running, whose keys "
+            "and values the former have made: let the manager finish its requests, or cancel them, before the adapter "
+            "is switched."
+        )
+    layers[layer] = now
+    cache.use_prefix_sharing = cache.allow_block_sharing = False
+
+
+def _has_past(keywords: dict[str, Any]) -> bool:
+    """Whether some request has keys from earlier calls: more keys than queries."""
+    keys = keywords["cu_seq_lens_k"]  # by kind of layer
+    keys = keys.values() if isinstance(keys, dict) else [keys]
+    return any(int(ends.max()) > int(keywords["cu_seq_lens_q"].max()) for ends in keys)
+
+
+def _has_common_blocks(cache: PagedAttentionCache) -> bool:
+    """Whether a request may go on with blocks of another.  (A warm-up has a past too, but of its own.)"""
+    allocators = getattr(cache, "cache_allocators", None)  # since transformers 5.18
+    if allocators is None:
+        return bool(cache.use_prefix_sharing)
+    return any(allocator.ledger.hash_to_block for allocator in allocators.values())
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # as transformers' own is
+def update(
+    cache: PagedAttentionCache, layer: HiFICLLayer, index: int, key: Tensor, value: Tensor, keywords: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Write the keys and values (1, G, T, d) of a layer to a cache; returns those of all requests, (1, G, S, d)."""
+    check(cache, layer, keywords)
+    new = {"key_states": key, "value_states": value, "layer_idx": index}
+    if _TAKES_KEYWORDS:
+        return cache.update(**new, kwargs=dict(keywords))
+    where = {name: keywords[name] for name in ("read_index", "write_index")}
+    key, value = cache.update(**new, **where)  # (S, G, d)
+    return key.transpose(0, 1)[None], value.transpose(0, 1)[None]

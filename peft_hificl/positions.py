@@ -1,0 +1,76 @@
+"""Positions of left-padded rows: taken from the mask where the caller gives none.
+
+A virtual key has no position, but the queries that it meets are rotated by theirs, so its scores depend on where a
+token stands.  Without ``position_ids``, transformers counts the columns of a batch, padding included.  Rotary attention
+over the context sees distances alone and does not mind; an adapter would have another effect on a padded row than on
+the row alone.  So a model with adapted attention counts from the first token that the mask shows, as `generate` does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from .layer import HiFICLLayer
+
+_FIRST_POSITION = {"paligemma": 1}  # where it is not 0
+
+
+class PositionsFromMask:
+    """A forward pre-hook that gives a model the ``position_ids`` that its ``attention_mask`` (B, S) implies.
+
+    Token t of row b stands at ``max(c + t - p_b, 0)``, with c tokens in the cache and p_b columns of the mask before
+    the first visible one.  Columns that are masked elsewhere keep their place, so all distances stay those of the
+    base model.  Nothing is changed where the caller gives ``position_ids``, no mask or one of another form, nor while
+    the adapters are disabled.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: list[HiFICLLayer]) -> None:
+        self.layers = layers
+        self.arguments = list(inspect.signature(type(model).forward).parameters)[1:]
+        self.first = _FIRST_POSITION.get(model.config.model_type, 0)
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        mask = given.get("attention_mask")
+        if given.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.ndim != 2:
+            return None
+        tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        if tokens is None or all(layer.disable_adapters for layer in self.layers):
+            return None
+        cache = given.get("past_key_values")
+        start = 0 if cache is None else cache.get_seq_length()
+        padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)  # (B, 1)
+        columns = torch.arange(tokens.shape[1], device=mask.device) + start
+        positions = (columns - padding).clamp_min(0) + self.first  # (B, T)
+        index = self.arguments.index("position_ids")
+        if index < len(args):
+            return (*args[:index], positions, *args[index + 1 :]), kwargs
+        return args, {**kwargs, "position_ids": positions}
+
+
+def counts_positions(model: PreTrainedModel, is_owner: bool) -> bool:
+    """Whether a model, which owns adapted attentions itself or holds the one that does, may count positions for them.
+
+    Some outer models do so already (Gemma 3, Fuyu), so they are to be given positions, too.  Where positions have
+    several dimensions (M-RoPE), the outer models compute them from the mask and the images themselves.
+    """
+    takes = set(inspect.signature(type(model).forward).parameters)
+    if not {"attention_mask", "position_ids"} <= takes:
+        return False
+    rotary = any("Rotary" in type(module).__name__ for module in model.modules())
+    return rotary and (is_owner or not any(map(_has_own_positions, model.modules())))
+
+
+def _has_own_positions(module: nn.Module) -> bool:
+    if not isinstance(module, PreTrainedModel):
+        return False
+    usual = getattr(GenerationMixin, "_prepare_position_ids_for_generation", None)
+    own = getattr(type(module), "_prepare_position_ids_for_generation", usual)
+    return own is not usual or "mrope_section" in str(getattr(module.config, "rope_parameters", None))

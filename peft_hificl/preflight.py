@@ -1,0 +1,118 @@
+"""What is checked before an adapter changes the first module of a model; after an error the model is as it was."""
+
+from __future__ import annotations
+
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+from . import attention, checkpoint, offloading
+from .config import HiFICLConfig
+from .layer import HiFICLLayer
+from .loading import Load
+
+
+def check(model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[str], load: Load | None) -> None:
+    """Find whatever can be wrong with an adapter.
+
+    Args:
+        model: the base model.
+        adapter_name: the adapter's name.
+        config: its configuration, with targets found.
+        names: the modules that it is to adapt.
+        load: what is about to be loaded into it.
+
+    Raises:
+        ValueError: a name, a base model or a stored adapter that does not fit.
+        TypeError: a target that is not attention, or an attention that HiFICL cannot adapt.
+    """
+    check_name(model, adapter_name)
+    check_placement(model)
+    offloading.check(model, config, names)
+    shapes = check_targets(model, config, names)
+    stored = None if load is None else checkpoint.stored_shapes(load.tensors, config)
+    if stored is None or not checkpoint.on_other_stages(stored.modules, model):
+        check_modules_beside(model, config)
+    if stored is not None and load is not None and shapes:
+        if load.ignore_mismatched_sizes:
+            stored = stored._replace(others=None)
+        checkpoint.check_fits(stored, shapes, model, config)
+
+
+def check_kind(model: nn.Module) -> None:
+    """The base model must be one, and not compiled."""
+    if isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
+        raise ValueError(
+            f"The model is a {type(model).__name__} already. Call its add_adapter(name, config) to give it another "
+            "HiFICL adapter, its load_adapter(path, name) to load one; beside adapters of another method, "
+            "model.get_base_model().add_adapter(config, name)."
+        )
+    if isinstance(model, OptimizedModule):
+        raise ValueError(
+            "The model is compiled: attach the adapter first, to the model that torch.compile was given "
+            "(model._orig_mod), and compile what comes out."
+        )
+
+
+def check_name(model: nn.Module, adapter_name: str) -> None:
+    """The name must be new, and fit into the names of parameters."""
+    # The first two cannot be a key of a ModuleDict; PEFT would mistake the others for parts of parameter names.
+    if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name) or adapter_name in (checkpoint.MODULE, "weight"):
+        raise ValueError(f"An adapter cannot be named {adapter_name!r}: choose a plain word, without dots.")
+    for name, module in model.named_modules():
+        if isinstance(module, HiFICLLayer) and adapter_name in module.n:
+            raise ValueError(
+                f"An adapter named {adapter_name!r} is already attached to {name.rpartition('.')[0]!r}: choose another "
+                "adapter_name, or delete_adapter() it first."
+            )
+
+
+def check_placement(model: nn.Module) -> None:
+    """The base model must be whole, and where an adapter can follow it."""
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError(
+            "The base model is sharded by tensor parallelism, which HiFICL does not support: load it without tp_plan "
+            "(device_map='auto' splits it by layers, which works)."
+        )
+    if hasattr(model, "pippy_stage"):
+        raise ValueError(
+            "accelerate's prepare_pippy has traced the model, and its stages would not see an adapter that comes "
+            "later: attach or load the adapter first."
+        )
+
+
+def check_targets(model: nn.Module, config: HiFICLConfig, names: set[str]) -> dict[str, checkpoint.HeadShape]:
+    """Every target must be an attention that can be adapted; the head shape of each."""
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} means linear layers, but HiFICL adapts attention modules: "
+            "leave target_modules=None to have them found."
+        )
+    shapes = {}
+    for name, module in model.named_modules():
+        if name in names and checkpoint.MODULE not in name.split("."):
+            reason = attention.why_unsupported(module)
+            if reason:
+                raise TypeError(
+                    f"HiFICL cannot adapt module {name!r} of type {type(module).__name__}: {reason}. Choose attention "
+                    "modules as target_modules, or leave target_modules=None to have them found."
+                )
+            shapes[checkpoint.plain(name)] = attention.head_shape_of(module)
+    return shapes
+
+
+def check_modules_beside(model: nn.Module, config: HiFICLConfig) -> None:
+    """Modules and embeddings that are trained beside the adapter must exist."""
+    tokens = config.trainable_token_indices
+    for field, wanted in (
+        ("modules_to_save", set(config.modules_to_save or ()).difference(*checkpoint.HEADS.values())),
+        ("trainable_token_indices", tokens if isinstance(tokens, dict) else ()),
+    ):
+        absent = sorted(end for end in wanted if not any(name.endswith(end) for name, _ in model.named_modules()))
+        if absent:
+            raise ValueError(
+                f"{field} names {', '.join(map(repr, absent))}, not found in {type(model).__name__}; give names of its "
+                "modules, or their ends."
+            )

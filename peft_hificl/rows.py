@@ -1,0 +1,163 @@
+"""One adapter per row of a batch: what `adapter_names` of a call means in each module that the call runs.
+
+A PeftModel's ``forward`` and ``generate`` keep ``adapter_names`` from the base model, whose modules could not all pass
+it on.  So it travels beside the call: `Running.modules`, private to the thread, says for every module that has
+adapters which adapter each row of its batch is to have.  Nothing of it is stored on the model, and nothing is
+registered on a module for the length of a call, since another thread may be running it.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+# Of a model's configuration: the ids that stand in a prompt for what an image, a video or a sound becomes.
+_PLACEHOLDER = re.compile(r"(image|video|audio|speech)_(token|patch)_(id|index)")
+# Inputs that describe the text: they differ between prompts, whatever their images are.
+_OF_TEXT = re.compile(r"decoder_|attention_mask|position_ids|cache_position|labels|negative_prompt")
+
+
+class Rows(NamedTuple):
+    """The adapters of the rows that one module meets in a call.
+
+    Attributes:
+        names: an adapter, or ``"__base__"``, per prompt.
+        times: for how many consecutive rows of a batch each name may stand; empty: for any number.
+        module: the name of the module.
+        refusal: why its rows cannot be told apart; empty if they can.
+    """
+
+    names: list[str]
+    times: tuple[int, ...]
+    module: str = ""
+    refusal: str = ""
+
+    def spread(self, batch_size: int) -> list[str]:
+        """One name per row of a batch.
+
+        Raises:
+            ValueError: the names do not fit the batch, or the rows cannot be told apart.
+        """
+        times, rest = divmod(batch_size, len(self.names))
+        if self.times and (rest or times not in self.times):
+            raise ValueError(_wrong_number(self.names, batch_size))
+        refusal = self.refusal or (rest and f"it runs {batch_size} rows for {len(self.names)} prompts")
+        if refusal:
+            raise ValueError(
+                f"adapter_names gives each prompt an adapter, but {self.module!r} works on images or sounds, and which "
+                f"prompt they belong to is not certain: {refusal}. Give all prompts of a batch one adapter, or leave "
+                "this module out of target_modules and modules_to_save."
+            )
+        return [name for name in self.names for _ in range(times)]
+
+
+class Running(threading.local):
+    """The rows of the calls that run in this thread; other threads have their own."""
+
+    def __init__(self) -> None:
+        # Replaced, never changed.  None: a call without `adapter_names` inside one with them.
+        self.modules: Mapping[nn.Module, Rows | None] = {}
+
+
+running = Running()
+
+
+def hand_down(module: AuxiliaryTrainingWrapper, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook of PEFT's wrappers around whole modules and embeddings, which take the names as a keyword."""
+    rows = running.modules.get(module)
+    if rows is None:
+        return None
+    batch = args[0] if args else next(iter(kwargs.values()))
+    own = module._get_available_adapters()
+    names = [name if name in own else "__base__" for name in rows.spread(len(batch))]
+    return args, {**kwargs, "adapter_names": names}
+
+
+def install(model: nn.Module) -> None:
+    """Let the wrappers of a model know their rows from now on."""
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and hand_down not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(hand_down, with_kwargs=True)
+
+
+def of_call(model: nn.Module, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Rows, Rows]:
+    """What the names of a call, one per prompt, mean for modules that work on the prompts, and on images or sounds.
+
+    Args:
+        model: the base model.
+        names: an adapter, or ``"__base__"``, per prompt.
+        args: what its forward or generate is called with, as far as that is known.
+        kwargs: as `args`.
+
+    Raises:
+        ValueError: the call has another number of prompts.
+    """
+    main = getattr(model, "main_input_name", "input_ids")
+    first = args[0] if args else kwargs.get("inputs")  # of generate
+    inputs = kwargs if first is None else {main: first, **kwargs}
+    ids, placeholders = inputs.get("input_ids"), _placeholders(model)
+    places = None  # (B, T) per placeholder; None: the model takes one image or sound per prompt
+    if isinstance(mask := inputs.get("image_embeds_position_mask"), Tensor):  # of Kosmos-2
+        places = [mask != 0]
+    elif placeholders:
+        places = [] if ids is None else [ids == placeholder for placeholder in placeholders]
+    for name in ("input_ids", "inputs_embeds", *([main] if places is None else [])):
+        if isinstance(batch := inputs.get(name), Tensor):
+            if len(batch) != len(names):
+                raise ValueError(_wrong_number(names, len(batch)))
+            break
+    # `generate` repeats each prompt, but not inside an encoder.
+    text = Rows(names, times=(1, max(_setting(name, model, args, kwargs) for name in _REPEATING)))
+    return text, text if places is None else _of_media(text, places, inputs)
+
+
+_REPEATING = ("num_beams", "num_return_sequences")
+
+
+def _setting(name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """A setting of `generate`, from where it takes it: a keyword, the configuration given to it, the model's own."""
+    given = next((value for value in (*args, *kwargs.values()) if isinstance(value, GenerationConfig)), None)
+    own = getattr(model, "generation_config", None)
+    return kwargs.get(name) or getattr(given, name, None) or getattr(own, name, None) or 1
+
+
+def _placeholders(model: nn.Module) -> set[int]:
+    """The ids that stand in a prompt for what its images, videos and sounds become."""
+    configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    found = [value for config in configs for name, value in vars(config).items() if _PLACEHOLDER.fullmatch(name)]
+    return {value for value in found if value is not None}
+
+
+def _of_media(text: Rows, places: list[Tensor], inputs: dict[str, Any]) -> Rows:
+    """The rows of what works on images, videos and sounds, where a prompt may hold any number of them."""
+    names = text.names
+    rows = Rows(names, times=())
+    if len(set(names)) == 1:
+        return rows._replace(names=names[:1])
+    if not places or inputs.get("past_key_values") is not None:
+        return rows._replace(refusal="the ids of the prompts are not given, or those before them are in a cache")
+    counts = torch.stack([place.sum(dim=1) for place in places]).T.tolist()  # per prompt: one number per placeholder
+    seeing = {name for name, count in zip(names, counts, strict=True) if any(count)}
+    if not seeing:
+        return text
+    if len(seeing) == 1:
+        return rows._replace(names=list(seeing))
+    if any(count != counts[0] for count in counts):
+        numbers = ", ".join(str(sum(count)) for count in counts)
+        return rows._replace(refusal=f"the prompts have {numbers} placeholders, and not all the same number")
+    for name, value in inputs.items():  # equally many placeholders are equally many images if these are alike
+        described = isinstance(value, Tensor) and not value.is_floating_point() and value.shape[:2] != places[0].shape
+        if described and not _OF_TEXT.match(name) and bool((value != value[:1]).any()):
+            return rows._replace(refusal=f"they differ in {name}")
+    return rows
+
+
+def _wrong_number(names: list[str], rows: int) -> str:
+    return f"adapter_names has {len(names)} entries for a batch of {rows} rows: give one per row."

@@ -1,0 +1,109 @@
+"""Reports of adapters without effect and without gradient, each given once.
+
+Two things happen outside of this package and would go unnoticed: the `forward` of an attention, or of something
+around it, is replaced after the adapter was attached, so that the adapter is never asked for its pairs; or a kernel of
+the base model (dynamic quantisation of activations, for one) passes no gradient on, so that training changes nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layer import HiFICLLayer
+
+Layers = dict[str, HiFICLLayer]  # by name
+
+
+class EffectWatch:
+    """A pair of hooks around the forward of a model that owns adapted attentions: has each asked for its pairs?"""
+
+    # By thread and watch: how often each layer had been asked when a forward began.  Forwards may nest.
+    _begun = threading.local()
+
+    def __init__(self, layers: Layers) -> None:
+        self.layers = layers
+        self.reported = False
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling():
+            counts = [layer.calls for layer in self.layers.values()]
+            vars(self._begun).setdefault(f"{id(self)}", []).append(counts)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        begun = vars(self._begun).get(f"{id(self)}")
+        if not begun:
+            return
+        counts = begun.pop()
+        if self.reported or output is None or getattr(module, "_is_replica", False) or _drops_layers(module):
+            return
+        missed = [
+            name
+            for (name, layer), count in zip(self.layers.items(), counts, strict=True)
+            if layer.calls == count and not layer.disable_adapters and any(a in layer.n for a in layer.active_adapters)
+        ]
+        if missed and not any(map(_is_compiled, module.modules())):
+            self.reported = True
+            warnings.warn(
+                f"The HiFICL adapters of {len(missed)} attention modules ({missed[0]}, ...) had no effect in this "
+                f"forward of {type(module).__name__}: their attention was not computed through transformers' attention "
+                "interface, or they were left out. If a forward was replaced after the adapter had been attached (by a "
+                "kernels package, or a patch), undo that.",
+                stacklevel=2,
+            )
+
+
+class GradientWatch:
+    """A pair of hooks on the outermost model: has each adapter in training had a gradient after the first backward?"""
+
+    def __init__(self, layers: Layers) -> None:
+        self.layers = layers
+        self.reported = False
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling():
+            for layer in self.layers.values():
+                layer.awaits_gradient.clear()
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.reported or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        waiting = {name: layer for name, layer in self.layers.items() if layer.awaits_gradient}
+        if waiting:
+            for tensor in output.values() if isinstance(output, dict) else output:
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(lambda grad: self._check_later(waiting))
+
+    def _check_later(self, waiting: Layers) -> None:
+        """The gradient is on its way down: look when the backward has ended."""
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._check(waiting))
+
+    def _check(self, waiting: Layers) -> None:
+        without = [name for name, layer in waiting.items() if layer.awaits_gradient]
+        if without and not self.reported:
+            self.reported = True
+            warnings.warn(
+                f"HiFICL adapters require a gradient, but no gradient has reached {len(without)} of {len(waiting)} in "
+                f"a backward ({without[0]}, ...): training does not change them. Something in the base model passes no "
+                "gradient on, as quantised kernels that are made for inference (torchao's dynamic activation "
+                "quantisation): train on another base, such as one with quantised weights alone.",
+                stacklevel=2,
+            )
+
+
+def _drops_layers(module: nn.Module) -> bool:
+    """LayerDrop leaves layers out at random."""
+    config: Any = module.config
+    return module.training and any(name.endswith("layerdrop") and value for name, value in vars(config).items())
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """A compiled region does not count its calls."""
+    forward = vars(module).get("forward")
+    return module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")

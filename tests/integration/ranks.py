@@ -1,0 +1,375 @@
+"""What each of two processes does; test_two_processes.py starts them.
+
+    python -m torch.distributed.run --nproc-per-node 2 -m tests.integration.ranks FOLDER GROUP CASE...
+
+Each case compares with one process that sees the whole batch, and most run with LoRA, too, which tells whether the
+recipe itself is right.  What came of them is written to FOLDER/RANK.json: an error's text, or null, for each case up
+to the first that failed.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.big_modeling import _attach_context_parallel_hooks
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.other import fsdp_auto_wrap_policy
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.tensor.experimental import context_parallel as context
+from torch.nn import functional
+from transformers import Trainer, TrainingArguments
+
+from ..conftest import build, inputs_for, logits
+from ..test_peft_api import config
+from . import reports
+
+# A group shares its processes.
+GROUPS: dict[str, dict[str, Callable[[Path], None]]] = {"torch": {}, "deepspeed": {}}
+KINDS = ["hificl", "lora"]
+IDS = inputs_for("gqa", rows=4)["input_ids"]
+STEPS = 3
+
+
+def case(group: str, **choices: list[Any]) -> Callable[..., Callable[..., None]]:
+    """A case for every combination of these arguments."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        for values in itertools.product(*choices.values()):
+            name = "-".join(map(str, [function.__name__, *values]))
+            GROUPS[group][name] = functools.partial(function, **dict(zip(choices, values, strict=True)))
+        return function
+
+    return register
+
+
+def adapted(kind: str) -> PeftModel:
+    """The same adapter, with an effect, on every rank."""
+    base = build("gqa")
+    torch.manual_seed(1)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return get_peft_model(base, lora if kind == "lora" else config(task_type="CAUSAL_LM"))
+
+
+# -- data parallel: every way of it trains as one process does with all rows -----------------------------------------
+
+
+class Parallel(NamedTuple):
+    """A model that is spread over the ranks."""
+
+    inner: PeftModel  # which stores the adapter
+    step: Callable[[Tensor], Tensor]  # trains on these rows, and returns their loss
+    full_state: Callable[[], dict[str, Tensor]]  # a call for all ranks; complete on rank 0
+
+
+def own_rows() -> Tensor:
+    return IDS.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def sgd(model: nn.Module, momentum: float = 0.5) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=momentum)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, backward: Callable[[Tensor], Any], ids: Tensor) -> Tensor:
+    loss = model(input_ids=ids, labels=ids).loss
+    backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def trains_as_one_process(kind: str, parallel: Parallel, folder: Path) -> None:
+    """Losses, and the stored adapter after one step, which tells its gradients, and after the last."""
+    alone = adapted(kind)
+    optimizer = sgd(alone)
+    for number in range(STEPS):
+        before = {name: p.clone() for name, p in get_peft_model_state_dict(alone).items()}
+        want = step(alone, optimizer, Tensor.backward, IDS)
+        with reports() as found:
+            loss = parallel.step(own_rows())
+        assert found == []  # wherever the gradients are kept
+        dist.all_reduce(loss)
+        torch.testing.assert_close(loss / dist.get_world_size(), want, rtol=1e-5, atol=1e-5)
+        if number in (0, STEPS - 1):
+            here = folder / str(number)
+            state = parallel.full_state()
+            if dist.get_rank() == 0:
+                parallel.inner.save_pretrained(here, state_dict=state)
+            dist.barrier()
+            stored, wanted = load_file(here / "adapter_model.safetensors"), get_peft_model_state_dict(alone)
+            assert stored.keys() == wanted.keys(), (sorted(stored), sorted(wanted))
+            for name, tensor in wanted.items():
+                assert not torch.equal(tensor, before[name]), name
+                torch.testing.assert_close(stored[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    same_logits(PeftModel.from_pretrained(build("gqa"), here), alone)
+
+
+def same_logits(model: nn.Module, other: nn.Module) -> None:
+    want = logits(other.eval(), input_ids=IDS)
+    torch.testing.assert_close(logits(model.eval(), input_ids=IDS), want, rtol=1e-4, atol=1e-4)
+
+
+@case("torch", kind=KINDS)
+def ddp(folder: Path, kind: str) -> None:
+    model = adapted(kind)
+    accelerator = Accelerator(cpu=True)
+    wrapped, optimizer = accelerator.prepare(model, sgd(model))
+    assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
+    run = functools.partial(step, wrapped, optimizer, accelerator.backward)
+    trains_as_one_process(kind, Parallel(model, run, model.state_dict), folder)
+
+
+@case("torch", kind=KINDS)
+def trainer(folder: Path, kind: str) -> None:
+    """transformers' own.  Every step sees all rows, so that their order does not matter."""
+    model, alone = adapted(kind), adapted(kind)
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=0.1, optim="sgd",
+        lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, report_to=[], save_strategy="steps",
+        save_steps=STEPS, disable_tqdm=True,
+    )  # fmt: skip
+    rows = Dataset.from_dict({"input_ids": IDS, "labels": IDS}).with_format("torch")
+    run = Trainer(model, arguments, train_dataset=rows)
+    run.train()
+    assert isinstance(run.model_wrapped, nn.parallel.DistributedDataParallel)
+    optimizer = sgd(alone, momentum=0.0)
+    for _ in range(STEPS):
+        step(alone, optimizer, Tensor.backward, IDS)
+    dist.barrier()
+    same_logits(PeftModel.from_pretrained(build("gqa"), folder / f"checkpoint-{STEPS}"), alone)
+
+
+@case("torch", kind=KINDS, use_orig_params=[True, False])
+def fsdp1(folder: Path, kind: str, use_orig_params: bool) -> None:
+    """By PEFT's policy, what is trained is a unit of its own, and so is a decoder layer."""
+    model, copy = adapted(kind), adapted(kind)
+    wrapped = FullyShardedDataParallel(
+        model, auto_wrap_policy=fsdp_auto_wrap_policy(model), use_orig_params=use_orig_params,
+        device_id=torch.device("cpu"),
+    )  # fmt: skip
+    run = functools.partial(step, wrapped, sgd(wrapped), Tensor.backward)
+
+    def full_state() -> dict[str, Tensor]:
+        # By way of a model that is not wrapped: PEFT 0.21 looks for LoRA's layers under the names that they have in
+        # the wrapped one, which are not those of its state dict, and stores nothing.
+        with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT):
+            copy.load_state_dict(wrapped.state_dict())
+        return copy.state_dict()
+
+    trains_as_one_process(kind, Parallel(copy, run, full_state), folder)
+
+
+@case("torch", kind=KINDS)
+def fsdp2(folder: Path, kind: str) -> None:
+    model = adapted(kind)
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    run = functools.partial(step, model, sgd(model), Tensor.backward)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    full_state = functools.partial(get_model_state_dict, model, options=options)
+    trains_as_one_process(kind, Parallel(model, run, full_state), folder)
+
+
+@case("torch", version=[1, 2])
+def fsdp_with_accelerate(folder: Path, version: int) -> None:
+    """Training, storing the adapter, and going back to a checkpoint, as PEFT's documentation has it."""
+    model = adapted("hificl")
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=version,
+        auto_wrap_policy=fsdp_auto_wrap_policy(model) if version == 1 else "transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"], state_dict_type="FULL_STATE_DICT",
+        cpu_ram_efficient_loading=False, activation_checkpointing=True,
+    )  # fmt: skip
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    # On CPUs accelerate would use DDP, without a word.
+    accelerator.state.fsdp_plugin = plugin
+    for state in (PartialState, AcceleratorState):
+        state._shared_state.update(distributed_type=DistributedType.FSDP, device=torch.device("cpu"))
+    if version == 1:
+        wrapped = accelerator.prepare(model)  # which replaces the parameters: the optimizer comes later
+        optimizer = accelerator.prepare(sgd(wrapped))
+    else:
+        wrapped, optimizer = accelerator.prepare(model, sgd(model))
+    unit = FullyShardedDataParallel if version == 1 else FSDPModule
+    assert isinstance(wrapped, unit) and sum(isinstance(m, unit) for m in wrapped.modules()) > 2
+    run = functools.partial(step, wrapped, optimizer, accelerator.backward)
+
+    def full_state() -> dict[str, Tensor]:
+        if version == 2:
+            return accelerator.get_state_dict(wrapped)
+        # The same without `offload_to_cpu`, which fails for parameters that are on CPUs already.
+        options = FullStateDictConfig(rank0_only=True)
+        with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT, options):
+            return wrapped.state_dict()
+
+    trains_as_one_process("hificl", Parallel(accelerator.unwrap_model(wrapped), run, full_state), folder)
+    if version == 1:  # its checkpoints are made with `offload_to_cpu`
+        return
+
+    accelerator.save_state(folder / "state")
+    stored = full_state()
+    loss = run(own_rows())
+    accelerator.load_state(folder / "state")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in full_state().items())
+    assert torch.equal(run(own_rows()), loss)
+
+
+def with_deepspeed() -> Any:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, which takes minutes
+    deepspeed.init_distributed("gloo", dist_init_required=False)
+    return deepspeed
+
+
+@case("deepspeed", kind=KINDS, stage=[2, 3])
+def zero(folder: Path, kind: str, stage: int) -> None:
+    deepspeed = with_deepspeed()
+    model, copy = adapted(kind), adapted(kind)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=sgd(model),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        },
+    )
+    assert stage < 3 or all(p.numel() == 0 for p in model.parameters())  # until they are used
+
+    def run(ids: Tensor) -> Tensor:
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    def full_state() -> dict[str, Tensor]:
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
+            copy.load_state_dict(model.state_dict())
+        return copy.state_dict()
+
+    trains_as_one_process(kind, Parallel(copy, run, full_state), folder)
+    if stage == 3 and kind == "hificl" and dist.get_rank() == 0:  # never a file of empty tensors
+        refused(lambda: model.save_pretrained(folder / "not_gathered"), "GatheredParameters")
+        assert not (folder / "not_gathered" / "adapter_model.safetensors").exists()
+
+
+# -- sequence and context parallel: a rank holds a part of every row -------------------------------------------------
+
+LENGTH = 16
+LONG = torch.arange(3, 3 + LENGTH)[None]
+POSITIONS = torch.arange(LENGTH)[None]
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    return tensor.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]
+
+
+def refused(call: Callable[[], object], *patterns: str) -> None:
+    """Raises an error whose message holds all of these."""
+    try:
+        call()
+    except (ValueError, RuntimeError, TypeError) as error:
+        for pattern in patterns:
+            assert re.search(pattern, str(error), re.IGNORECASE), f"{pattern!r} is not in: {error}"
+    else:
+        raise AssertionError("it ran")
+
+
+@contextmanager
+def ulysses(model: nn.Module) -> Iterator[None]:
+    """DeepSpeed's sequence parallelism takes the place of "sdpa" in transformers' attention interface."""
+    with_deepspeed()
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    UlyssesSPAttentionHF.register_with_transformers(
+        model_name_or_path=model, core_attn_implementation="sdpa", sequence_parallel_size=2, micro_batch_size=1,
+        seq_length=LENGTH, seq_length_is_variable=True,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]  # transformers' own function is there again
+
+
+@case("deepspeed")
+def sequence_parallel(folder: Path) -> None:
+    """Registered after the adapter was attached, as accelerate's `prepare` does it, and before."""
+    lora, model, base = adapted("lora").eval(), adapted("hificl").eval(), build("gqa")
+    plain, with_lora, want = (logits(m, input_ids=LONG) for m in (base, lora, model))
+    own = {"input_ids": own_part(LONG), "position_ids": own_part(POSITIONS)}
+    cause = ("'sdpa'", "ulysses|uattn", "place|replaced")
+    with ulysses(model.get_base_model()):
+        torch.testing.assert_close(logits(lora, **own), own_part(with_lora), rtol=0, atol=1e-4)
+        refused(lambda: logits(model, **own), *cause)
+        refused(lambda: model.train()(**own, labels=own["input_ids"]), *cause)
+        refused(lambda: model.eval().generate(**own, max_new_tokens=2), *cause)
+        refused(lambda: logits(get_peft_model(build("gqa"), config()), **own), *cause)
+        refused(lambda: logits(get_peft_model(build("gqa"), config(target_modules=["self_attn"])), **own), *cause)
+        with model.disable_adapter():
+            torch.testing.assert_close(logits(model, **own), own_part(plain), rtol=0, atol=1e-4)
+    assert torch.equal(logits(model, input_ids=LONG), want)
+
+
+@case("torch")
+def context_parallel(folder: Path) -> None:
+    """torch's, alone and as accelerate prepares a model for it.  For CPUs it has no rule, and fails with every base."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    model = adapted("hificl").eval()
+    want, own_function = logits(model, input_ids=LONG), functional.scaled_dot_product_attention
+    for prepare in (lambda _: None, _attach_context_parallel_hooks):
+        prepare(model)
+        ids, positions = LONG.clone(), POSITIONS.clone()
+        with context(mesh, buffers=[ids, positions], buffer_seq_dims=[1, 1]):
+            assert ids.shape[1] == LENGTH // 2 and functional.scaled_dot_product_attention is not own_function
+            own = {"input_ids": ids, "position_ids": positions}
+            refused(lambda: logits(model, **own), "context.parallel")
+            refused(lambda: model.train()(**own, labels=ids), "context.parallel")
+            refused(lambda: logits(get_peft_model(build("gqa"), config()), **own), "context.parallel")
+        assert torch.equal(logits(model.eval(), input_ids=LONG), want)
+
+
+# -- running them ----------------------------------------------------------------------------------------------------
+
+
+def main(folder: str, group: str, *names: str) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    outcomes: dict[str, str | None] = {}
+    for name in names:
+        own = Path(folder) / name
+        own.mkdir(exist_ok=True)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            GROUPS[group][name](own)
+            outcomes[name] = None
+        except Exception:
+            outcomes[name] = traceback.format_exc()
+        (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(outcomes))
+        if outcomes[name] is not None:  # the other rank may wait for this one, and never come back
+            sys.exit(1)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,383 @@
+"""Continuous batching (`generate_batch`): each request as `generate` answers it, whatever the manager has seen."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import logging
+import pickle
+import queue
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager, continuous_api
+
+from .conftest import VOCAB, build, llama, logits
+from .test_attention import gemma2, gpt_oss
+from .test_peft_api import adapted, config, hificl_layers
+
+PROMPT = list(range(5, 22))
+PROMPTS = [PROMPT, [9, 10], [*PROMPT[:13], 40], [*PROMPT, 41, 42]]  # the first and the last share four blocks
+GREEDY = tf.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+SAMPLED = tf.GenerationConfig(
+    max_new_tokens=6, do_sample=True, top_k=1, num_return_sequences=3, eos_token_id=-1, pad_token_id=0
+)  # three times the same sequence
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_and_quiet() -> Iterator[None]:
+    logger = logging.getLogger("ContinuousBatchingLogger")  # it prints what is expected here
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    gc.collect()
+    gc.freeze()  # a manager that stops collects garbage: a second among the objects of the libraries
+    yield
+    gc.unfreeze()
+    logger.setLevel(level)
+
+
+def mistral() -> tf.PreTrainedModel:
+    return tf.MistralForCausalLM(
+        tf.MistralConfig(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, sliding_window=5, initializer_range=0.2, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def gemma3() -> tf.PreTrainedModel:
+    return tf.Gemma3ForCausalLM(
+        tf.Gemma3TextConfig(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=1, head_dim=16, sliding_window=5, initializer_range=0.2, pad_token_id=0,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    )  # fmt: skip
+
+
+def settings(**changes: object) -> ContinuousBatchingConfig:
+    """Batches of at most seven tokens, so that prompts come in chunks, and blocks of four."""
+    values = {"num_blocks": 64, "page_size": 4, "max_batch_tokens": 7, "return_logprobs": True, **changes}
+    return ContinuousBatchingConfig(**values)
+
+
+def batch(
+    model: nn.Module, prompts: list[list[int]] = PROMPTS, generation: tf.GenerationConfig = GREEDY, **changes: object
+) -> list[tuple[list[int], Tensor]]:
+    results = model.generate_batch(
+        inputs=prompts, generation_config=generation, continuous_batching_config=settings(**changes)
+    )
+    assert [result.error for result in results.values()] == [None] * len(results)
+    return [(result.generated_tokens, torch.tensor(result.logprobs)) for result in results.values()]
+
+
+@torch.no_grad()
+def alone(model: nn.Module, prompt: list[int]) -> tuple[list[int], Tensor]:
+    output = model.generate(
+        input_ids=torch.tensor([prompt]), generation_config=GREEDY, output_logits=True, return_dict_in_generate=True
+    )
+    tokens = output.sequences[0, len(prompt) :]
+    logprobs = torch.stack(output.logits)[:, 0].log_softmax(-1)  # (T, V)
+    return tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def assert_same(found: list[tuple[list[int], Tensor]], wanted: list[tuple[list[int], Tensor]]) -> None:
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
+    for (_, ours), (_, theirs) in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+class Manager:
+    """A manager that lives on between requests."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.manager: ContinuousBatchingManager = model.init_continuous_batching(GREEDY, settings())
+        self.manager.start()
+
+    def __call__(self, prompt: list[int]) -> tuple[list[int], Tensor]:
+        result = self.fails(prompt)
+        assert result.error is None
+        return result.generated_tokens, torch.tensor(result.logprobs)
+
+    def fails(self, prompt: list[int], **options: object) -> continuous_api.GenerationOutput:
+        self.manager.add_request(prompt, **options)
+        result = self.manager.get_result(timeout=20)
+        assert result is not None
+        return result
+
+    def __enter__(self) -> Manager:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.manager.stop()
+        self.manager.destroy()
+
+
+# -- each request as if it were alone ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family, implementation",
+    [*itertools.product(["mha", "gqa", mistral, gemma3], ["sdpa", "eager"]), (gemma2, "eager"), (gpt_oss, "eager")],
+)
+def test_each_request_is_answered_as_by_generate(family: str | Callable[[], nn.Module], implementation: str) -> None:
+    """Prompts of different lengths, in chunks and with common prefixes; full and sliding layers, soft-cap, sinks."""
+    torch.manual_seed(0)
+    base = build(family) if isinstance(family, str) else family().eval()
+    base.set_attn_implementation(implementation)
+    without = [alone(base, prompt)[0] for prompt in PROMPTS]
+    model = get_peft_model(base, config())
+    wanted = [alone(model, prompt) for prompt in PROMPTS]
+    assert [tokens for tokens, _ in wanted] != without
+    assert_same(batch(model), wanted)
+    assert base.config._attn_implementation == implementation
+    if family is not gemma2:  # transformers' own function leaves out the soft-cap
+        with model.disable_adapter():
+            assert [tokens for tokens, _ in batch(model)] == without
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_several_adapters_of_transformers_own(implementation: str) -> None:
+    model = build("gqa")
+    model.set_attn_implementation(implementation)
+    for name in ("a", "b"):
+        model.add_adapter(config(), name)
+    answers = []
+    for active in ("a", "b", ["a", "b"]):
+        model.set_adapter(active)
+        answers.append([alone(model, prompt) for prompt in PROMPTS])
+        assert_same(batch(model), answers[-1])
+    assert len({str([tokens for tokens, _ in answer]) for answer in answers}) == 3
+    model.disable_adapters()
+    assert_same(batch(model), [alone(build("gqa"), prompt) for prompt in PROMPTS])
+
+
+def test_pairs_in_some_layers_alone() -> None:
+    model = adapted("gqa", layers_to_transform=[1])
+    assert_same(batch(model), [alone(model, prompt) for prompt in PROMPTS])
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_sequences_of_one_request_share_its_prompt(sharing: bool) -> None:
+    model = adapted("gqa")
+    wanted = [alone(model, prompt)[0] for prompt in PROMPTS for _ in range(3)]
+    assert [tokens for tokens, _ in batch(model, generation=SAMPLED, allow_block_sharing=sharing)] == wanted
+
+
+def test_a_cache_too_small_for_all_requests() -> None:
+    """Some are put back, and begin again."""
+    model = adapted("gqa")
+    assert_same(batch(model, num_blocks=8, max_batch_tokens=32), [alone(model, prompt) for prompt in PROMPTS])
+
+
+@pytest.mark.slow
+def test_compiled() -> None:
+    """Padded batches; a graph break where the cache is written, as in transformers' own functions."""
+    torch.manual_seed(0)
+    model = get_peft_model(llama(layers=1).eval(), config())
+    compiled = tf.CompileConfig(backend="eager", mode=None, fullgraph=False, dynamic=True)
+    padded = {"q_padding_interval_size": 8, "kv_padding_interval_size": 64}
+    found = batch(model, PROMPTS[:2], varlen_compile_config=compiled, **padded)
+    assert_same(found, [alone(model, prompt) for prompt in PROMPTS[:2]])
+
+
+def test_generate_with_a_paged_cache() -> None:
+    model = adapted("gqa")
+    paged = model.generate(
+        input_ids=torch.tensor([PROMPT]), generation_config=GREEDY, cache_implementation="paged",
+        continuous_batching_config=settings(),
+    )  # fmt: skip
+    assert paged.flatten().tolist() == PROMPT + alone(model, PROMPT)[0]
+
+
+# -- a manager that outlives an adapter ------------------------------------------------------------------------------
+
+
+def switch(model: PeftModel) -> None:
+    model.set_adapter("b")
+
+
+def disable(model: PeftModel) -> None:
+    model.base_model.disable_adapter_layers()
+
+
+def edit_data(model: PeftModel) -> None:
+    for layer in hificl_layers(model):
+        for parameter in layer.parameters():
+            parameter.data.mul_(-1.5)
+
+
+def edit_memory(model: PeftModel) -> None:
+    for layer in hificl_layers(model):
+        for parameter in layer.parameters():
+            parameter.detach().numpy()[...] *= -1.5
+
+
+def load(model: PeftModel) -> None:
+    state = get_peft_model_state_dict(model, adapter_name="b")
+    set_peft_model_state_dict(model, {key: value.clone() for key, value in state.items()}, adapter_name="default")
+
+
+def delete(model: PeftModel) -> None:
+    model.delete_adapter("default")
+
+
+def unload(model: PeftModel) -> None:
+    model.unload()
+
+
+@pytest.mark.parametrize("change", [switch, disable, edit_data, edit_memory, load, delete, unload])
+def test_no_block_of_another_adapter_is_served(change: Callable[[PeftModel], None]) -> None:
+    """A cache finds the blocks of a prefix by their tokens, not by what computed them."""
+    model = adapted("gqa")
+    torch.manual_seed(2)
+    model.add_adapter("b", config())
+    base = model.get_base_model()
+    before = alone(base, PROMPT)
+    with Manager(model) as ask:
+        assert_same([ask(PROMPT), ask(PROMPT)], [before, before])
+        change(model)
+        after = alone(base, PROMPT)
+        assert after[0] != before[0]
+        assert_same([ask(PROMPT), ask([*PROMPT, 41, 42])], [after, alone(base, [*PROMPT, 41, 42])])
+        if change is switch:
+            model.set_adapter("default")
+            assert_same([ask(PROMPT)], [before])
+
+
+def test_a_kept_manager() -> None:
+    """It is kept on the model from call to call; one of the time before the adapter is not."""
+    base = build("gqa")
+    keep = {"inputs": [PROMPT], "generation_config": GREEDY, "continuous_batching_config": settings()}
+    base.generate_batch(**keep, persistent_manager=True)
+    model = get_peft_model(base, config())
+    torch.manual_seed(2)
+    model.add_adapter("b", config())
+    for name in ("default", "b", "default"):
+        model.set_adapter(name)
+        (result,) = model.generate_batch(**keep, persistent_manager=True).values()
+        assert result.generated_tokens == alone(model, PROMPT)[0]
+    base.destroy_cached_continuous_batching_manager()
+
+
+def test_a_running_manager_of_the_time_before_the_adapter() -> None:
+    base = build("gqa")
+    with Manager(base) as ask:
+        ask(PROMPT)
+        model = get_peft_model(base, config())
+        assert "without its HiFICL adapter" in ask.fails(PROMPT).error
+    assert_same(batch(model), [alone(model, prompt) for prompt in PROMPTS])
+    base = build("gqa")
+    with Manager(base) as ask:
+        block = PROMPT[:4]
+        ask(block)
+        model = get_peft_model(base, config())
+        assert_same([ask(block), ask(PROMPT)], [alone(model, block), alone(model, PROMPT)])
+
+
+@pytest.mark.parametrize("change", [switch, disable, delete])
+def test_a_switch_while_requests_are_running_ends_them(change: Callable[[PeftModel], None]) -> None:
+    model = adapted("gqa")
+    model.add_adapter("b", config())
+    with Manager(model) as ask:
+        ask.manager.add_request(PROMPT, max_new_tokens=10**6, streaming=True)
+        assert ask.manager.get_result(timeout=20).error is None
+        with ask.manager.pause():
+            change(model)
+        result = ask.manager.get_result(timeout=20)
+        while not result.is_finished():  # tokens from before the pause
+            result = ask.manager.get_result(timeout=20)
+        assert "have changed from ['default'] to" in result.error and "let the manager finish" in result.error
+    assert_same(batch(model), [alone(model, prompt) for prompt in PROMPTS])
+
+
+# -- what is refused, in the thread of the caller ----------------------------------------------------------------------
+
+
+def transformers_own(model: PeftModel) -> nn.Module:
+    return model.get_base_model()
+
+
+@pytest.mark.parametrize("of", [lambda model: model, transformers_own])
+def test_what_is_refused_is_refused_by_the_call(of: Callable[[PeftModel], nn.Module]) -> None:
+    model = adapted("gqa")
+    called = of(model)
+    with pytest.raises(ValueError, match="adapter_names.*once per adapter"):
+        called.generate_batch(inputs=PROMPTS, adapter_names=["default"] * 4)
+    with pytest.raises(ValueError, match="use_cuda_graph=True.*Leave use_cuda_graph out"):
+        batch(called, use_cuda_graph=True)
+    with pytest.raises(ValueError, match="use_cuda_graph"):
+        called.init_continuous_batching(GREEDY, settings(use_cuda_graph=(False, True)))
+    model.get_base_model().config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="flash_attention_2.*LlamaAttention.*set_attn_implementation"):
+        batch(called)
+    with (
+        pytest.raises(ValueError, match="flash_attention_2"),
+        called.continuous_batching_context_manager(GREEDY, continuous_batching_config=settings()),
+    ):
+        pass
+    model.get_base_model().config._attn_implementation_internal = "flex_attention"
+    with pytest.raises(ValueError, match="flex_attention is not supported for continuous batching"):
+        batch(called)
+    called.set_attn_implementation("sdpa")
+    assert_same(batch(called), [alone(model, prompt) for prompt in PROMPTS])
+
+
+def test_adapter_names_are_refused_wherever_they_are_given() -> None:
+    model = adapted("gqa")
+    inputs = {"input_ids": torch.tensor([PROMPT]), "generation_config": GREEDY, "cache_implementation": "paged"}
+    with pytest.raises(ValueError, match="adapter_names.*once per adapter"):
+        model.generate(**inputs, adapter_names=["__base__"])
+    with pytest.raises(ValueError, match="adapter_names.*once per adapter"):
+        model.get_base_model().generate(**inputs, adapter_names=["__base__"])
+    with pytest.raises(TypeError, match="adapter_names"):
+        model.init_continuous_batching(GREEDY, settings(), adapter_names=["__base__"])
+    with Manager(model) as ask:
+        assert "adapter_names" in ask.fails(PROMPT, adapter_names=["__base__"]).error
+
+
+def test_flash_attention_is_not_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is installed, transformers switches to it by itself."""
+    switched: queue.Queue[object] = queue.Queue()
+    for version in (2, 3):
+        monkeypatch.setattr(continuous_api, f"is_flash_attn_{version}_available", lambda **_: True)
+    model = adapted("gqa")
+    monkeypatch.setattr(type(model.get_base_model()), "set_attn_implementation", lambda self, name: switched.put(name))
+    given = settings()
+    results = model.generate_batch(inputs=PROMPTS, generation_config=GREEDY, continuous_batching_config=given)
+    assert switched.empty() and given.auto_switch_to_flash
+    assert [result.generated_tokens for result in results.values()] == [alone(model, prompt)[0] for prompt in PROMPTS]
+    model.init_continuous_batching(GREEDY)  # without a configuration
+    assert switched.empty()
+
+
+def test_paged_eager_is_for_continuous_batching_alone() -> None:
+    base = build("gqa")
+    base.set_attn_implementation("paged|eager")
+    model = get_peft_model(base, config())
+    found = batch(model)
+    with pytest.raises(ValueError, match=r"paged\|eager.*set_attn_implementation\('eager'\)"):
+        logits(model, input_ids=torch.tensor([PROMPT]), attention_mask=torch.zeros(1, 1, 17, 17))
+    base.set_attn_implementation("eager")
+    assert_same(found, [alone(model, prompt) for prompt in PROMPTS])
+
+
+def test_copies_check_themselves_and_unload_leaves_nothing() -> None:
+    model = adapted("gqa")
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for layer in hificl_layers(copied):
+            for parameter in layer.parameters():
+                parameter.data.mul_(-1.5)
+        assert_same(batch(copied), [alone(copied, prompt) for prompt in PROMPTS])
+        assert alone(copied, PROMPT)[0] != alone(model, PROMPT)[0]
+        with pytest.raises(ValueError, match="adapter_names"):
+            copied.generate_batch(inputs=PROMPTS, adapter_names=["default"] * 4)
+    base = model.unload()
+    assert not {"generate_batch", "init_continuous_batching"} & set(vars(base))
+    assert_same(batch(base), [alone(build("gqa"), prompt) for prompt in PROMPTS])
