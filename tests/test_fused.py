@@ -304,6 +304,34 @@ def test_decoding_without_gradients(grouped: bool, groups: str, mask: str, monke
     torch.testing.assert_close(fused.attention(*args, scaling=0.3, mask=given), want, rtol=0, atol=1e-12)
 
 
+def test_heads_become_queries_where_a_cache_would_be_repeated_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While decoding without gradients, and where the kernel knows no groups: by the shapes that it is given."""
+    flash = KERNELS["cpu"]["flash"]
+    shapes: list[tuple[torch.Size, torch.Size]] = []
+
+    def recorded(call: Call) -> object:
+        shapes.append((call.query.shape, call.key.shape))
+        return flash.forward(call)
+
+    def folded(heads: int, kv: int, length: int, grouped: bool, trained: str | None = None) -> bool:
+        monkeypatch.setitem(KERNELS["cpu"], "flash", flash._replace(forward=recorded, groups=grouped))
+        shapes.clear()
+        x = tensors(heads, kv, length, 9, 6, 6, 3)
+        if trained:
+            x[trained].requires_grad_()
+        fused.attention(x["query"], x["key"], x["value"], pairs_of(x), scaling=0.3)
+        (context, keys), (virtual, pairs) = shapes
+        assert keys == (2, kv, 9, 6) and virtual == (2, heads, length, 6) and pairs == (2, heads, 3, 6)
+        assert context in ((2, heads, length, 6), (2, kv, heads // kv * length, 6))
+        return context[1] != heads
+
+    assert folded(4, 2, 1, grouped=False) and folded(4, 1, 1, grouped=False)
+    assert not folded(4, 2, 1, grouped=True) and not folded(4, 4, 1, grouped=False)
+    assert not folded(4, 2, 3, grouped=False) and not folded(4, 2, 1, grouped=False, trained="virtual_keys")
+    with torch.no_grad():
+        assert folded(4, 2, 1, grouped=False, trained="virtual_keys")
+
+
 def test_masks_are_kept_as_they_came() -> None:
     """Nothing of size T x T is saved for the backward beside what the caller holds anyway."""
     q, k, v = (t.clone().requires_grad_() for t in (Q, K, V))

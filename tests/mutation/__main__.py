@@ -4,7 +4,7 @@
 
 Each mutant is a copy of the package with one change (see `mutants`), on which the tests of the module run (`TESTS`),
 in a fork of this process, so that torch and transformers are imported once.  Results are appended to `results.jsonl`;
-what is there for the module as it stands is not run anew (`--again`: but for the survivors).  `README.md` is written
+what is there for a function as it stands is not run anew (`--again`: but for the survivors).  `README.md` is written
 from them.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
 import importlib
 import json
 import os
@@ -53,8 +52,8 @@ tests are named in `__main__.py`, and leave out what `torch.compile` and `torch.
 run as stand-ins that have the real operators' signatures and compute the definition (`tests/test_kernels.py`).
 
 Equivalent mutants change nothing that can be observed; `equivalent.json` lists each with the reason. They are not
-counted in the share of survivors. The results are those of the sources and tests as they stand: a module that has been
-edited since starts anew.
+counted in the share of survivors. A result holds as long as the function that the fault is in stays as it is, letter by
+letter; when it is edited, its mutants run anew.
 
     make mutation                                                # all mutants of all modules, niced; may be stopped
     python -m tests.mutation fused --sample 100 --seed 1         # a sample of one module
@@ -68,10 +67,6 @@ TABLE = (
 
 def source_of(module: str) -> str:
     return (ROOT / "peft_hificl" / f"{module}.py").read_text()
-
-
-def digest(source: str) -> str:
-    return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
 def preload() -> None:
@@ -144,12 +139,10 @@ def key_of(row: Row) -> tuple[str, ...]:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """The last result of each mutant of the modules as they stand."""
-    sources = {module: source_of(module) for module in TESTS}
-    digests = {module: digest(source) for module, source in sources.items()}
-    results = {key_of(row): row for row in rows if row["source"] == digests.get(row["module"])}
-    mutants = [(module, *mutant.key) for module, source in sources.items() for mutant in mutants_of(source)]
-    return [results[key] for key in mutants if key in results]
+    """The last result of each mutant whose function is still what it was."""
+    results = {(*key_of(row), row["of"]): row for row in rows}
+    mutants = [(module, *mutant.key, mutant.of) for module in TESTS for mutant in mutants_of(source_of(module))]
+    return [results[mutant] for mutant in mutants if mutant in results]
 
 
 def mutate(module: str, sample: int | None, seed: int, again: bool, tree: Path) -> None:
@@ -183,8 +176,7 @@ def mutate(module: str, sample: int | None, seed: int, again: bool, tree: Path) 
             finders = [test, *(finder for finder in finders if finder != test)][:12]
         row = {
             "module": module, "function": mutant.function, "line": mutant.line, "change": mutant.change,
-            "nth": mutant.nth, "outcome": outcome, "test": test, "seconds": round(seconds, 1),
-            "source": digest(source),
+            "nth": mutant.nth, "of": mutant.of, "outcome": outcome, "test": test, "seconds": round(seconds, 1),
         }  # fmt: skip
         with RESULTS.open("a") as file:
             file.write(json.dumps(row) + "\n")

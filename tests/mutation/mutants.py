@@ -6,6 +6,7 @@ Left alone are annotations, docstrings, imports, f-strings and what a ``raise`` 
 from __future__ import annotations
 
 import ast
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -29,6 +30,7 @@ class Mutant(NamedTuple):
     start: int  # bytes of the source that are replaced
     end: int
     text: str
+    of: str  # digest of the function, or the statement outside of any, that it is in
 
     @property
     def key(self) -> tuple[str, str, str, int]:
@@ -44,11 +46,16 @@ def apply(source: str, mutant: Mutant) -> str:
 def mutants_of(source: str) -> list[Mutant]:
     """All mutants of a module that parse, in the order of the source."""
     walker = _Walker(source)
-    walker.visit(ast.parse(source))
+    tree = ast.parse(source)
+    walker.visit(tree)
+    methods = [m for c in tree.body if isinstance(c, ast.ClassDef) for m in c.body]
+    units = [walker.whole(statement) for statement in [*tree.body, *methods]]  # the narrowest last
     seen: Counter[tuple[str, str, str]] = Counter()
     numbered = []
     for function, line, change, start, end, text in sorted(walker.found, key=lambda found: found[3:]):
-        mutant = Mutant(function, line, change, seen[function, line, change], start, end, text)
+        first, last = [(first, last) for first, last in units if first <= start < last][-1]
+        of = hashlib.sha256(walker.data[first:last]).hexdigest()[:12]
+        mutant = Mutant(function, line, change, seen[function, line, change], start, end, text, of)
         try:
             ast.parse(apply(source, mutant))
         except SyntaxError:
@@ -72,6 +79,11 @@ class _Walker(ast.NodeVisitor):
     def span(self, node: ast.AST) -> tuple[int, int]:
         first, last = (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)  # type: ignore[attr-defined]
         return self.starts[first[0] - 1] + first[1], self.starts[last[0] - 1] + last[1]
+
+    def whole(self, statement: ast.stmt) -> tuple[int, int]:
+        """With its decorators."""
+        start, end = self.span(statement)
+        return min([start, *(self.span(d)[0] - 1 for d in getattr(statement, "decorator_list", []))]), end
 
     def source(self, node: ast.AST) -> str:
         start, end = self.span(node)
