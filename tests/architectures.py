@@ -39,7 +39,8 @@ def tensors(**spec: Any) -> Callable[[], Inputs]:
 
     def make() -> Inputs:
         seed = torch.Generator().manual_seed(1)
-        return {k: torch.randn(v, generator=seed) if isinstance(v, tuple) else v for k, v in spec.items()}
+        # Copies: some models write into what they are given.
+        return {k: torch.randn(v, generator=seed) if isinstance(v, tuple) else v.clone() for k, v in spec.items()}
 
     return make
 

@@ -406,7 +406,7 @@ def test_inference_mode_asks_for_no_gradient(tmp_path: Path) -> None:
     model = get_peft_model(build("gqa"), config(inference_mode=True), adapter_name="a")
     assert trained(model) == set()
     layer = hificl_layers(model)[0]
-    layer.update_layer("b", config(inference_mode=True))
+    layer.update_layer("b", config(inference_mode=True), torch.device("cpu"), torch.float32)
     assert trained(layer) == set()
     layer.set_adapter("b", inference_mode=True)
     assert trained(layer) == set()
