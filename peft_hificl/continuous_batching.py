@@ -36,9 +36,10 @@ def guard(model: nn.Module) -> None:
 def unguard(model: nn.Module) -> None:
     """Undo `guard`."""
     for module in model.modules():
-        if isinstance(module, ContinuousMixin):
-            for name in ("generate_batch", "init_continuous_batching"):
-                vars(module).pop(name, None)
+        own = vars(module).get("generate_batch")
+        if isinstance(module, ContinuousMixin) and getattr(own, "func", None) is _generate_batch:
+            module.destroy_cached_continuous_batching_manager()  # its cache is full of the model with the adapter
+            del module.generate_batch, module.init_continuous_batching
 
 
 def _generate_batch(model: Any, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:

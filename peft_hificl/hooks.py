@@ -24,7 +24,7 @@ def refresh(model: nn.Module) -> None:
         inner = {module for other in parts if other in below[part] - {part} for module in below[other]}
         own = {name: layer for name, layer in layers.items() if layer not in inner}
         if own:
-            effect = EffectWatch(own)
+            effect = EffectWatch(own, getattr(part.config, "num_hidden_layers", None))
             part.register_forward_pre_hook(effect.before)
             part.register_forward_hook(effect.after, always_call=True)
         if not any(part in below[other] for other in parts if other is not part):

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from .checkpoint import HeadShape
 from .config import HiFICLConfig
 from .functional import VirtualPairs, concatenate_pairs, select_rows, without_autocast
+from .offloading import accelerate_hooks
 from .rows import running
 
 
@@ -34,7 +35,7 @@ class Factor(nn.Module):
         else:
             with without_autocast(left.device):
                 value = torch.bmm(left, self.weight)
-        if value.requires_grad and getattr(vars(self).get("_hf_hook"), "offload", False):
+        if value.requires_grad and any(getattr(hook, "offload", False) for hook in accelerate_hooks(self)):
             value.register_hook(_refuse_gradient)
         return value
 
@@ -163,8 +164,17 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             names = sorted(set(adapter_names))
             choices = [self._pairs(name) if self._has(name) else None for name in names]
             return select_rows(choices, [names.index(name) for name in adapter_names])
-        active = [name for name in self.active_adapters if self._has(name)]
+        active = self.active_names
         return concatenate_pairs([self._pairs(name) for name in active]) if active else None
+
+    @property
+    def active_names(self) -> list[str]:
+        """The adapters whose pairs a call mixes in where it does not say otherwise itself."""
+        return [] if self.disable_adapters else [name for name in self.active_adapters if self._has(name)]
+
+    @property
+    def is_active(self) -> bool:
+        return bool(self.active_names)
 
     def _has(self, adapter_name: str) -> bool:
         return adapter_name in self.n and not self.awaits_weights[adapter_name]

@@ -85,6 +85,7 @@ class HiFICLModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
+        self._unloaded.clear()  # what a load that failed would have gone back to is no longer how the model was
         named = list(self.targeted_module_names)
         config = self.peft_config[adapter_name]
         before = asked = config.target_modules
@@ -104,8 +105,8 @@ class HiFICLModel(BaseTuner):
             names = {key.rpartition(f".{checkpoint.PREFIX}")[0] for key in state_dict or ()} or {
                 name for name in self._own_names(model) if name and self._check_target_module_exists(config, name)
             }
-            _forget_unloaded(model, adapter_name)
             preflight.check(model, adapter_name, config, names, load)
+            _forget_unloaded(model, adapter_name)
             undo = _Undo(model, adapter_name)
             try:
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -188,6 +189,7 @@ class HiFICLModel(BaseTuner):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         _check_loaded(self.model, names)
+        self._unloaded.clear()
         for module in self.modules():
             if isinstance(module, HiFICLLayer):
                 module.check_together(names)  # all of them before the first one is switched
@@ -222,11 +224,13 @@ class HiFICLModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was active and no other is, the first one that is left becomes active."""
         if adapter_name in self.active_adapters:
-            others = sorted(n for n, c in self.peft_config.items() if n != adapter_name and isinstance(c, HiFICLConfig))
+            loaded = {n for m in self.modules() if isinstance(m, HiFICLLayer) for n in m.n if not m.awaits_weights[n]}
+            others = sorted(loaded - {adapter_name})
             active = [name for name in self.active_adapters if name != adapter_name] or others[:1]
             if active:  # each layer would choose among its own, which need not be the same on all of them
                 warnings.warn(f"{adapter_name} was active; active from now on: {', '.join(active)}.", stacklevel=3)
                 self.set_adapter(active)
+        self._unloaded.clear()
         super().delete_adapter(adapter_name)
 
     # -- saving and loading ---------------------------------------------------------------------------------------
@@ -343,6 +347,7 @@ class HiFICLModel(BaseTuner):
                 f"{', '.join(sorted(self.peft_config))} and __base__."
             )
         _check_loaded(self.model, set(names))
+        rows.install(self.model)  # PEFT wraps the heads of some tasks after the adapter has been attached
         text, media = rows.of_call(self.model, list(names), args, kwargs)
         prompts = targets.text_modules(self.model)
         return {self: text} | {
@@ -360,8 +365,8 @@ def _check_loaded(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         if any(layer.awaits_weights[name] for layer in _layers_with(model, name)):
             raise ValueError(
-                f"The weights of adapter {name!r} could not be read when it was to be loaded: call "
-                f"load_adapter again, or delete_adapter({name!r})."
+                f"The weights of adapter {name!r} were never loaded, as reading them failed: call load_adapter again, "
+                f"or delete_adapter({name!r})."
             )
 
 

@@ -59,6 +59,7 @@ def _with_card_kept(save: Callable[[RepoCard, Path | str], None]) -> Callable[[R
                 return
         save(card, filepath)
 
+    save_card.keeps_hificl_usage = True  # type: ignore[attr-defined]
     return save_card
 
 
@@ -119,7 +120,7 @@ def _usage(config: dict[str, Any], adapter: str) -> str:
     subfolder = f", subfolder={adapter!r}" if named else ""
     return f"""{heading}
 
-{config["n"]} virtual key-value pairs per attention head, rank {config["r"]} ([HiFICL](https://arxiv.org/abs/2603.12760)).
+{config.get("n", 8)} virtual key-value pairs per attention head, rank {config.get("r", 8)} ([HiFICL](https://arxiv.org/abs/2603.12760)).
 
 ```bash
 pip install peft-hificl
@@ -138,5 +139,5 @@ model = PeftModel.from_pretrained(base, "."{subfolder})  # ".": this folder, or 
 
 def keep_usage() -> None:
     """Wrap `RepoCard.save`: the one place that all cards pass which are written after an adapter has been saved."""
-    if not hasattr(RepoCard.save, "__wrapped__"):
+    if not getattr(RepoCard.save, "keeps_hificl_usage", False):
         RepoCard.save = _with_card_kept(RepoCard.save)  # type: ignore[method-assign, assignment]

@@ -27,8 +27,8 @@ def check(cache: PagedAttentionCache, layer: HiFICLLayer, keywords: dict[str, An
     """Make sure, before a cache is written to, that an attention call meets no keys and values of another adapter.
 
     A cache may outlive the adapter that it began with, and finds the blocks of a common prefix by their tokens alone.
-    So that none can be found after a switch, an edit of weights or `unload()`, a cache that an adapted model writes to
-    no longer looks for them.  (The sequences of one request still share their prompt.)
+    So that no block of another adapter is found after a switch, an edit of weights or `unload()`, a cache that an
+    adapted model writes to no longer looks for common blocks.  (The sequences of one request still share their prompt.)
 
     Args:
         keywords: those of the attention call.
@@ -38,11 +38,11 @@ def check(cache: PagedAttentionCache, layer: HiFICLLayer, keywords: dict[str, An
     """
     layers = _writers.setdefault(cache, {})
     before = layers.get(layer)
-    now = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.n]
+    now = layer.active_names
     if not layers and _has_common_blocks(cache) and _has_past(keywords):
         raise ValueError(
-            "This continuous batching manager has served the model without its HiFICL adapter, and goes on with keys "
-            "and values of then: make a new manager."
+            "This continuous batching manager has served the model without its HiFICL adapter, and would reuse keys "
+            "and values that were computed without it: make a new manager."
         )
     if before is not None and before != now and _has_past(keywords):
         raise ValueError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from .layer import HiFICLLayer
+from .rows import running
 
 _FIRST_POSITION = {"paligemma": 1}  # where it is not 0
 
@@ -26,7 +27,7 @@ class PositionsFromMask:
     Token t of row b stands at ``max(c + t - p_b, 0)``, with c tokens in the cache and p_b columns of the mask before
     the first visible one.  Columns that are masked elsewhere keep their place, so all distances stay those of the
     base model.  Nothing is changed where the caller gives ``position_ids``, no mask or one of another form, nor while
-    the adapters are disabled.
+    no adapter is active.
     """
 
     def __init__(self, model: PreTrainedModel, layers: list[HiFICLLayer]) -> None:
@@ -42,7 +43,7 @@ class PositionsFromMask:
         if given.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.ndim != 2:
             return None
         tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
-        if tokens is None or all(layer.disable_adapters for layer in self.layers):
+        if tokens is None or not any(layer.is_active or layer in running.modules for layer in self.layers):
             return None
         cache = given.get("past_key_values")
         start = 0 if cache is None else cache.get_seq_length()

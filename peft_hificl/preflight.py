@@ -15,7 +15,7 @@ from .loading import Load
 
 
 def check(model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[str], load: Load | None) -> None:
-    """Find whatever can be wrong with an adapter.
+    """Run every check below.
 
     Args:
         model: the base model.
@@ -58,11 +58,16 @@ def check_kind(model: nn.Module) -> None:
 
 def check_name(model: nn.Module, adapter_name: str) -> None:
     """The name must be new, and fit into the names of parameters."""
-    # The first two cannot be a key of a ModuleDict; PEFT would mistake the others for parts of parameter names.
-    if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name) or adapter_name in (checkpoint.MODULE, "weight"):
+    if not adapter_name or "." in adapter_name:
         raise ValueError(f"An adapter cannot be named {adapter_name!r}: choose a plain word, without dots.")
+    # PEFT would mistake the first two for parts of parameter names; the others cannot be keys of a ModuleDict.
+    if adapter_name in (checkpoint.MODULE, "weight") or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(
+            f"An adapter cannot be named {adapter_name!r}, as torch or PEFT use that name: choose another."
+        )
     for name, module in model.named_modules():
-        if isinstance(module, HiFICLLayer) and adapter_name in module.n:
+        # One whose weights were never loaded makes room.
+        if isinstance(module, HiFICLLayer) and adapter_name in module.n and not module.awaits_weights[adapter_name]:
             raise ValueError(
                 f"An adapter named {adapter_name!r} is already attached to {name.rpartition('.')[0]!r}: choose another "
                 "adapter_name, or delete_adapter() it first."

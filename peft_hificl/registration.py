@@ -48,5 +48,6 @@ def register_key_renaming() -> None:
     that transformers applies to every model.
     """
     renaming = WeightRenaming(r"(hificl_[KV]\w*\.[^.]+)$", r"\1.weight")
-    mapping = get_checkpoint_conversion_mapping("legacy")
-    register_checkpoint_conversion_mapping("legacy", [*mapping, renaming], overwrite=True)
+    mapping = get_checkpoint_conversion_mapping("legacy") or []
+    if not any(known.source_patterns == renaming.source_patterns for known in mapping):
+        register_checkpoint_conversion_mapping("legacy", [*mapping, renaming], overwrite=True)

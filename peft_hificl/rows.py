@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-# Of a model's configuration: the ids that stand in a prompt for what an image, a video or a sound becomes.
+# Fields of a configuration that hold the placeholder token ids of images, videos and sounds.
 _PLACEHOLDER = re.compile(r"(image|video|audio|speech)_(token|patch)_(id|index)")
 # Inputs that describe the text: they differ between prompts, whatever their images are.
 _OF_TEXT = re.compile(r"decoder_|attention_mask|position_ids|cache_position|labels|negative_prompt")
@@ -69,10 +69,10 @@ class Running(threading.local):
 running = Running()
 
 
-def hand_down(module: AuxiliaryTrainingWrapper, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def hand_down(module: AuxiliaryTrainingWrapper, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
     """A forward pre-hook of PEFT's wrappers around whole modules and embeddings, which take the names as a keyword."""
     rows = running.modules.get(module)
-    if rows is None:
+    if rows is None or kwargs is None:  # None: another thread is registering the hook, and has names; this one has none
         return None
     batch = args[0] if args else next(iter(kwargs.values()))
     own = module._get_available_adapters()

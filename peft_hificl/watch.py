@@ -25,8 +25,9 @@ class EffectWatch:
     # By thread and watch: how often each layer had been asked when a forward began.  Forwards may nest.
     _begun = threading.local()
 
-    def __init__(self, layers: Layers) -> None:
+    def __init__(self, layers: Layers, depth: int | None) -> None:
         self.layers = layers
+        self.depth = depth
         self.reported = False
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -46,12 +47,14 @@ class EffectWatch:
         missed = [
             name
             for (name, layer), count in zip(self.layers.items(), counts, strict=True)
-            if layer.calls == count and not layer.disable_adapters and any(a in layer.n for a in layer.active_adapters)
+            if layer.calls == count and layer.is_active
         ]
-        if missed and not any(map(_is_compiled, module.modules())):
+        # Assisted generation may leave the last layers out, and sets their number down for as long.
+        whole = self.depth == getattr(module.config, "num_hidden_layers", None)
+        if missed and whole and not any(map(_is_compiled, module.modules())):
             self.reported = True
             warnings.warn(
-                f"The HiFICL adapters of {len(missed)} attention modules ({missed[0]}, ...) had no effect in this "
+                f"The HiFICL adapters of {len(missed)} attention module(s) ({missed[0]}, ...) had no effect in this "
                 f"forward of {type(module).__name__}: their attention was not computed through transformers' attention "
                 "interface, or they were left out. If a forward was replaced after the adapter had been attached (by a "
                 "kernels package, or a patch), undo that.",
@@ -60,7 +63,7 @@ class EffectWatch:
 
 
 class GradientWatch:
-    """A pair of hooks on the outermost model: has each adapter in training had a gradient after the first backward?"""
+    """Hooks on the outermost model and its results: has each adapter in training had a gradient after a backward?"""
 
     def __init__(self, layers: Layers) -> None:
         self.layers = layers
@@ -76,7 +79,8 @@ class GradientWatch:
             return
         waiting = {name: layer for name, layer in self.layers.items() if layer.awaits_gradient}
         if waiting:
-            for tensor in output.values() if isinstance(output, dict) else output:
+            parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]
+            for tensor in parts:
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
                     tensor.register_hook(lambda grad: self._check_later(waiting))
 
@@ -90,9 +94,9 @@ class GradientWatch:
             self.reported = True
             warnings.warn(
                 f"HiFICL adapters require a gradient, but no gradient has reached {len(without)} of {len(waiting)} in "
-                f"a backward ({without[0]}, ...): training does not change them. Something in the base model passes no "
-                "gradient on, as quantised kernels that are made for inference (torchao's dynamic activation "
-                "quantisation): train on another base, such as one with quantised weights alone.",
+                f"a backward ({without[0]}, ...). If that was a training step, it does not change them: something in "
+                "the base model passes no gradient on, as quantised kernels that are made for inference (torchao's "
+                "dynamic activation quantisation). Train on another base, such as one with quantised weights alone.",
                 stacklevel=2,
             )
 

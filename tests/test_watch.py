@@ -60,7 +60,7 @@ def test_a_forward_that_is_replaced_after_attaching_is_reported_once(replace: An
     assert reports(model) == []
     replace(model)
     (report,) = reports(model)
-    assert "layers.1.self_attn" in report and "1 attention modules" in report
+    assert "layers.1.self_attn" in report and "1 attention module(s)" in report
     assert reports(model) == []
 
 
@@ -68,7 +68,7 @@ def test_replaced_on_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     monkeypatch.setattr(type(model.get_base_model().model.layers[0].self_attn), "forward", other_forward)
     (report,) = reports(model)
-    assert "2 attention modules" in report
+    assert "2 attention module(s)" in report
 
 
 def test_an_adapter_that_is_to_have_no_effect_is_not_reported() -> None:
