@@ -531,3 +531,27 @@ def test_a_compiled_model_sees_names_that_come_and_go(how: str) -> None:
     got = in_a_thread(lambda: [logits(run, **inputs, **calls[i]) for i in (0, 2)])
     torch.testing.assert_close(got, [want[0], want[2]], rtol=1e-5, atol=1e-5)
     assert counter.frame_count <= 4  # one per list of names, and none for coming back to one
+
+
+@pytest.mark.parametrize("task", ["TOKEN_CLS", "QUESTION_ANS"])
+def test_heads_that_are_wrapped_after_attaching(task: str) -> None:
+    """PEFT wraps the heads of these tasks last; a row of the base must have the base's head, with one adapter too."""
+    torch.manual_seed(0)
+    sizes = tf.BertConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
+    cls = tf.BertForTokenClassification if task == "TOKEN_CLS" else tf.BertForQuestionAnswering
+    model = get_peft_model(cls(sizes), config(task_type=task), adapter_name="a").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.normal_()
+        inputs = inputs_for("gqa")
+        mixed = model(**inputs, adapter_names=["a", "__base__"])
+        own = model(**inputs)
+        with model.disable_adapter():
+            base = model(**inputs)
+    for key in mixed:
+        torch.testing.assert_close(mixed[key][0], own[key][0])
+        torch.testing.assert_close(mixed[key][1], base[key][1])
+        assert not torch.allclose(own[key][1], base[key][1], atol=1e-3)

@@ -196,13 +196,34 @@ def test_an_adapter_without_weights_is_not_used_in_silence(
         lambda: model(**INPUTS, adapter_names=["a", "b"]),
         lambda: model.save_pretrained(tmp_path / "saved"),
     ):
-        with pytest.raises(ValueError, match=r"weights of adapter 'b' could not be read.*delete_adapter\('b'\)"):
+        with pytest.raises(ValueError, match=r"weights of adapter 'b' were never loaded.*delete_adapter\('b'\)"):
             use()
     assert model.active_adapters == ["a"]
     assert torch.equal(logits(model, **INPUTS), logits(adapted("gqa"), **INPUTS))
     model.delete_adapter("b")
     model.save_pretrained(tmp_path / "saved")
     assert_loads(model, second, good)
+
+
+def test_what_changed_since_a_failed_load_stays(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later failure of the same name must not go back to how the model was before the first."""
+    model = adapted("gqa", name="a")
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.peft_model.load_peft_weights", lambda *args, **kwargs: pytest.fail("gone"))
+        with pytest.raises(pytest.fail.Exception, match="gone"):
+            model.load_adapter(good, "b")
+    model.add_adapter("c", config())
+    model.set_adapter("c")
+    want = logits(model, **INPUTS)
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.peft_model.load_peft_weights", lambda *args, **kwargs: {"x": torch.zeros(1)})
+        with pytest.raises(ValueError, match="lacks"):
+            model.load_adapter(good, "b")
+    assert model.active_adapters == ["c"] and torch.equal(logits(model, **INPUTS), want)
+    model.set_adapter("a")
+    assert torch.equal(logits(model, **INPUTS), logits(adapted("gqa"), **INPUTS))
+    model.delete_adapter("a")  # "b" still has no weights and is not the one that becomes active
+    assert model.active_adapters == ["c"]
 
 
 @pytest.mark.parametrize("route", PEFTS)

@@ -182,6 +182,24 @@ def test_a_checkpointed_model_as_a_whole() -> None:
         checkpoint(lambda ids: model(input_ids=ids).logits, IDS, use_reentrant=False).sum().backward()
 
 
+@pytest.mark.parametrize(
+    "form", [lambda output: output.loss, lambda output: (output.loss, output.logits), lambda o: [o]]
+)
+def test_models_that_return_something_else(form: Any) -> None:
+    """A loss alone, a tuple, or what the watch knows nothing of."""
+    model = adapted()
+    base = model.get_base_model()
+    forward = type(base).forward
+    base.forward = types.MethodType(lambda self, **kwargs: form(forward(self, **kwargs)), base)
+    block_gradients(model, [0, 1])
+    output = model(input_ids=IDS, labels=IDS)
+    loss = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else output[0].loss
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss.backward()
+    assert len([w for w in caught if NO_GRADIENT in str(w.message)]) == (not isinstance(output, list))
+
+
 def test_compiled_models_are_not_reported() -> None:
     model = adapted()
     compiled = torch.compile(model, backend="aot_eager")
