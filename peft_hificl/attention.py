@@ -193,8 +193,8 @@ def _check_call(
         )
     if pairs.keys.device != query.device:
         remedy = (
-            "it was never loaded. transformers' load_adapter loads nothing onto a base model that accelerate has "
-            "offloaded: use PeftModel.from_pretrained"
+            "it was never loaded (transformers' load_adapter loads nothing onto a base model that accelerate has "
+            "offloaded: use PeftModel.from_pretrained there)"
             if pairs.keys.is_meta
             else "move the whole model, adapter included, with model.to(...)"
         )
@@ -209,6 +209,7 @@ def _flex_merges(
 ) -> bool:
     """Whether flex_attention can give its log-sum-exp, and that is all the formula needs."""
     whole = fused.needs_formula(pairs, **{name: options[name] for name in ("softcap", "sinks", "dropout")})
+    whole = whole or fused.recorder()
     return query.device.type in _FLEX_GIVES_LSE and not isinstance(mask, Tensor) and bias is None and whole is None
 
 
@@ -300,7 +301,9 @@ def why_replaced(dispatch: Dispatch, implementation: str) -> str | None:
         )
     if implementation == "sdpa":
         patched = torch.nn.functional.scaled_dot_product_attention
-        if patched is not torch._C._nn.scaled_dot_product_attention:
+        # transformers' exporters replace it by one of the same results, and an export takes the formula anyway.
+        exporters = torch.compiler.is_exporting() and patched.__module__.startswith("transformers.exporters.")
+        if patched is not torch._C._nn.scaled_dot_product_attention and not exporters:
             return (
                 f"torch.nn.functional.scaled_dot_product_attention has been replaced by {_name_of(patched)}, as "
                 "context parallelism (torch's context_parallel) and attention packages do, and HiFICL does not know "

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import dispatch_of
 from .layer import HiFICLLayer
 
 Layers = dict[str, HiFICLLayer]  # by name
@@ -31,6 +32,8 @@ class EffectWatch:
         self.reported = False
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_exporting():
+            self._check_forwards(module)
         if not torch.compiler.is_compiling():
             counts = [layer.calls for layer in self.layers.values()]
             vars(self._begun).setdefault(f"{id(self)}", []).append(counts)
@@ -60,6 +63,22 @@ class EffectWatch:
                 "kernels package, or a patch), undo that.",
                 stacklevel=2,
             )
+
+    def _check_forwards(self, module: nn.Module) -> None:
+        """Refuse the attentions whose forward transformers' exporters exchange for one of their own, while they trace.
+
+        Raises:
+            TypeError: the adapter would be missing in what is exported.
+        """
+        for name, layer in self.layers.items():
+            if not layer.disable_adapters:
+                try:
+                    dispatch_of(type(module.get_submodule(name)))
+                except TypeError as error:
+                    raise TypeError(
+                        f"The HiFICL adapter of {name!r} cannot be exported: as the exporter has changed it, {error}. "
+                        "Leave this module out (exclude_modules), or export without the adapter (unload)."
+                    ) from None
 
 
 class GradientWatch:
