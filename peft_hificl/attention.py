@@ -302,8 +302,9 @@ def why_replaced(dispatch: Dispatch, implementation: str) -> str | None:
     if implementation == "sdpa":
         patched = torch.nn.functional.scaled_dot_product_attention
         # transformers' exporters replace it by one of the same results, and an export takes the formula anyway.
-        exporters = torch.compiler.is_exporting() and patched.__module__.startswith("transformers.exporters.")
-        if patched is not torch._C._nn.scaled_dot_product_attention and not exporters:
+        if patched is not torch._C._nn.scaled_dot_product_attention and not (
+            torch.compiler.is_exporting() and patched.__module__.startswith("transformers.exporters.")
+        ):
             return (
                 f"torch.nn.functional.scaled_dot_product_attention has been replaced by {_name_of(patched)}, as "
                 "context parallelism (torch's context_parallel) and attention packages do, and HiFICL does not know "
