@@ -327,15 +327,14 @@ class HiFICLModel(BaseTuner):
         if names is None and not outer:
             yield
             return
-        mine = dict.fromkeys(self.modules()) if names is None else self._rows(names, args, kwargs)
-        rows.running.modules = {**outer, **mine}
+        rows.running.modules = {} if names is None else self._rows(names, args, kwargs)
         try:
             yield
         finally:
             rows.running.modules = outer
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _rows(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[nn.Module, Any]:
+    def _rows(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[nn.Module, rows.Rows]:
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first.")
         if not names or isinstance(names, str):

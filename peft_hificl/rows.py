@@ -59,11 +59,10 @@ class Rows(NamedTuple):
 
 
 class Running(threading.local):
-    """The rows of the calls that run in this thread; other threads have their own."""
+    """The call with `adapter_names` that this thread is in; other threads have their own."""
 
     def __init__(self) -> None:
-        # Replaced, never changed.  None: a call without `adapter_names` inside one with them.
-        self.modules: Mapping[nn.Module, Rows | None] = {}
+        self.modules: Mapping[nn.Module, Rows] = {}  # replaced, never changed; empty: there is none
 
 
 running = Running()
@@ -115,7 +114,7 @@ def of_call(model: nn.Module, names: list[str], args: tuple[Any, ...], kwargs: d
             break
     # `generate` repeats each prompt, but not inside an encoder.
     text = Rows(names, times=(1, max(_setting(name, model, args, kwargs) for name in _REPEATING)))
-    return text, text if places is None else _of_media(text, places, inputs)
+    return text, text if places is None else _of_media(names, places, inputs)
 
 
 _REPEATING = ("num_beams", "num_return_sequences")
@@ -135,9 +134,8 @@ def _placeholders(model: nn.Module) -> set[int]:
     return {value for value in found if value is not None}
 
 
-def _of_media(text: Rows, places: list[Tensor], inputs: dict[str, Any]) -> Rows:
+def _of_media(names: list[str], places: list[Tensor], inputs: dict[str, Any]) -> Rows:
     """The rows of what works on images, videos and sounds, where a prompt may hold any number of them."""
-    names = text.names
     rows = Rows(names, times=())
     if len(set(names)) == 1:
         return rows._replace(names=names[:1])
@@ -145,8 +143,6 @@ def _of_media(text: Rows, places: list[Tensor], inputs: dict[str, Any]) -> Rows:
         return rows._replace(refusal="the ids of the prompts are not given, or those before them are in a cache")
     counts = torch.stack([place.sum(dim=1) for place in places]).T.tolist()  # per prompt: one number per placeholder
     seeing = {name for name, count in zip(names, counts, strict=True) if any(count)}
-    if not seeing:
-        return text
     if len(seeing) == 1:
         return rows._replace(names=list(seeing))
     if any(count != counts[0] for count in counts):

@@ -54,6 +54,10 @@ def only(model: PeftModel, name: str) -> Iterator[PeftModel]:
         model.set_adapter(before[0])
 
 
+def family(model: str) -> Family:
+    return next(f for f in architectures.FAMILIES if f.model == model)
+
+
 def row(inputs: Inputs, i: int, rows: int) -> Inputs:
     """One prompt of a batch, with its part of what has more rows than there are prompts."""
     return {k: v[len(v) // rows * i : len(v) // rows * (i + 1)] for k, v in inputs.items()}
@@ -181,13 +185,17 @@ def test_names_that_do_not_fit_are_refused(task: str | None) -> None:
         embeds = model.get_input_embeddings()(inputs["input_ids"])
         with pytest.raises(ValueError, match=message):
             model(inputs_embeds=embeds, adapter_names=names)
+        with pytest.raises(ValueError, match=message):
+            model(inputs["input_ids"], adapter_names=names)
+        with pytest.raises(ValueError, match=message):
+            model.generate(inputs=inputs["input_ids"], adapter_names=names, max_new_tokens=2)
     with pytest.raises(ValueError, match="training mode"):
         model.train()(**inputs, adapter_names=["a", "a"])
 
 
 def test_a_model_without_ids_refuses_a_wrong_number_too() -> None:
-    family = next(f for f in architectures.FAMILIES if f.name == "whisper")
-    model, inputs = with_two(architectures.build(family)), family.inputs()
+    whisper = family("WhisperForConditionalGeneration")
+    model, inputs = with_two(architectures.build(whisper)), whisper.inputs()
     model.generation_config.num_beams = 2
     ids = torch.tensor([[1, 5, 6]] * 2)
     with pytest.raises(ValueError, match="1 entries for a batch of 2 rows"):
@@ -242,16 +250,16 @@ def test_beams(kind: str, where: str) -> None:
             assert torch.equal(got[2 * i : 2 * i + 2], model.generate(**row(inputs, i, 3), **options))
 
 
-def test_a_keyword_overrides_the_models_own_beams() -> None:
+def test_beams_given_override_the_models_own() -> None:
     model, inputs = with_two(build("gqa")), inputs_for("gqa")
-    model.generation_config.update(num_beams=3)
+    model.generation_config.update(num_beams=2)
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
-    got = model.generate(inputs["input_ids"], **options, num_beams=1, adapter_names=["b", "a"])
-    given = tf.GenerationConfig(**options, num_beams=1)
+    got = model.generate(**inputs, **options, num_beams=3, adapter_names=["b", "a"])
+    given = tf.GenerationConfig(**options, num_beams=3)
     assert torch.equal(model.generate(inputs["input_ids"], given, adapter_names=["b", "a"]), got)
     for i, name in enumerate("ba"):
         with only(model, name):
-            assert torch.equal(got[i : i + 1], model.generate(**row(inputs, i, 2), **options, num_beams=1))
+            assert torch.equal(got[i : i + 1], model.generate(**row(inputs, i, 2), **options, num_beams=3))
 
 
 @pytest.mark.parametrize("kind", ["gqa", "vlm", "t5"])
@@ -294,10 +302,13 @@ def all_attentions(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def everywhere(family: Family) -> tuple[PeftModel, Inputs]:
+def everywhere(entry: Family) -> tuple[PeftModel, Inputs]:
     """A model of the zoo, adapted wherever it can be: decoder, encoder, towers, projectors."""
-    base = architectures.build(family)
-    return with_two(base, target_modules=all_attentions(base)), architectures.forward_inputs(family, base)
+    base = architectures.build(entry)
+    inputs = architectures.forward_inputs(entry, base)
+    if "decoder_input_ids" in inputs:
+        inputs["decoder_input_ids"][1] += 1  # prompts differ there, too
+    return with_two(base, target_modules=all_attentions(base)), inputs
 
 
 # Their towers take the patches of all images as one row.
@@ -313,17 +324,17 @@ WITH_MEDIA = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", WITH_MEDIA, ids=lambda f: f.name)
+@pytest.mark.parametrize("entry", WITH_MEDIA, ids=lambda f: f.name)
 @pytest.mark.filterwarnings("ignore")
-def test_towers_of_the_zoo(family: Family) -> None:
-    model, inputs = everywhere(family)
+def test_towers_of_the_zoo(entry: Family) -> None:
+    model, inputs = everywhere(entry)
     alone = rows_of(inputs, 2)
     with torch.no_grad():
         single = []
         for name, one in zip("ba", alone, strict=True):
             with only(model, name):
                 single.append(model(**one)[0])
-        if family.name in FLAT:
+        if entry.name in FLAT:
             with pytest.raises(
                 ValueError, match=r"'.*(vis|attention).*' works on images or sounds.*1 rows for 2 prompts"
             ):
@@ -381,6 +392,8 @@ def test_images_that_may_belong_to_another_prompt_are_refused(task: str | None) 
         with pytest.raises(ValueError, match="ids of the prompts are not given, or those before them are in a cache"):
             model(**unknown, pixel_values=inputs["pixel_values"], adapter_names=["a", "b"])
     assert_each_row_alone(model, inputs, ["a", "b"], alone)
+    unknown = {"inputs_embeds": embeds, "pixel_values": inputs["pixel_values"]}
+    assert_each_row_alone(model, unknown, ["b", "b"], alone)  # of one adapter, wherever they belong
 
 
 def test_the_text_decoder_does_not_mind_where_the_images_are() -> None:
@@ -391,28 +404,49 @@ def test_the_text_decoder_does_not_mind_where_the_images_are() -> None:
     assert_each_row_alone(model, inputs, ["a", "b", "b"], alone)
 
 
+def first_image_only(inputs: Inputs) -> tuple[Inputs, list[Inputs]]:
+    """Two prompts, of which the second loses its image, and each alone."""
+    pixels, ids = inputs.pop("pixel_values")[:1], inputs["input_ids"]
+    ids[1] = ids[1].where(ids[1] != architectures.MEDIA, 10)
+    first, second = rows_of(inputs, 2)
+    return {**inputs, "pixel_values": pixels}, [{**first, "pixel_values": pixels}, second]
+
+
+def test_a_classifier_of_each_adapters_own_over_images() -> None:
+    """A head has one row per prompt, also where one prompt alone has an image."""
+    vlm, cls = family("Gemma3ForConditionalGeneration"), tf.Gemma3ForSequenceClassification
+    torch.manual_seed(0)
+    model = with_two(cls(cls.config_class(**vlm.config, num_labels=3)).eval(), task_type="SEQ_CLS")
+    nn.init.normal_(model.get_base_model().score.modules_to_save["b"].weight)
+    inputs, alone = first_image_only(vlm.inputs())
+    assert_each_row_alone(model, inputs, ["b", "a"], alone)
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_more_images_than_prompts_as_a_models_main_input(task: str | None) -> None:
+    base = architectures.build(family("Blip2ForConditionalGeneration"))
+    assert base.main_input_name == "pixel_values"
+    model, one = with_two(base, task_type=task), architectures.prompt(6)()  # placeholders of two images
+    inputs = {**one, "pixel_values": torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))}
+    assert_each_row_alone(model, inputs, ["b", "a"], rows_of(inputs, 2))
+
+
 def test_images_of_different_sizes_are_refused() -> None:
     """Equally many placeholders, but the first image was cut into one tile and the second into three."""
-    base = architectures.build(next(f for f in architectures.FAMILIES if f.name == "llava_next"))
-    model = with_two(base, target_modules=TOWERS)
-    inputs = {**next(f for f in architectures.FAMILIES if f.name == "llava_next").inputs()}
-    inputs["image_sizes"] = torch.tensor([[8, 8], [8, 4]])
+    llava_next = family("LlavaNextForConditionalGeneration")
+    model = with_two(architectures.build(llava_next), target_modules=TOWERS)
+    inputs = {**llava_next.inputs(), "image_sizes": torch.tensor([[8, 8], [8, 4]])}
     with pytest.raises(ValueError, match="differ in image_sizes"):
         model(**inputs, adapter_names=["a", "b"])
 
 
-def test_an_encoder_beside_a_tower() -> None:
-    """Florence-2 reads its prompts with an encoder: one row per prompt, also where one prompt alone has an image."""
-    family = next(f for f in architectures.FAMILIES if f.name == "florence2")
-    model, inputs = everywhere(family)
-    assert any("encoder.layers" in name for name in model.targeted_module_names)
-    pixels, ids = inputs.pop("pixel_values")[:1], inputs["input_ids"]
-    ids[1] = ids[1].where(ids[1] != architectures.MEDIA, 10)
-    got = logits(model, **inputs, pixel_values=pixels, adapter_names=["b", "a"])
-    for i, name in enumerate("ba"):
-        one = row(inputs, i, 2) | ({"pixel_values": pixels} if i == 0 else {})
-        with only(model, name):
-            torch.testing.assert_close(got[i : i + 1], logits(model, **one), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("name", ["Florence2ForConditionalGeneration", "T5Gemma2ForConditionalGeneration"])
+def test_an_encoder_beside_a_tower(name: str) -> None:
+    """Or around it: the encoder has one row per prompt, also where one prompt alone has an image."""
+    model, inputs = everywhere(family(name))
+    assert any("encoder" in target for target in model.targeted_module_names)
+    inputs, alone = first_image_only(inputs)
+    assert_each_row_alone(model, inputs, ["b", "a"], alone)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
