@@ -1,6 +1,6 @@
 """Deliberate faults in the package: how many of them do its tests find?
 
-    python -m tests.mutation [MODULE ...] [--sample N] [--seed S] [--again] [--report]
+    python -m tests.mutation [MODULE[.FUNCTION] ...] [--sample N] [--seed S] [--again] [--report]
 
 Each mutant is a copy of the package with one change (see `mutants`), on which the tests of the module run (`TESTS`),
 in a fork of this process, so that torch and transformers are imported once.  Results are appended to `results.jsonl`;
@@ -145,9 +145,9 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return [results[mutant] for mutant in mutants if mutant in results]
 
 
-def mutate(module: str, sample: int | None, seed: int, again: bool, tree: Path) -> None:
+def mutate(module: str, function: str, sample: int | None, seed: int, again: bool, tree: Path) -> None:
     source = source_of(module)
-    mutants = mutants_of(source)
+    mutants = [mutant for mutant in mutants_of(source) if f"{mutant.function}.".startswith(function)]
     if sample is not None and sample < len(mutants):
         mutants = sorted(random.Random(seed).sample(mutants, sample), key=lambda mutant: mutant.start)
     done = {key_of(row) for row in latest(known()) if not (again and row["outcome"] == "survived")}
@@ -230,13 +230,14 @@ def report() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
-    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(TESTS)}; all if left out")
+    names = f"of {', '.join(TESTS)}, or one of its functions or classes; all if left out"
+    parser.add_argument("modules", nargs="*", metavar="MODULE[.FUNCTION]", help=names)
     parser.add_argument("--sample", type=int, help="so many mutants of each module, not all")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--again", action="store_true", help="run what survived once more")
     parser.add_argument("--report", action="store_true", help="write the report and run nothing")
     arguments = parser.parse_args()
-    if unknown := set(arguments.modules) - set(TESTS):
+    if unknown := {name for name in arguments.modules if name.partition(".")[0] not in TESTS}:
         parser.error(f"no such module: {', '.join(sorted(unknown))}")
     if not arguments.report:
         preload()
@@ -246,8 +247,9 @@ def main() -> None:
             for name in ("peft_hificl", "tests"):
                 shutil.copytree(ROOT / name, tree / name, ignore=ignore)
             shutil.copy(ROOT / "pyproject.toml", tree)
-            for module in arguments.modules or TESTS:
-                mutate(module, arguments.sample, arguments.seed, arguments.again, tree)
+            for name in arguments.modules or TESTS:
+                module, dot, function = name.partition(".")
+                mutate(module, function + dot, arguments.sample, arguments.seed, arguments.again, tree)
     report()
 
 
