@@ -84,6 +84,21 @@ def test_variants(groups: str, case: str, dtype: torch.dtype) -> None:
     check(tensors(heads, kv, length, size, 6, e, 1 if case == "one-pair" else 3), dtype, **options)
 
 
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv", "length", "size", "d", "e"),
+    [
+        (3, 4, 2, 5, 7, 6, 3), (2, 4, 2, 5, 7, 6, 4), (2, 4, 2, 3, 7, 6, 3), (4, 2, 1, 5, 7, 4, 3),
+        (2, 4, 4, 5, 7, 4, 3), (2, 4, 2, 5, 6, 6, 3), (3, 4, 2, 5, 7, 3, 6), (2, 4, 4, 5, 7, 3, 4),
+    ],
+)  # fmt: skip
+def test_a_value_dimension_is_nothing_else(
+    batch: int, heads: int, kv: int, length: int, size: int, d: int, e: int
+) -> None:
+    """Each time it, or the dimension of the keys, is as large as another one of the call."""
+    torch.manual_seed(1)
+    check(tensors(heads, kv, length, size, d, e, 2, batch), torch.float64)
+
+
 @pytest.mark.parametrize("length", [65, 300])
 def test_more_queries_and_keys_than_a_kernels_block(length: int) -> None:
     torch.manual_seed(2)
@@ -313,19 +328,19 @@ def test_heads_become_queries_where_a_cache_would_be_repeated_and_nowhere_else(m
         shapes.append((call.query.shape, call.key.shape))
         return flash.forward(call)
 
-    def folded(heads: int, kv: int, length: int, grouped: bool, trained: str | None = None) -> bool:
+    def folded(heads: int, kv: int, length: int, grouped: bool, trained: str | None = None, batch: int = 2) -> bool:
         monkeypatch.setitem(KERNELS["cpu"], "flash", flash._replace(forward=recorded, groups=grouped))
         shapes.clear()
-        x = tensors(heads, kv, length, 9, 6, 6, 3)
+        x = tensors(heads, kv, length, 4, 6, 6, 3, batch)
         if trained:
             x[trained].requires_grad_()
         fused.attention(x["query"], x["key"], x["value"], pairs_of(x), scaling=0.3)
         (context, keys), (virtual, pairs) = shapes
-        assert keys == (2, kv, 9, 6) and virtual == (2, heads, length, 6) and pairs == (2, heads, 3, 6)
-        assert context in ((2, heads, length, 6), (2, kv, heads // kv * length, 6))
+        assert keys == (batch, kv, 4, 6) and virtual == (batch, heads, length, 6) and pairs == (batch, heads, 3, 6)
+        assert context in ((batch, heads, length, 6), (batch, kv, heads // kv * length, 6))
         return context[1] != heads
 
-    assert folded(4, 2, 1, grouped=False) and folded(4, 1, 1, grouped=False)
+    assert folded(4, 2, 1, grouped=False) and folded(4, 1, 1, grouped=False) and folded(4, 2, 1, grouped=False, batch=4)
     assert not folded(4, 2, 1, grouped=True) and not folded(4, 4, 1, grouped=False)
     assert not folded(4, 2, 3, grouped=False) and not folded(4, 2, 1, grouped=False, trained="virtual_keys")
     with torch.no_grad():
@@ -347,12 +362,13 @@ def test_masks_are_kept_as_they_came() -> None:
 
 Q, K, V = torch.randn(3, 1, 4, 5, 8)
 PAIRS = VirtualPairs(torch.randn(1, 4, 2, 8), torch.randn(1, 4, 2, 8))
+TRAINED = "a mask, bias or log-weight that is trained"
 FALLBACKS: dict[str, tuple[dict[str, object], str]] = {
     "dropout": ({"dropout": 0.5}, "attention dropout"),
-    "softcap": ({"softcap": 2.0}, "soft-capped"),
-    "sinks": ({"sinks": torch.zeros(4)}, "sinks"),
-    "trained-bias": ({"bias": torch.zeros(1, 4, 5, 5, requires_grad=True)}, "trained"),
-    "trained-mask": ({"mask": torch.zeros(1, 4, 5, 5, requires_grad=True)}, "trained"),
+    "softcap": ({"softcap": 2.0}, "soft-capped scores"),
+    "sinks": ({"sinks": torch.zeros(4)}, "attention sinks"),
+    "trained-bias": ({"bias": torch.zeros(1, 4, 5, 5, requires_grad=True)}, TRAINED),
+    "trained-mask": ({"mask": torch.zeros(1, 4, 5, 5, requires_grad=True)}, TRAINED),
 }
 
 
@@ -360,7 +376,7 @@ FALLBACKS: dict[str, tuple[dict[str, object], str]] = {
 def test_what_no_kernel_computes_takes_the_formula_and_says_so(case: str, caplog: pytest.LogCaptureFixture) -> None:
     options, reason = FALLBACKS[case]
     path = fused.attention_path(Q, K, V, PAIRS, scaling=0.3, **options)
-    assert path.kernel is None and reason in path.reason
+    assert path == (None, reason)
     with caplog.at_level(logging.DEBUG, logger="peft_hificl"):
         torch.manual_seed(0)
         got = fused.attention(Q, K, V, PAIRS, scaling=0.3, **options)
@@ -376,11 +392,16 @@ def test_other_fallbacks() -> None:
         assert torch.isfinite(fused.attention(*args, scaling=0.3, **options)).all()
         return path.reason
 
-    assert "alpha = 1" in why(Q, K, V, PAIRS._replace(scale_self_attention=False))
-    assert "different dtypes" in why(Q, K, V.double(), PAIRS)
-    assert "no keys" in why(Q, K[:, :, :0], V[:, :, :0], PAIRS)
+    assert why(Q, K, V, PAIRS._replace(scale_self_attention=False)) == "scale_self_attention=False (alpha = 1)"
+    for which in range(3):
+        mixed = [t.double() if i == which else t for i, t in enumerate((Q, K, V))]
+        assert why(*mixed, PAIRS) == "query, key and value of different dtypes"
+        with torch.autocast("cpu", torch.bfloat16):  # which casts all but a query in float64
+            mixed = [t.half() if i == which else t for i, t in enumerate((Q, K, V))]
+            assert fused.attention_path(*mixed, PAIRS, scaling=0.3).kernel == "flash"
+    assert why(Q, K[:, :, :0], V[:, :, :0], PAIRS) == "no keys"
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        assert "switched off" in why(Q, K, V, PAIRS)
+        assert why(Q, K, V, PAIRS) == "flash attention is switched off"
     path = fused.attention_path(*(t.to("meta") for t in (Q, K, V)), PAIRS, scaling=0.3)
     assert path == (None, "no kernel for the device meta")
 
@@ -408,6 +429,7 @@ def test_a_kernel_must_take_the_virtual_pairs_too(monkeypatch: pytest.MonkeyPatc
         assert fused.attention_path(Q, K, V, pairs, scaling=0.3, **options).kernel == kernel
         context, virtual = asked[0], asked[1] if len(asked) > 1 else None
         assert context.is_causal == options.get("is_causal", False) and context.scaling == 0.3
+        assert all(torch.equal(*both) for both in zip(context[:3], (Q, K, V), strict=True))
         assert virtual is None or (virtual.is_causal, virtual.mask) == (False, pairs.log_weights)
         want = virtual_attention(Q, K, V, pairs, scaling=0.3, **options)[0]
         torch.testing.assert_close(fused.attention(Q, K, V, pairs, scaling=0.3, **options), want)
