@@ -108,8 +108,8 @@ def hificl_attention_forward(
         )
     if pairs.keys.device != query.device:
         remedy = (
-            "it was never loaded. transformers' load_adapter loads nothing onto a base model that accelerate has "
-            "offloaded: use PeftModel.from_pretrained"
+            "it was never loaded (transformers' load_adapter loads nothing onto a base model that accelerate has "
+            "offloaded: use PeftModel.from_pretrained there)"
             if pairs.keys.is_meta
             else "move the whole model, adapter included, with model.to(...)"
         )

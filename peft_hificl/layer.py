@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
@@ -253,6 +254,10 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         return self._device_and_dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._multiplied_out = None
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         heads, key_dim, value_dim = self.head_shape

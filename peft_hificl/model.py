@@ -259,7 +259,7 @@ class HiFICLModel(BaseTuner):
 def _check_offloading(model: nn.Module, config: HiFICLConfig, names: set[str]) -> None:
     """accelerate brings offloaded weights in by hooks, under the names that they had when it attached these."""
     modules = dict(model.named_modules())
-    hooks = {name: hook for name, module in modules.items() for hook in attention.accelerate_hooks(module)}
+    hooks = [(name, hook) for name, module in modules.items() for hook in attention.accelerate_hooks(module)]
     on_disk = "disk" in (getattr(model, "hf_device_map", None) or {}).values()
     if on_disk and not hooks and any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
@@ -268,8 +268,8 @@ def _check_offloading(model: nn.Module, config: HiFICLConfig, names: set[str]) -
             "get_peft_model(base, HiFICLConfig.from_pretrained(path)) and load with set_peft_model_state_dict(model, "
             "load_peft_weights(path)); or give the base a device_map (or max_memory) that needs no disk."
         )
-    offloaded = {name: hook for name, hook in hooks.items() if getattr(hook, "offload", False)}
-    for name, hook in offloaded.items():
+    offloaded = [(name, hook) for name, hook in hooks if getattr(hook, "offload", False)]
+    for name, hook in offloaded:
         inside = [target for target in names if f"{target}.".startswith(f"{name}." if name else "")]
         if hook.place_submodules and inside:
             raise ValueError(
@@ -279,10 +279,10 @@ def _check_offloading(model: nn.Module, config: HiFICLConfig, names: set[str]) -
     tokens = config.trainable_token_indices
     ends = [*(config.modules_to_save or ()), *(tokens if isinstance(tokens, dict) else ())]
     copied = {name for name in modules if name.endswith(tuple(ends))}
-    if isinstance(tokens, list | tuple):
+    if isinstance(tokens, list | tuple) and offloaded:
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         copied |= {name for name, module in modules.items() if module is embeddings}
-    for name in offloaded:
+    for name, _ in offloaded:
         if any(f"{name}.".startswith(f"{whole}.") for whole in copied):
             raise ValueError(
                 f"Module {name!r} is offloaded by accelerate: PEFT's copy of it (modules_to_save, "

@@ -72,7 +72,7 @@ def _stored_adapters(folder: Path) -> dict[str, dict[str, Any]]:
             config = json.loads(path.read_bytes())
         except ValueError:
             continue
-        if isinstance(config, dict) and config.get("peft_type") == "HIFICL":
+        if isinstance(config, dict) and config.get("peft_type") == "HIFICL" and {"n", "r"} <= config.keys():
             found["." if path.parent == folder else path.parent.name] = config
     return found
 
@@ -107,12 +107,11 @@ def _replace(path: Path, text: str) -> None:
 def _usage(config: dict[str, Any], adapter: str) -> str:
     named = adapter != "."
     heading = f"## How to use the HiFICL adapter {adapter}" if named else "## How to use this HiFICL adapter"
-    origin = config.get("auto_mapping") or {}
-    base_class = _AUTO_CLASSES.get(config.get("task_type") or "", "AutoModel")
-    if origin.get("parent_library", "").startswith("transformers."):
+    base_class, origin = _AUTO_CLASSES.get(str(config.get("task_type")), "AutoModel"), config.get("auto_mapping")
+    if isinstance(origin, dict) and str(origin.get("parent_library")).startswith("transformers."):
         base_class = origin["base_model_class"]
     base = config.get("base_model_name_or_path")
-    if base is None:
+    if not isinstance(base, str):
         base = "the base model: a folder or its id on the Hub"
     elif os.path.isdir(base):
         base = os.path.abspath(base)  # the snippet runs in the adapter's folder

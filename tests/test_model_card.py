@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from .test_peft_api import adapted, config
 from .test_training import fresh, trainer
 
 HEADING = "## How to use this HiFICL adapter\n"
+CARD = ModelCard("---\nlicense: mit\n---\n# Mine\n")
 NAMED = "## How to use the HiFICL adapter {}\n"
 
 
@@ -151,13 +153,24 @@ def test_a_trainers_card_keeps_it(tmp_path: Path) -> None:
 
 
 def test_a_card_elsewhere_is_written_as_ever(tmp_path: Path) -> None:
-    card = ModelCard("---\nlicense: mit\n---\n# Mine\n")
     HiFICLConfig().save_pretrained(tmp_path)
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "adapter_config.json").write_text('{"peft_type": "HIF')
-    for path in ("damaged/README.md", "CARD.md", "new/folder/README.md"):
-        card.save(tmp_path / path)
-        assert (tmp_path / path).read_text() == str(card)
+    for path in ("CARD.md", "new/folder/README.md"):
+        CARD.save(tmp_path / path)
+        assert (tmp_path / path).read_text() == str(CARD)
+
+
+@pytest.mark.parametrize("text", ['{"peft_type": "HIF', "[]", '{"peft_type": "HIFICL"}', '"HIFICL"', "\xe9"])
+def test_a_card_beside_a_damaged_configuration_is_written_as_ever(text: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_bytes(text.encode("latin-1"))
+    CARD.save(tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == str(CARD)
+
+
+def test_a_card_beside_a_configuration_of_strange_values(tmp_path: Path) -> None:
+    strange = dict.fromkeys(["n", "r", "task_type", "auto_mapping", "base_model_name_or_path"], 5)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "HIFICL", **strange}))
+    CARD.save(tmp_path / "README.md")
+    assert HEADING in (tmp_path / "README.md").read_text()
 
 
 # -- the file --------------------------------------------------------------------------------------------------------
