@@ -34,28 +34,20 @@ from .test_functional import GROUPS, tensors
 from .test_peft_api import config
 
 VOCAB = 99
+SLOW = pytest.mark.slow
 HEADS = {"mha": (4, 4), "gqa": (4, 2), "many": (32, 32), "many-gqa": (32, 8)}
 
 
-def adapted(heads: str = "gqa", layers: int = 2, names: tuple[str, ...] = ("default",), **kwargs: Any) -> PeftModel:
+def adapted(heads: str = "gqa", names: tuple[str, ...] = ("default",), **kwargs: Any) -> PeftModel:
     """A small decoder whose adapters have an effect."""
     torch.manual_seed(0)
     count, groups = HEADS[heads]
-    base = tf.LlamaForCausalLM(
-        tf.LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=8 * count,
-            intermediate_size=32,
-            num_hidden_layers=layers,
-            num_attention_heads=count,
-            num_key_value_heads=groups,
-            initializer_range=0.2,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
-    model = get_peft_model(base, config(**kwargs), adapter_name=names[0])
+    base = tf.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=8 * count, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=count, num_key_value_heads=groups, initializer_range=0.2, pad_token_id=0,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = get_peft_model(tf.LlamaForCausalLM(base), config(**kwargs), adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config(**kwargs))
     torch.manual_seed(1)
@@ -102,7 +94,7 @@ def prompt(rows: int = 2, length: int = 9, past: int = 0, padded: bool = False) 
 
 def with_past(rows: int, length: int, past: int, groups: int, padded: bool) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(past)
-    cache = [tuple(torch.randn(2, rows, groups, past, 8, generator=generator)) for _ in range(2)]
+    cache = [tuple(torch.randn(2, rows, groups, past, 8, generator=generator))]
     return *prompt(rows, length, past, padded), cache
 
 
@@ -265,8 +257,10 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[PeftModel], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "implementation"),
+    [*((kind, "sdpa") for kind in KINDS), ("trained", "eager"), ("trained", "flex_attention")],
+)
 def test_kinds_of_adapters(kind: str, implementation: str) -> None:
     options, change = KINDS[kind]
     model = adapted(**options)
@@ -304,48 +298,46 @@ def test_positions_from_the_mask_are_part_of_an_export() -> None:
 
 def test_decoding_is_lowered() -> None:
     module, free = Step(adapted()), Dim.DYNAMIC
-    shapes = ({0: free}, {0: free, 1: free}, {0: free}, [({0: free, 2: free},) * 2] * 2)
+    shapes = ({0: free}, {0: free, 1: free}, {0: free}, [({0: free, 2: free},) * 2])
     run = lowered(module, with_past(2, 1, 9, 2, True), dynamic_shapes=shapes)
     for args in (with_past(3, 1, 12, 2, True), with_past(1, 1, 4, 2, False)):
         for got, expected in zip(flat(run(*args)), flat(want(module, *args)), strict=True):
             check(got, expected)
 
 
-@pytest.mark.parametrize(
-    "heads", ["gqa", "many", *(pytest.param(h, marks=pytest.mark.slow) for h in ("mha", "many-gqa"))]
-)
+@pytest.mark.parametrize("heads", ["gqa", "many", *(pytest.param(h, marks=SLOW) for h in ("mha", "many-gqa"))])
 def test_onnxruntime(heads: str, tmp_path: Path) -> None:
-    module, free = Logits(adapted(heads, layers=1)), Dim.DYNAMIC
+    module, free = Logits(adapted(heads)), Dim.DYNAMIC
     run = to_onnx(module, prompt(padded=True), tmp_path, dynamic_shapes=({0: free, 1: free},) * 3)
     for args in (prompt(padded=True), prompt(3, 7, padded=True), prompt(1, 12)):
         check(run(*args)[0], want(module, *args), args[1])
 
 
-@pytest.mark.parametrize("heads", ["many", pytest.param("gqa", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("heads", ["many", pytest.param("gqa", marks=SLOW)])
 def test_onnxruntime_with_ids_alone(heads: str, tmp_path: Path) -> None:
     """Static shapes; with 32 heads and 32 tokens, zeros of a wrong shape fit in an LSE's place."""
-    module = Logits(adapted(heads, layers=1))
+    module = Logits(adapted(heads))
     ids = torch.randint(3, VOCAB, (2, 32), generator=torch.Generator().manual_seed(0))
     check(to_onnx(module, (ids,), tmp_path)(ids)[0], want(module, ids), atol=1e-3)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("heads", ["gqa", "many-gqa"])
 @pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
 def test_onnxruntime_goes_on_from_a_cache(length: int, heads: str, dynamic: bool, tmp_path: Path) -> None:
     module, groups, free = Step(adapted(heads)), HEADS[heads][1], Dim.DYNAMIC
     new = {0: free} if length == 1 else {0: free, 1: free}
-    shapes = (new, {0: free, 1: free}, new, [({0: free, 2: free},) * 2] * 2) if dynamic else None
+    shapes = (new, {0: free, 1: free}, new, [({0: free, 2: free},) * 2]) if dynamic else None
     args = with_past(2, length, 9, groups, True)
     run = to_onnx(module, args, tmp_path, dynamic_shapes=shapes)
     others = [with_past(3, length, 12, groups, True), with_past(1, length, 4, groups, False)] if dynamic else []
-    for given in (args, *others):
-        for got, expected in zip(run(*given), flat(want(module, *given)), strict=True):
+    for other in (args, *others):
+        for got, expected in zip(run(*other), flat(want(module, *other)), strict=True):
             check(got, expected)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_adapters_in_onnxruntime(kind: str, tmp_path: Path) -> None:
     options, change = KINDS[kind]
@@ -355,14 +347,14 @@ def test_kinds_of_adapters_in_onnxruntime(kind: str, tmp_path: Path) -> None:
     check(to_onnx(module, args, tmp_path)(*args)[0], want(module, *args), args[1])
 
 
-@pytest.mark.slow
+@SLOW
 def test_the_torchscript_exporter(tmp_path: Path) -> None:
     module, (ids, mask, positions) = Logits(adapted()), prompt(padded=True)
     run = to_onnx(module, (ids, mask, positions), tmp_path, dynamo=False)
     check(run(ids, mask, positions)[0], want(module, ids, mask, positions), mask)
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_package_compiled_ahead_of_time(tmp_path: Path) -> None:
     module, args = Logits(adapted()), prompt(padded=True)
     free = Dim.DYNAMIC
@@ -395,6 +387,12 @@ def test_recipes_for_executorch(implementation: str) -> None:
     program = convert_and_export_with_cache(model)
     assert "flash" not in operators(program.graph)
     check(decoded(program, ids), expected)
+    step, tokens = program.module(), ids
+    for place in range(9):
+        new = step(input_ids=tokens[:, place : place + 1], cache_position=torch.tensor([place]))[:, -1:].argmax(-1)
+        tokens = tokens if place < 5 else torch.cat([tokens, new], dim=1)
+    greedy = model.generate(ids, max_new_tokens=4, do_sample=False, cache_implementation="dynamic")
+    assert torch.equal(tokens, greedy)
     recipe = TorchExportableModuleForDecoderOnlyLM(model)
     check(decoded(recipe.export(input_ids=ids[:, :1], cache_position=torch.tensor([0])), ids), expected)
 
@@ -408,9 +406,7 @@ EXPORTERS = {
 
 
 @pytest.mark.parametrize("scale", [True, False], ids=["", "alpha-one"])
-@pytest.mark.parametrize(
-    "name", ["dynamo", "strict", *(pytest.param(n, marks=pytest.mark.slow) for n in ("onnx", "fused"))]
-)
+@pytest.mark.parametrize("name", ["dynamo", "strict", *(pytest.param(n, marks=SLOW) for n in ("onnx", "fused"))])
 def test_transformers_exporters(name: str, scale: bool) -> None:
     exporter, configuration, options = EXPORTERS[name]
     module = Logits(adapted(scale_self_attention=scale))
