@@ -240,6 +240,13 @@ def test_a_second_read_of_other_weights_changes_nothing(
     assert_loads(model, load, good)
 
 
+def test_a_hub_that_is_out_of_reach_is_not_called_a_folder() -> None:
+    base = build("gqa")
+    with unchanged(base), pytest.raises((OSError, ValueError)) as error:
+        PeftModel.from_pretrained(base, "nobody/nothing", config=config(target_modules=["self_attn"]))
+    assert "holds adapter_config.json" not in str(error.value)
+
+
 def test_the_auto_class_refuses_a_folder_without_weights(tmp_path: Path) -> None:
     base = build("gqa")
     base.save_pretrained(tmp_path / "base")

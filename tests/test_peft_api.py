@@ -398,6 +398,14 @@ def test_a_layer_refuses_a_union_by_itself() -> None:
     assert torch.equal(logits(injected, **inputs_for("gqa")), before)
 
 
+def test_parameters_reset_to_the_papers_start() -> None:
+    for layer in hificl_layers(adapted("gqa")):
+        layer.reset_parameters("default")
+        assert not layer.hificl_V_B["default"].weight.any() and layer.hificl_K_B["default"].weight.std() < 0.02
+    for layer in hificl_layers(adapted("gqa", init_weights=True, factorize_keys=False, factorize_values=False)):
+        assert not layer.hificl_V["default"].weight.any() and layer.hificl_K["default"].weight.std() < 0.02
+
+
 def test_inference_mode_asks_for_no_gradient(tmp_path: Path) -> None:
     def trained(model: nn.Module) -> set[str]:
         names = [name for name, p in model.named_parameters() if p.requires_grad]
