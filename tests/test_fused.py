@@ -442,12 +442,17 @@ def test_a_kernel_must_take_the_virtual_pairs_too(monkeypatch: pytest.MonkeyPatc
 
 
 def test_torch_func_transforms_take_the_formula() -> None:
+    paths = set()
+
     def loss(query: Tensor) -> Tensor:
+        paths.add(fused.attention_path(query, K, V, PAIRS, scaling=0.3))
         return fused.attention(query, K, V, PAIRS, scaling=0.3).sum()
 
     query = Q.clone().requires_grad_()
     want = torch.autograd.grad(loss(query), query)[0]
+    assert paths == {("flash", "it takes these inputs")}
     torch.testing.assert_close(torch.func.grad(loss)(Q), want)
+    assert paths == {("flash", "it takes these inputs"), (None, "a torch.func transform")}
     rows = torch.func.vmap(lambda q: fused.attention(q[None], K, V, PAIRS, scaling=0.3)[0])(Q.expand(3, -1, -1, -1))
     torch.testing.assert_close(rows, fused.attention(Q, K, V, PAIRS, scaling=0.3).expand(3, -1, -1, -1))
 
