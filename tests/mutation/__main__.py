@@ -40,7 +40,13 @@ TESTS: dict[str, list[str]] = {
     "functional": ["tests/test_functional.py"],
     "fused": ["tests/test_fused.py", "tests/test_kernels.py", *WITHOUT_COMPILER],
     "kernels": ["tests/test_kernels.py", "tests/test_fused.py", *WITHOUT_COMPILER],
-    "layer": ["tests/test_adapter_names.py", "tests/test_watch.py", "tests/test_peft_api.py", *WITHOUT_ZOO],
+    "layer": [
+        "tests/test_adapter_names.py",
+        "tests/test_demonstrations.py",
+        "tests/test_watch.py",
+        "tests/test_peft_api.py",
+        *WITHOUT_ZOO,
+    ],
     "model": ["tests/test_loading.py", "tests/test_peft_api.py", "tests/test_adapter_names.py", *WITHOUT_ZOO],
     "checkpoint": ["tests/test_loading.py", "tests/test_bad_input.py", *WITHOUT_ZOO],
 }
