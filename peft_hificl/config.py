@@ -142,10 +142,6 @@ class HiFICLConfig(PeftConfig):
                 f"HiFICLConfig.layers_pattern={self.layers_pattern!r} needs layers_to_transform: set it to the "
                 "indices of the layers to adapt."
             )
-        # Set when the adapter is attached: target_modules as they were asked for, and as they were found.  Not a field.
-        self._found_targets: tuple[Any, Any] | None = None
-        # Set when the adapter is attached, for the model card: how PEFT notes the base model's class.
-        self._base_model: dict[str, str] | None = None
 
     def parameter_shapes(self, heads: int, key_dim: int, value_dim: int) -> dict[str, tuple[int, int, int]]:
         """Name and shape of each parameter of this adapter on one attention."""
@@ -160,6 +156,6 @@ class HiFICLConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the configuration; a model card that PEFT has written there learns how to load the adapter."""
-        noted = kwargs.pop("auto_mapping_dict", None) or self._base_model
-        super().save_pretrained(save_directory, auto_mapping_dict=noted, **kwargs)
+        # PEFT saves the configuration last, when all that the card speaks of is there.
+        super().save_pretrained(save_directory, **kwargs)
         model_card.update(save_directory)

@@ -13,9 +13,9 @@ from torch import nn
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager, ContinuousMixin
 
-from . import attention, rows
-from .checkpoint import MODULE
+from . import rows, support
 from .layer import HiFICLLayer
+from .names import MODULE
 
 _NO_ADAPTER_NAMES = (
     "Continuous batching knows no adapter_names: its requests share one row, and run the active adapters. Call it once "
@@ -62,7 +62,7 @@ def _init_continuous_batching(
         if not layer.disable_adapters:
             implementation = layer.base_config._attn_implementation
             used = "paged|eager" if implementation == "eager" else implementation
-            attention.check_backend(module, attention.dispatch_of(type(module)), used)
+            support.check_backend(module, support.dispatch_of(type(module)), used)
     config = continuous_batching_config
     if config is None:
         defaults = model.generation_config if generation_config is None else generation_config

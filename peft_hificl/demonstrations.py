@@ -53,11 +53,11 @@ def initialize_from_demonstrations(
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, HiFICLLayer)}
     if adapter_name is None:
-        active = sorted({name for layer in layers.values() for name in layer.active_adapters if name in layer.n})
+        active = sorted({name for layer in layers.values() for name in layer.active_adapters if layer.has(name)})
         if len(active) != 1:
             raise ValueError(f"The model has {active} as active HiFICL adapters: name one with adapter_name=.")
         adapter_name = active[0]
-    adapted = {name: layer for name, layer in layers.items() if adapter_name in layer.n}
+    adapted = {name: layer for name, layer in layers.items() if layer.has(adapter_name)}
     if not adapted:
         raise ValueError(f"There is no HiFICL adapter {adapter_name!r} on this model.")
     pairs = {layer.n[adapter_name] for layer in adapted.values()}
@@ -116,17 +116,19 @@ def _read(
     if any(getattr(module, "merged", False) for module in switches):
         raise ValueError("An adapter is merged into the base weights: unmerge it before demonstrations are read.")
     modes = {module: module.training for module in base.modules()}
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, seen=calls[name]: seen.append(args[1:]))
+        for name, layer in layers.items()
+    ]
     try:
         base.eval()
         for module in switches:
             module._disable_adapters = True
-        for layer in layers.values():
-            layer.recorded = []
         base(**inputs, use_cache=False)
-        calls = {name: list(layer.recorded or []) for name, layer in layers.items()}
     finally:
-        for layer in layers.values():
-            layer.recorded = None
+        for hook in hooks:
+            hook.remove()
         for module, disabled in switches.items():
             module._disable_adapters = disabled
         for module, mode in modes.items():

@@ -9,10 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .checkpoint import HeadShape
 from .config import HiFICLConfig
-from .functional import VirtualPairs, concatenate_pairs, select_rows, without_autocast
+from .names import HeadShape
 from .offloading import accelerate_hooks
+from .ops.formula import VirtualPairs, concatenate_pairs, select_rows, without_autocast
 from .rows import running
 
 
@@ -51,9 +51,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
     The layer does not wrap the attention module: it is a leaf *inside* it (``self_attn.virtual_pairs``).  No module of
     the base model is renamed, so base checkpoints, disk offload and other adapters (a LoRA on q_proj, before or after)
     see the base model as it always was.  The attention function that this package registers finds the layer on the
-    attention module it is handed; see `attention`.
-
-    Calling the layer returns the pairs that an attention call mixes in, or None if it is to run as the base model's.
+    attention module it is handed; see `interface`.
 
     Args:
         base_config: the configuration object of the attention module as it was; stays the live source of the
@@ -78,15 +76,14 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
         self.cast_input_dtype_enabled = True  # PEFT's helpers look for it; queries meet the adapter in its own dtype
-        self.in_features, self.out_features = head_shape[0] * head_shape[1], head_shape[0] * head_shape[2]
+        heads, key_dim, value_dim = head_shape
+        self.in_features, self.out_features = heads * key_dim, heads * value_dim
         self.awaits_weights: dict[str, bool] = {}  # it has no effect before PEFT has read its weights
         # What `watch` looks at: how often pairs were asked for, whether an adapter has ever had a gradient, and which
         # gave pairs that have had none since.
         self.calls = 0
         self.had_gradient: dict[str, bool] = {}
         self.awaits_gradient: set[str] = set()
-        # While demonstrations are read (see there): what the attention, run without an adapter, is called with.
-        self.recorded: list[tuple[Tensor, Tensor]] | None = None
 
     def update_layer(self, adapter_name: str, config: HiFICLConfig, device: torch.device, dtype: torch.dtype) -> None:
         """Create the parameters of an adapter; its name must be new to this layer.
@@ -129,7 +126,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         ``A = sqrt(n) U R`` and ``B = R' S W / sqrt(n)``: A has the spread of the other initialisations, and no factor
         of B is all small.
         """
-        heads = self.head_shape[0]
+        heads = self.head_shape.heads
         for kind, pairs in (("K", keys), ("V", values)):
             whole = pairs.repeat_interleave(heads // pairs.shape[0], dim=0).float()  # (H, n, d)
             if adapter_name in getattr(self, f"hificl_{kind}"):
@@ -145,11 +142,16 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             left[:, :, :k].copy_(n**0.5 * u[:, :, :k] @ rotation)
             right[:, :k].copy_(rotation.mT @ (s[:, :k, None] * w[:, :k]) / n**0.5)
 
-    def forward(self, batch_size: int) -> VirtualPairs | None:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> VirtualPairs | None:
         """The virtual pairs for one attention call: of the active adapters, or of each row's own (see `rows`).
 
         Args:
-            batch_size: rows of the call.
+            query: ``(B, H, T, d)``.
+            key: ``(B, G, S, d)``, of no use here; for forward pre-hooks, as `demonstrations` has one.
+            value: ``(B, G, S, e)``, as `key`.
+
+        Returns:
+            The pairs, or None if the call is to run as the base model's.
 
         Raises:
             ValueError: it is not certain which row has which adapter.
@@ -160,9 +162,9 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             return None
         rows = running.modules.get(self)
         if rows is not None:
-            adapter_names = rows.spread(batch_size)
+            adapter_names = rows.spread(len(query))
             names = sorted(set(adapter_names))
-            choices = [self._pairs(name) if self._has(name) else None for name in names]
+            choices = [self._pairs(name) if self._is_loaded(name) else None for name in names]
             return select_rows(choices, [names.index(name) for name in adapter_names])
         active = self.active_names
         return concatenate_pairs([self._pairs(name) for name in active]) if active else None
@@ -170,14 +172,18 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
     @property
     def active_names(self) -> list[str]:
         """The adapters whose pairs a call mixes in where it does not say otherwise itself."""
-        return [] if self.disable_adapters else [name for name in self.active_adapters if self._has(name)]
+        return [] if self.disable_adapters else [name for name in self.active_adapters if self._is_loaded(name)]
 
     @property
     def is_active(self) -> bool:
         return bool(self.active_names)
 
-    def _has(self, adapter_name: str) -> bool:
-        return adapter_name in self.n and not self.awaits_weights[adapter_name]
+    def has(self, adapter_name: str) -> bool:
+        """Whether this layer has parameters of an adapter."""
+        return adapter_name in self.n
+
+    def _is_loaded(self, adapter_name: str) -> bool:
+        return self.has(adapter_name) and not self.awaits_weights[adapter_name]
 
     def _pairs(self, adapter_name: str) -> VirtualPairs:
         keys, values = self._product("hificl_K", adapter_name), self._product("hificl_V", adapter_name)

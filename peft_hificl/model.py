@@ -11,14 +11,27 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from . import attention, checkpoint, continuous_batching, hooks, loading, offloading, preflight, rows, targets
+from . import (
+    checkpoint,
+    continuous_batching,
+    hooks,
+    interface,
+    loading,
+    offloading,
+    preflight,
+    rows,
+    support,
+    targets,
+)
 from .config import HiFICLConfig
 from .layer import CANNOT_MERGE, HiFICLLayer
+from .names import MODULE, PREFIX, module_of, plain, uncompiled
+from .undo import Undo
 
 
 class HiFICLModel(BaseTuner):
@@ -48,7 +61,7 @@ class HiFICLModel(BaseTuner):
         trainable params: 3,072 || all params: 65,216 || trainable%: 4.7105
     """
 
-    prefix = checkpoint.PREFIX
+    prefix = PREFIX
     tuner_layer_cls = HiFICLLayer
     target_module_mapping: dict[str, list[str]] = {}  # targets are found by structure
 
@@ -60,7 +73,7 @@ class HiFICLModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        self._unloaded: dict[str, _Undo] = {}  # adapters whose weights PEFT is about to read
+        self._unloaded: dict[str, Undo] = {}  # adapters whose weights PEFT is about to read
         before = getattr(model, "peft_config", None)
         others = dict(before or {})
         try:
@@ -86,29 +99,16 @@ class HiFICLModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         self._unloaded.clear()  # what a load that failed would have gone back to is no longer how the model was
-        named = list(self.targeted_module_names)
-        config = self.peft_config[adapter_name]
-        before = asked = config.target_modules
-        try:
-            preflight.check_kind(model)
-            load = loading.in_progress(config)
-            if config._found_targets is not None and config.target_modules == config._found_targets[1]:
-                # It has served already: what was found there must not be said of this model, nor the other way round.
-                asked = config._found_targets[0]
-                searched = copy.copy(config)
-                searched.target_modules = asked
-                self._prepare_adapter_config(searched, self.get_model_config(model))
-                if searched.target_modules != config.target_modules:
-                    config = self.peft_config[adapter_name] = searched
-            self._prepare_adapter_config(config, self.get_model_config(model))
+        with self._configured(adapter_name, model) as (config, load):
             state_dict = self._in_names_of(model, state_dict)
-            names = {key.rpartition(f".{checkpoint.PREFIX}")[0] for key in state_dict or ()} or {
+            names = {key.rpartition(f".{PREFIX}")[0] for key in state_dict or ()} or {
                 name for name in self._own_names(model) if name and self._check_target_module_exists(config, name)
             }
             preflight.check(model, adapter_name, config, names, load)
+            if load is not None and names:
+                preflight.check_load(self, adapter_name, config, load, state_dict)
             _forget_unloaded(model, adapter_name)
-            undo = _Undo(model, adapter_name)
-            try:
+            with Undo(model, adapter_name) as undo:  # PEFT has checks of its own, some of them after the change
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
                 hooks.refresh(model)
                 rows.install(model)
@@ -116,19 +116,39 @@ class HiFICLModel(BaseTuner):
                 offloading.note_in_device_map(model)
                 if load is not None:
                     self._prepare_load(model, adapter_name, load, undo)
-            except BaseException:  # PEFT has checks of its own, some of them after the change
-                undo()
-                raise
+
+    @contextmanager
+    def _configured(self, adapter_name: str, model: nn.Module) -> Iterator[tuple[HiFICLConfig, loading.Load | None]]:
+        """The configuration of an adapter with its targets found, which are forgotten again if it is not attached.
+
+        The object that the user passed stays the one that describes the adapter, as PEFT goes on to change it (a model
+        for sequence classification adds its head to `modules_to_save`).  But one that describes an adapter of another
+        model already, where other targets were found, is copied: what was found there must not be said of this model,
+        nor the other way round.
+        """
+        config, named = self.peft_config[adapter_name], list(self.targeted_module_names)
+        noted = config.target_modules, config.auto_mapping
+        try:
+            preflight.check_kind(model)
+            load = loading.in_progress(config)
+            if isinstance(config.target_modules, (targets.FoundPattern, targets.FoundNames)):
+                searched = copy.copy(config)
+                searched.target_modules = None
+                self._prepare_adapter_config(searched, self.get_model_config(model))
+                if searched.target_modules != config.target_modules:
+                    config = self.peft_config[adapter_name] = searched
+            self._prepare_adapter_config(config, self.get_model_config(model))
+            if type(model).__module__.startswith("transformers."):  # PEFT notes it where there is no task type
+                kind = type(model)
+                config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+            yield config, load
         except BaseException:
             self.targeted_module_names = named
             self.peft_config.pop(adapter_name, None)
-            config.target_modules = before
+            config.target_modules, config.auto_mapping = noted
             raise
-        config._found_targets = (asked, config.target_modules)
-        if type(model).__module__.startswith("transformers."):
-            config._base_model = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
-    def _prepare_load(self, model: nn.Module, adapter_name: str, load: loading.Load, undo: _Undo) -> None:
+    def _prepare_load(self, model: nn.Module, adapter_name: str, load: loading.Load, undo: Undo) -> None:
         if load.by_peft:  # which reads the weights next; should that fail, the adapter must have no effect
             self._unloaded[adapter_name] = undo
             for layer in _layers_with(model, adapter_name):
@@ -146,15 +166,13 @@ class HiFICLModel(BaseTuner):
         """The keys of a state dict, with the attention's name before ``.hificl_``: there PEFT looks for the targets."""
         if state_dict is None:
             return None
-        live = {checkpoint.plain(name): name for name in self._own_names(model)}
-        attentions = {key: live.get(name, name) for key in state_dict if (name := checkpoint.module_of(key))}
-        return {
-            f"{name}{key[key.rindex(f'.{checkpoint.PREFIX}') :]}": state_dict[key] for key, name in attentions.items()
-        }
+        live = {plain(name): name for name in self._own_names(model)}
+        attentions = {key: live.get(name, name) for key in state_dict if (name := module_of(key))}
+        return {f"{name}{key[key.rindex(f'.{PREFIX}') :]}": state_dict[key] for key, name in attentions.items()}
 
     @staticmethod
     def _check_target_module_exists(config: HiFICLConfig, key: str) -> Any:
-        return check_target_module_exists(config, checkpoint.plain(key))
+        return check_target_module_exists(config, plain(key))
 
     def _prepare_adapter_config(self, peft_config: HiFICLConfig, model_config: dict[str, Any]) -> HiFICLConfig:
         if peft_config.target_modules is None:
@@ -174,9 +192,9 @@ class HiFICLModel(BaseTuner):
         # Matched by a wide pattern when a second adapter is added; the attention within has the same name.
         if isinstance(target, (HiFICLLayer, OptimizedModule)):
             return
-        layer = getattr(target, checkpoint.MODULE, None)
+        layer = getattr(target, MODULE, None)
         if layer is None:
-            layer = attention.attach(target, attention.head_shape_of(target))
+            layer = interface.attach(target, support.head_shape_of(target))
         layer.update_layer(adapter_name, peft_config, *offloading.device_and_dtype(target))
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
@@ -210,8 +228,8 @@ class HiFICLModel(BaseTuner):
         if merge:
             self._check_merge_allowed()
         for module in list(self.model.modules()):
-            if isinstance(getattr(module, checkpoint.MODULE, None), HiFICLLayer):
-                attention.detach(module)
+            if isinstance(getattr(module, MODULE, None), HiFICLLayer):
+                interface.detach(module)
         hooks.refresh(self.model)
         continuous_batching.unguard(self.model)
         offloading.note_in_device_map(self.model)
@@ -248,7 +266,7 @@ class HiFICLModel(BaseTuner):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # PEFT looks for the names of the layers, and FSDP1 and checkpoint_wrapper put their own into those of modules,
         # but not into keys: it would find nothing to save.
-        found |= {key: tensor for key, tensor in state_dict.items() if checkpoint.module_of(key) is not None}
+        found |= {key: tensor for key, tensor in state_dict.items() if module_of(key) is not None}
         if not dist.is_initialized() or dist.get_rank() == 0:  # the one that saves; the others may have nothing to save
             ends = f".modules_to_save.{adapter_name}.", f"{checkpoint.TOKENS}.{adapter_name}"
             beside = {key: tensor for key, tensor in state_dict.items() if any(end in key for end in ends)}
@@ -259,7 +277,7 @@ class HiFICLModel(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """``hificl_K_A.default.weight`` of a model is ``hificl_K_A`` in a file."""
         key = super()._remove_adapter_name_from_key(key, adapter_name)
-        return checkpoint.uncompiled(key).removesuffix(".weight") if checkpoint.module_of(key) is not None else key
+        return uncompiled(key).removesuffix(".weight") if module_of(key) is not None else key
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -285,28 +303,24 @@ class HiFICLModel(BaseTuner):
         own = {
             key: tensor
             for key, tensor in live.items()
-            if checkpoint.module_of(key) and key.rpartition(f".{checkpoint.MODULE}.")[2].split(".")[1] == adapter_name
+            if module_of(key) and key.rpartition(f".{MODULE}.")[2].split(".")[1] == adapter_name
         }
-        names = {checkpoint.plain(key): key for key in live}
-        names |= {checkpoint.plain(cls._remove_adapter_name_from_key(key, adapter_name)): key for key in own}
+        names = {plain(key): key for key in live}
+        names |= {plain(cls._remove_adapter_name_from_key(key, adapter_name)): key for key in own}
         for name, module in model.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT has renamed those that were there before it asks us
                 for stored, key in module.adapter_state_dict_load_map(adapter_name).items():
-                    names[checkpoint.plain(f"{name}.{stored}")] = f"{name}.{key}"
+                    names[plain(f"{name}.{stored}")] = f"{name}.{key}"
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        modules = {module for key in state_dict if (module := checkpoint.module_of(key))}
+        modules = {module for key in state_dict if (module := module_of(key))}
         elsewhere = checkpoint.on_other_stages(modules, base)
         remapped = {
-            names.get(checkpoint.plain(key), key): tensor
-            for key, tensor in state_dict.items()
-            if checkpoint.module_of(key) not in elsewhere
+            names.get(plain(key), key): tensor for key, tensor in state_dict.items() if module_of(key) not in elsewhere
         }
         dtypes = {key: tensor.dtype for key, tensor in live.items()}
         for key, tensor in own.items():
             if tensor.is_meta:  # it takes the dtype of the base model when it has been loaded
-                dtypes[key] = offloading.device_and_dtype(
-                    model.get_submodule(key.rpartition(f".{checkpoint.MODULE}.")[0])
-                )[1]
+                dtypes[key] = offloading.device_and_dtype(model.get_submodule(key.rpartition(f".{MODULE}.")[0]))[1]
         checkpoint.check_state_dict(remapped, {key: tensor.shape for key, tensor in own.items()}, dtypes)
         return remapped
 
@@ -350,14 +364,14 @@ class HiFICLModel(BaseTuner):
         text, media = rows.of_call(self.model, list(names), args, kwargs)
         prompts = targets.text_modules(self.model)
         return {self: text} | {
-            module: (text if module in prompts else media)._replace(module=name.removesuffix(f".{checkpoint.MODULE}"))
+            module: (text if module in prompts else media)._replace(module=name.removesuffix(f".{MODULE}"))
             for name, module in self.model.named_modules()
             if isinstance(module, (HiFICLLayer, AuxiliaryTrainingWrapper))
         }
 
 
 def _layers_with(model: nn.Module, adapter_name: str) -> list[HiFICLLayer]:
-    return [module for module in model.modules() if isinstance(module, HiFICLLayer) and adapter_name in module.n]
+    return [module for module in model.modules() if isinstance(module, HiFICLLayer) and module.has(adapter_name)]
 
 
 def _check_loaded(model: nn.Module, names: Iterable[str]) -> None:
@@ -374,35 +388,3 @@ def _forget_unloaded(model: nn.Module, adapter_name: str) -> None:
     for layer in _layers_with(model, adapter_name):
         if layer.awaits_weights[adapter_name]:
             layer.delete_adapter(adapter_name)
-
-
-class _Undo:
-    """Makes a model again what it was before an adapter was attached to it."""
-
-    def __init__(self, model: nn.Module, adapter_name: str) -> None:
-        self.model, self.adapter_name = model, adapter_name
-        self.modules = set(model.modules())
-        self.requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        tuned = (m for m in self.modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
-        self.active = {module: module._active_adapter for module in tuned}
-
-    def __call__(self) -> None:
-        for parent in self.modules:
-            for name, child in list(parent.named_children()):
-                if child not in self.modules and isinstance(child, HiFICLLayer):
-                    attention.detach(parent)
-                elif child not in self.modules and isinstance(child, AuxiliaryTrainingWrapper):
-                    setattr(parent, name, child.original_module)
-        for module, names in self.active.items():
-            module._active_adapter = names
-            if isinstance(module, HiFICLLayer):
-                module.delete_adapter(self.adapter_name)
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                module.delete_adapter(self.adapter_name, names)
-                module._active_adapter = names
-        hooks.refresh(self.model)
-        if not any(isinstance(module, HiFICLLayer) for module in self.model.modules()):
-            continuous_batching.unguard(self.model)
-        offloading.note_in_device_map(self.model)
-        for parameter, value in self.requires_grad.items():
-            parameter.requires_grad = value

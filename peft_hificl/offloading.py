@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint
 from .config import HiFICLConfig
+from .names import MODULE
 
 
 def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """What an attention module computes in, as its own weights say, which may be quantised or kept elsewhere."""
-    adapters: list[torch.Tensor] = list(getattr(module, checkpoint.MODULE, nn.Module()).parameters())
+    adapters: list[torch.Tensor] = list(getattr(module, MODULE, nn.Module()).parameters())
     tensors: list[torch.Tensor] = [p for p in module.parameters() if not any(p is own for own in adapters)]
     if not tensors:  # of a base that FSDP has flattened, or whose quantised weights are buffers
         tensors = [*module.buffers(), *adapters]
@@ -77,11 +77,11 @@ def note_in_device_map(model: nn.Module) -> None:
     device_map = getattr(model, "hf_device_map", None)
     if device_map is None:
         return
-    for name in [name for name in device_map if name.endswith(f".{checkpoint.MODULE}")]:
+    for name in [name for name in device_map if name.endswith(f".{MODULE}")]:
         del device_map[name]
     for name, module in model.named_modules():
-        if hasattr(module, checkpoint.MODULE):
+        if hasattr(module, MODULE):
             hooks = [hook for submodule in module.modules() for hook in accelerate_hooks(submodule)]
             devices = [hook.execution_device for hook in hooks if getattr(hook, "offload", False)]
             if devices:
-                device_map[f"{name}.{checkpoint.MODULE}"] = devices[0]
+                device_map[f"{name}.{MODULE}"] = devices[0]

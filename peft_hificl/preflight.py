@@ -5,13 +5,14 @@ from __future__ import annotations
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from . import attention, checkpoint, offloading
+from . import checkpoint, dry_run, offloading, support
 from .config import HiFICLConfig
 from .layer import HiFICLLayer
 from .loading import Load
+from .names import MODULE, module_of
 
 
 def check(model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[str], load: Load | None) -> None:
@@ -31,14 +32,10 @@ def check(model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[
     check_name(model, adapter_name)
     check_placement(model)
     offloading.check(model, config, names)
-    shapes = check_targets(model, config, names)
-    stored = None if load is None else checkpoint.stored_shapes(load.tensors, config)
-    if stored is None or not checkpoint.on_other_stages(stored.modules, model):
+    check_targets(model, config, names)
+    modules = set() if load is None else {module for key in load.tensors if (module := module_of(key))}
+    if not checkpoint.on_other_stages(modules, model):
         check_modules_beside(model, config)
-    if stored is not None and load is not None and shapes:
-        if load.ignore_mismatched_sizes:
-            stored = stored._replace(others=None)
-        checkpoint.check_fits(stored, shapes, model, config)
 
 
 def check_kind(model: nn.Module) -> None:
@@ -61,13 +58,13 @@ def check_name(model: nn.Module, adapter_name: str) -> None:
     if not adapter_name or "." in adapter_name:
         raise ValueError(f"An adapter cannot be named {adapter_name!r}: choose a plain word, without dots.")
     # PEFT would mistake the first two for parts of parameter names; the others cannot be keys of a ModuleDict.
-    if adapter_name in (checkpoint.MODULE, "weight") or hasattr(nn.ModuleDict(), adapter_name):
+    if adapter_name in (MODULE, "weight") or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
             f"An adapter cannot be named {adapter_name!r}, as torch or PEFT use that name: choose another."
         )
     for name, module in model.named_modules():
         # One whose weights were never loaded makes room.
-        if isinstance(module, HiFICLLayer) and adapter_name in module.n and not module.awaits_weights[adapter_name]:
+        if isinstance(module, HiFICLLayer) and module.has(adapter_name) and not module.awaits_weights[adapter_name]:
             raise ValueError(
                 f"An adapter named {adapter_name!r} is already attached to {name.rpartition('.')[0]!r}: choose another "
                 "adapter_name, or delete_adapter() it first."
@@ -88,24 +85,32 @@ def check_placement(model: nn.Module) -> None:
         )
 
 
-def check_targets(model: nn.Module, config: HiFICLConfig, names: set[str]) -> dict[str, checkpoint.HeadShape]:
-    """Every target must be an attention that can be adapted; the head shape of each."""
+def check_targets(model: nn.Module, config: HiFICLConfig, names: set[str]) -> None:
+    """Every target must be an attention that can be adapted."""
     if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         raise ValueError(
             f"target_modules={config.target_modules!r} means linear layers, but HiFICL adapts attention modules: "
             "leave target_modules=None to have them found."
         )
-    shapes = {}
     for name, module in model.named_modules():
-        if name in names and checkpoint.MODULE not in name.split("."):
-            reason = attention.why_unsupported(module)
+        if name in names and MODULE not in name.split("."):
+            reason = support.why_unsupported(module)
             if reason:
                 raise TypeError(
                     f"HiFICL cannot adapt module {name!r} of type {type(module).__name__}: {reason}. Choose attention "
                     "modules as target_modules, or leave target_modules=None to have them found."
                 )
-            shapes[checkpoint.plain(name)] = attention.head_shape_of(module)
-    return shapes
+
+
+def check_load(
+    tuner: BaseTuner, adapter_name: str, config: HiFICLConfig, load: Load, state_dict: dict[str, Tensor] | None
+) -> None:
+    """What is about to be loaded must be what would be saved of the adapter, once it is attached."""
+    stored, saved = load.tensors, dry_run.saved_shapes(tuner, adapter_name, config, state_dict)
+    if load.ignore_mismatched_sizes:  # of what is not HiFICL's
+        stored = {key: tensor for key, tensor in stored.items() if module_of(key)}
+        saved = dry_run.Saved({key: shape for key, shape in saved.always.items() if module_of(key)}, {})
+    checkpoint.check_fits(stored, saved, tuner.model, config)
 
 
 def check_modules_beside(model: nn.Module, config: HiFICLConfig) -> None:

@@ -9,8 +9,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import attention, checkpoint
+from . import checkpoint, support
 from .config import HiFICLConfig
+from .names import plain
 
 # Classes and names by which transformers' models tell apart what is not self-attention over text.
 _TOWER = re.compile(r"Vision|Visual|Image|Video|Audio|QFormer")
@@ -18,7 +19,15 @@ _OTHER_KIND = re.compile(r"Cross|Perceiver|Resampler|Pooler|Pooling")
 _CROSS_NAME = re.compile(r"cross|enc(oder)?_?dec|encoder_attn", re.IGNORECASE)
 
 
-def default_targets(model: nn.Module, config: HiFICLConfig) -> str | set[str]:
+class FoundPattern(str):
+    """A regular expression in `target_modules` that was not given, but found in a model."""
+
+
+class FoundNames(set[str]):
+    """Names in `target_modules` that were not given, but found in a model."""
+
+
+def default_targets(model: nn.Module, config: HiFICLConfig) -> FoundPattern | FoundNames:
     """What `target_modules=None` stands for in a model: a regular expression for its self-attentions, or their names.
 
     The expression does not count the layers, so that a configuration used again means all of them in a deeper model.
@@ -27,15 +36,15 @@ def default_targets(model: nn.Module, config: HiFICLConfig) -> str | set[str]:
         ValueError: there is none that HiFICL can adapt, or `exclude_modules` and `layers_to_transform` leave none.
     """
     # A compiled module has the name of the module that it wraps, which comes after it.
-    modules = {checkpoint.plain(name): module for name, module in model.named_modules()}
-    found = [checkpoint.plain(name) for name in find_self_attention(model)]
+    modules = {plain(name): module for name, module in model.named_modules()}
+    found = [plain(name) for name in find_self_attention(model)]
     # exclude_modules and layers_to_transform are PEFT's to apply, to names that match by their end.
     by_end = dataclasses.replace(config, target_modules=list({name.rpartition(".")[2] for name in found}))
     names = {name for name in found if check_target_module_exists(by_end, name)}
     kinds = {type(modules[name]) for name in found}
     for name, module in modules.items():  # never some of the layers in silence
         if type(module) in kinds and name not in found and check_target_module_exists(by_end, name):
-            reason = attention.why_unsupported(module)
+            reason = support.why_unsupported(module)
             if reason:
                 raise ValueError(f"HiFICL can adapt {found[0]!r} and its like, but not {name!r}: {reason}.")
     if not names:
@@ -46,7 +55,7 @@ def default_targets(model: nn.Module, config: HiFICLConfig) -> str | set[str]:
         )
     pattern = "|".join(sorted({re.sub(r"(?<=\.)\d+(?=\\|$)", r"\\d+", re.escape(name)) for name in names}))
     matched = {name for name in modules if re.fullmatch(pattern, name)}
-    return pattern if matched == names and config.layers_to_transform is None else names
+    return FoundPattern(pattern) if matched == names and config.layers_to_transform is None else FoundNames(names)
 
 
 def find_self_attention(model: nn.Module) -> list[str]:
@@ -73,7 +82,7 @@ def find_self_attention(model: nn.Module) -> list[str]:
     found = _adaptable(part)
     if not found:
         likely = {
-            attention.why_unsupported(module): name
+            support.why_unsupported(module): name
             for name, module in part.items()
             if "attention" in type(module).__name__.lower()
         }
@@ -93,7 +102,7 @@ def find_self_attention(model: nn.Module) -> list[str]:
 
 
 def _adaptable(modules: dict[str, nn.Module]) -> list[str]:
-    return [name for name, module in modules.items() if attention.why_unsupported(module) is None]
+    return [name for name, module in modules.items() if support.why_unsupported(module) is None]
 
 
 def _text_decoder(model: nn.Module) -> nn.Module:

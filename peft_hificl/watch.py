@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import dispatch_of
 from .layer import HiFICLLayer
+from .support import dispatch_of
 
 Layers = dict[str, HiFICLLayer]  # by name
 

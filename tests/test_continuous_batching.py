@@ -22,9 +22,7 @@ from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager, continuous_api
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .conftest import VOCAB, build, llama, logits
-from .test_attention import gemma2, gpt_oss
-from .test_peft_api import adapted, config, hificl_layers
+from .helpers import VOCAB, adapted, build, config, gemma2, gpt_oss, hificl_layers, llama, logits
 
 PROMPT = list(range(5, 22))
 PROMPTS = [PROMPT, [9, 10], [*PROMPT[:13], 40], [*PROMPT, 41, 42]]  # the first and the last share four blocks

@@ -17,7 +17,7 @@ from transformers import (
 
 from peft_hificl import HiFICLConfig, HiFICLLayer, initialize_from_demonstrations
 
-from .conftest import build
+from .helpers import build
 
 DEMONSTRATIONS = torch.tensor([[5, 6, 7, 8, 9]])
 QUERY = torch.tensor([[3, 4, 11]])
@@ -150,7 +150,7 @@ def test_the_chosen_tokens_and_no_others_matter_and_nothing_else_changes():
     initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [1, -1])
     first = [layer._pairs("default") for layer in layers(model)]
     assert model.training
-    assert all(layer.recorded is None for layer in layers(model))
+    assert not any(layer._forward_pre_hooks for layer in layers(model))
     initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [1, 4])
     for layer, before in zip(layers(model), first, strict=True):
         torch.testing.assert_close(layer._pairs("default").keys, before.keys)
@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tokens, inputs, name, 
     with pytest.raises(ValueError, match=message):
         initialize_from_demonstrations(model, {"input_ids": inputs}, tokens, adapter_name=name)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert all(layer.recorded is None for layer in layers(model))
+    assert not any(layer._forward_pre_hooks for layer in layers(model))
 
 
 def pairs_of(model, adapter):

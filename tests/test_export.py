@@ -27,11 +27,11 @@ from transformers.integrations.executorch import (
     convert_and_export_with_cache,
 )
 
-from peft_hificl import VirtualPairs, fused
+from peft_hificl import Scoring, VirtualPairs
+from peft_hificl.ops import merged
 
 from . import architectures, oracle
-from .test_functional import GROUPS, tensors
-from .test_peft_api import config
+from .helpers import GROUPS, config, tensors
 
 VOCAB = 99
 SLOW = pytest.mark.slow
@@ -142,7 +142,7 @@ def check(got: Tensor, expected: Tensor, mask: Tensor | None = None, atol: float
 
 class Attention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return fused.attention(query, key, value, VirtualPairs(keys, values), scaling=0.3, is_causal=True)
+        return merged.attention(query, key, value, VirtualPairs(keys, values), Scoring(0.3, is_causal=True))
 
 
 def others_backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -222,13 +222,13 @@ def test_gradients_under_a_backend_of_others() -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "aot_eager_decomp_partition", "inductor", "other", "thread"])
 def test_which_compilers_run_kernels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[bool] = []
-    asked = fused._compiles_kernels
+    asked = merged._compiles_kernels
 
     def told() -> bool:
         answers.append(asked())
         return answers[-1]
 
-    monkeypatch.setattr(fused, "_compiles_kernels", torch.compiler.assume_constant_result(told))
+    monkeypatch.setattr(merged, "_compiles_kernels", torch.compiler.assume_constant_result(told))
     torch._dynamo.reset()
     x = tuple(t.float() for t in tensors(4, 2, 5, 5, 8, 8, 3).values())
     if backend == "thread":  # one thread compiles, which torch keeps as one flag for all; another only runs

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_hificl import VirtualPairs, fused, kernels
-from peft_hificl.kernels import KERNELS, Call
+from peft_hificl import Scoring, VirtualPairs
+from peft_hificl.ops import kernels, merged
+from peft_hificl.ops.kernels import KERNELS, Call
 
 from . import oracle
-from .test_functional import GROUPS, mask_of, tensors
+from .helpers import GROUPS, mask_of, tensors
 
 RNG = torch.tensor([11, 22]), torch.tensor(33)  # what the forward hands to the backward
 DEVICE = torch.device("cuda", 3)
@@ -119,14 +120,14 @@ def check(inputs: dict[str, Tensor], log_weights: Tensor | None = None, **option
     want, _ = oracle.hificl(**want_in, scaling=0.3, log_weights=log_weights, **given)
     pairs = VirtualPairs(x["virtual_keys"], x["virtual_values"], log_weights)
     args = (x["query"], x["key"], x["value"], pairs)
-    got = fused.attention(*args, scaling=0.3, **options)
+    got = merged.attention(*args, Scoring(0.3, **options))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
     direction = torch.randn_like(want)
     grads_want = torch.autograd.grad(want, list(want_in.values()), direction)
     for a, b in zip(torch.autograd.grad(got, list(x.values()), direction), grads_want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     with torch.no_grad():
-        torch.testing.assert_close(fused.attention(*args, scaling=0.3, **options), want, rtol=0, atol=1e-10)
+        torch.testing.assert_close(merged.attention(*args, Scoring(0.3, **options)), want, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("case", ["plain", "is_causal", "decode", "more-keys"])

@@ -22,9 +22,7 @@ from torch import Tensor, nn
 
 from peft_hificl import HiFICLConfig
 
-from .conftest import VOCAB, build, inputs_for, llama, logits
-from .test_bad_input import unchanged
-from .test_peft_api import adapted, config, hificl_layers
+from .helpers import VOCAB, adapted, build, config, hificl_layers, inputs_for, llama, logits, pairs_for, unchanged
 
 INPUTS = inputs_for("gqa")
 
@@ -68,7 +66,7 @@ def truncated(folder: Path) -> None:
 BROKEN: dict[Callable[[Path], None], str] = {
     no_weights: r"holds adapter_config.json but no weights: copy adapter_model.safetensors",
     dangling_link: r"adapter_model.safetensors is a link to a file that is gone",
-    other_keys: r"lacks 'x.base_model.model.model.layers.0.self_attn'",
+    other_keys: r"has unexpected 'x.base_model.model.model.layers.0.self_attn",
     truncated: r"cannot be read",
 }
 
@@ -424,7 +422,7 @@ def test_values_beyond_the_dtype_of_the_adapter(load: Callable[..., object], goo
     ):
         load(base, good)
     loaded = PeftModel.from_pretrained(base, good)
-    assert hificl_layers(loaded)[0](1).values.abs().max() > 1e4
+    assert pairs_for(hificl_layers(loaded)[0]).values.abs().max() > 1e4
 
 
 def test_weights_stored_in_float8(good: Path) -> None:
@@ -548,7 +546,7 @@ def test_whole_modules_on_a_stage(tmp_path: Path) -> None:
 def test_another_number_of_layers_is_not_a_stage(layers: int, deep: Path) -> None:
     for load in (from_pretrained, by_transformers):
         base = llama(layers=layers).eval()
-        with unchanged(base), pytest.raises(ValueError, match=r"The base model (lacks|has unexpected) 'model.layers"):
+        with unchanged(base), pytest.raises(ValueError, match=r"The adapter file (lacks|has unexpected) 'model.layers"):
             load(base, deep)
 
 

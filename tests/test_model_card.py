@@ -18,9 +18,7 @@ from peft import LoraConfig, get_peft_model
 
 from peft_hificl import HiFICLConfig
 
-from .conftest import build
-from .test_peft_api import adapted, config
-from .test_training import fresh, trainer
+from .helpers import adapted, build, config, fresh, trainer
 
 HEADING = "## How to use this HiFICL adapter\n"
 CARD = ModelCard("---\nlicense: mit\n---\n# Mine\n")
@@ -205,7 +203,7 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 from peft_hificl import HiFICLConfig
-from tests.test_peft_api import adapted
+from tests.helpers import adapted
 
 folder = Path(sys.argv[1])
 model = adapted("gqa")

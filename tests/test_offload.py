@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 
 from peft_hificl import HiFICLConfig, HiFICLLayer
 
-from .conftest import build, inputs_for, logits
-from .test_peft_api import adapted, config, hificl_layers
+from .helpers import adapted, build, config, hificl_layers, inputs_for, logits
 
 CPU = torch.device("cpu")
 PARTLY_ON_DISK = {

@@ -27,40 +27,9 @@ from peft import (
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_hificl import HiFICLConfig, HiFICLLayer
+from peft_hificl import HiFICLConfig
 
-from .conftest import build, inputs_for, llama, logits
-
-
-def config(**kwargs: object) -> HiFICLConfig:
-    """All factors random, so that every adapter has an effect; no task type: one config for all three models."""
-    return HiFICLConfig(**{"n": 3, "r": 2, "init_weights": False, **kwargs})
-
-
-def adapted(kind: str, seed: int = 1, name: str = "default", **kwargs: object) -> PeftModel:
-    model = build(kind)
-    torch.manual_seed(seed)
-    return get_peft_model(model, config(**kwargs), adapter_name=name).eval()
-
-
-def hificl_layers(model: nn.Module) -> list[HiFICLLayer]:
-    return [m for m in model.modules() if isinstance(m, HiFICLLayer)]
-
-
-def train(model: nn.Module, kind: str, steps: int = 2) -> list[float]:
-    inputs = inputs_for(kind)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    model.train()
-    for _ in range(steps):
-        loss = model(**inputs, labels=inputs["input_ids"]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    model.eval()
-    return losses
-
+from .helpers import adapted, build, config, hificl_layers, inputs_for, llama, logits, pairs_for, train
 
 # -- attach and train ------------------------------------------------------------------------------------------------
 
@@ -158,7 +127,7 @@ def test_paper_init_is_not_the_identity() -> None:
     for layer in hificl_layers(model):
         assert not layer.hificl_V_B["default"].weight.any() and layer.hificl_K_A["default"].weight.any()
         assert 0.005 < layer.hificl_K_B["default"].weight.std() < 0.02
-        assert not layer(2).values.any()
+        assert not pairs_for(layer, 2).values.any()
     difference = (logits(model, **inputs_for("gqa")) - want).abs()
     assert difference.max() > 0.01
 
@@ -195,7 +164,7 @@ def test_alpha_one_at_paper_init_is_the_identity() -> None:
 
 FRESH = """
 import sys, torch, transformers, peft_hificl
-from tests.conftest import build, inputs_for, logits
+from tests.helpers import build, inputs_for, logits
 from peft import PeftModel, {auto}
 kind, folder = sys.argv[1:]
 model = {load}

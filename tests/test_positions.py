@@ -18,8 +18,8 @@ from peft_hificl.positions import PositionsFromMask
 
 from . import architectures
 from .architectures import FAMILIES, Family, Inputs
-from .conftest import llama
-from .test_architectures import each, generate, recorded_attention, run
+from .helpers import llama
+from .zoo import each, generate, recorded_attention, run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from peft_hificl import HiFICLConfig, HiFICLLayer
 
 from .architectures import FAMILIES, Family, adapt, build, forward_inputs
-from .conftest import inputs_for, llama
-from .test_architectures import each
+from .helpers import inputs_for, llama
+from .zoo import each
 
 IDS = inputs_for("gqa")["input_ids"]
 NO_EFFECT, NO_GRADIENT = "had no effect", "no gradient has reached"

@@ -37,8 +37,7 @@ from torch.distributed.tensor.experimental import context_parallel as context
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
-from ..conftest import build, inputs_for, logits
-from ..test_peft_api import config
+from ..helpers import build, config, inputs_for, logits
 from . import reports
 
 # A group shares its processes.

@@ -37,9 +37,9 @@ WITHOUT_COMPILER = ("-k", "not compiles and not exports")  # minutes of torch.co
 WITHOUT_ZOO = ("-k", "not compil and not process and not family and not image and not fuzz")
 # What pytest is given for each module: the quickest finders first, as the first failure ends the run.
 TESTS: dict[str, list[str]] = {
-    "functional": ["tests/test_functional.py"],
-    "fused": ["tests/test_fused.py", "tests/test_kernels.py", *WITHOUT_COMPILER],
-    "kernels": ["tests/test_kernels.py", "tests/test_fused.py", *WITHOUT_COMPILER],
+    "functional": ["tests/test_formula.py"],
+    "fused": ["tests/test_merged.py", "tests/test_kernels.py", *WITHOUT_COMPILER],
+    "kernels": ["tests/test_kernels.py", "tests/test_merged.py", *WITHOUT_COMPILER],
     "layer": [
         "tests/test_adapter_names.py",
         "tests/test_demonstrations.py",
@@ -82,11 +82,11 @@ def source_of(module: str) -> str:
 def preload() -> None:
     """Everything that the tests import but the package under test."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    from tests import conftest  # first: it sets more of the environment that torch reads
+    from tests import conftest, helpers  # noqa: F401  # first: they set more of the environment that torch reads
 
     for name in ("accelerate", "hypothesis", "peft", "safetensors.torch", "torch._dynamo.testing", "torch.export"):
         importlib.import_module(name)
-    for build in conftest.BUILDERS.values():
+    for build in helpers.BUILDERS.values():
         build()  # transformers imports its models when they are asked for
     for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "peft_hificl")]:
         del sys.modules[name]

@@ -7,7 +7,7 @@ pairs, ``O_D`` and ``L_D``,
     alpha = exp(L_SA - L) = sigmoid(L_SA - L_D)
     out   = alpha * O_SA + (1 - alpha) * O_D
 
-is the formula of `functional`, exactly: ``Z_SA = exp L_SA`` and ``Z_D = exp L_D``.  No score matrix is formed, and the
+is the formula of `formula`, exactly: ``Z_SA = exp L_SA`` and ``Z_D = exp L_D``.  No score matrix is formed, and the
 context goes to the kernel as it would without an adapter.  The backward hands the *merged* output and LSE to the
 kernel's own backward, which then returns the exact gradients of its share (see `kernels`).
 """
@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import functional
-from .functional import VirtualPairs
+from .formula import Scoring, VirtualPairs, grouped_matmul, virtual_attention
 from .kernels import KERNELS, Call, Kernel, State
 
 logger = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ class Path(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """What the kernels' path needs; the first five may need gradients, the first eight are tensors."""
+    """What the path by a kernel needs; the first five may need gradients, the first eight are tensors."""
 
     query: Tensor
     key: Tensor
@@ -47,14 +46,13 @@ class _Inputs(NamedTuple):
     log_weights: Tensor | None
     is_causal: bool
     scaling: float
+    kernel: str
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, *, scaling: float, **options: Any
-) -> Tensor:
-    """The output of `functional.virtual_attention`, by the fastest way that is exact.
+def attention(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring) -> Tensor:
+    """The output of `formula.virtual_attention`, by the fastest way that is exact.
 
-    Arguments, shapes and errors are those of `functional.virtual_attention`; `attention_path` tells which way a call
+    Arguments, shapes and errors are those of `formula.virtual_attention`; `attention_path` tells which way a call
     takes.  Under autocast the inputs are cast first, as PyTorch does for `scaled_dot_product_attention`.
 
     Returns:
@@ -64,50 +62,46 @@ def attention(
     Source: arXiv 2603.12760, section 3, written in terms of log-sum-exps; exact.
     """
     query, key, value = autocast(query, key, value)
-    path, inputs = _plan(query, key, value, pairs, scaling, **options)
-    if inputs is None or path.kernel is None:
+    path, inputs, virtual = _plan(query, key, value, pairs, scoring)
+    if inputs is None or virtual is None:
         if not torch.compiler.is_compiling():
             logger.debug("HiFICL runs with the score matrix in memory: %s", path.reason)
-        return functional.virtual_attention(query, key, value, pairs, scaling=scaling, **options)[0]
+        return virtual_attention(query, key, value, pairs, scoring)[0]
 
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs[:5]):
-        output: Tensor = _Merged.apply(path.kernel, *inputs)
+        output: Tensor = _Differentiable.apply(*inputs)
     else:
-        kernel = KERNELS[query.device.type][path.kernel]
+        kernel, context = KERNELS[query.device.type][inputs.kernel], _context_call(inputs)
         repeats = not kernel.groups and query.shape[1] != key.shape[1]
-        context, virtual = _calls(inputs)
-        decode = repeats and query.shape[2] == 1
-        output = _decode(kernel, context, virtual) if decode else _merge(kernel, context, virtual)[0]
+        decodes = repeats and query.shape[2] == 1
+        output = _decode(kernel, context, virtual) if decodes else _run(kernel, context, virtual).output
     return output if query.shape[-1] == value.shape[-1] else output[..., : value.shape[-1]]
 
 
-def attention_path(
-    query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, *, scaling: float, **options: Any
-) -> Path:
+def attention_path(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring) -> Path:
     """Which way `attention` takes for these arguments, and why.
 
     >>> q, k, v = torch.randn(3, 1, 4, 5, 8)
     >>> pairs = VirtualPairs(torch.randn(1, 4, 2, 8), torch.randn(1, 4, 2, 8))
-    >>> attention_path(q, k, v, pairs, scaling=0.3).kernel
+    >>> attention_path(q, k, v, pairs, Scoring(scaling=0.3)).kernel
     'flash'
-    >>> attention_path(q, k, v, pairs, scaling=0.3, dropout=0.1)
+    >>> attention_path(q, k, v, pairs, Scoring(scaling=0.3, dropout=0.1))
     Path(kernel=None, reason='attention dropout')
     """
-    query, key, value = autocast(query, key, value)
-    return _plan(query, key, value, pairs, scaling, **options)[0]
+    return _plan(*autocast(query, key, value), pairs, scoring)[0]
 
 
-def needs_formula(pairs: VirtualPairs, *, softcap: float | None, sinks: Tensor | None, dropout: float) -> str | None:
-    """Why output and log-sum-exp of the context alone do not give the result; None if they do."""
-    if dropout:
+def needs_formula(pairs: VirtualPairs, scoring: Scoring) -> str | None:
+    """Why a kernel's output and log-sum-exp of the context do not give the result; None if they do."""
+    if scoring.dropout:
         return "attention dropout"
-    if softcap is not None:
+    if scoring.softcap is not None:
         return "soft-capped scores"
-    if sinks is not None:
+    if scoring.sinks is not None:
         return "attention sinks"
     if not pairs.scale_self_attention:
         return "scale_self_attention=False (alpha = 1)"
-    return None
+    return recorder()
 
 
 _PROXIES = torch._C._TorchDispatchModeKey.PROXY  # make_fx, and what is built on it
@@ -149,23 +143,12 @@ def _compiles_kernels() -> bool:
 
 
 def _plan(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pairs: VirtualPairs,
-    scaling: float,
-    *,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dropout: float = 0.0,
-) -> tuple[Path, _Inputs | None]:
-    """The path, and what a kernel is to be given."""
-    reason = needs_formula(pairs, softcap=softcap, sinks=sinks, dropout=dropout) or recorder()
+    query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring
+) -> tuple[Path, _Inputs | None, Call | None]:
+    """The path; for that by a kernel its inputs, and the call over the virtual pairs."""
+    reason = needs_formula(pairs, scoring)
     if reason is None:
-        if any(t is not None and t.requires_grad for t in (mask, bias, pairs.log_weights)):
+        if any(t is not None and t.requires_grad for t in (scoring.mask, scoring.bias, pairs.log_weights)):
             reason = "a mask, bias or log-weight that is trained"
         elif torch._C._are_functorch_transforms_active():
             reason = "a torch.func transform"
@@ -174,64 +157,72 @@ def _plan(
         elif key.shape[2] == 0:
             reason = "no keys"
     if reason is not None:
-        return Path(None, reason), None
+        return Path(None, reason), None, None
     if query.shape[-1] != value.shape[-1]:
         # Kernels want one head dimension: zeros change neither the scores nor, cut off again, the output.
         dim = max(query.shape[-1], value.shape[-1])
         query, key, value = _padded(query, dim), _padded(key, dim), _padded(value, dim)
-    query, key, value = _rows(query), _rows(key), _rows(value)
+    query, key, value = _aligned(query), _aligned(key), _aligned(value)
+    _, mask, is_causal, bias, *_ = scoring
     inputs = _Inputs(
-        query, key, value, pairs.keys, pairs.values, mask, bias, pairs.log_weights, is_causal, scaling
+        query, key, value, pairs.keys, pairs.values, mask, bias, pairs.log_weights, is_causal, scoring.scaling, ""
     )  # fmt: skip
-    context = Call(query, key, value, bias if mask is None else mask, is_causal, scaling)
-    virtual = context._replace(mask=pairs.log_weights, is_causal=False)  # limits depend on nothing else
+    # A limit asks whether there is a mask, not for its values: it is not converted before a kernel is found.
+    context = Call(query, key, value, bias if mask is None else mask, is_causal, scoring.scaling)
+    with torch.no_grad():
+        virtual = _virtual_call(inputs)
     reasons = []
     for name, kernel in KERNELS.get(query.device.type, {}).items():
         limit = kernel.limits(context) or kernel.limits(virtual)
         if limit is None:
-            return Path(name, "it takes these inputs"), inputs
+            return Path(name, "it takes these inputs"), inputs._replace(kernel=name), virtual
         reasons.append(limit)
-    return Path(None, "; ".join(reasons) or f"no kernel for the device {query.device.type}"), None
+    return Path(None, "; ".join(reasons) or f"no kernel for the device {query.device.type}"), None, None
 
 
-def _calls(inputs: _Inputs) -> tuple[Call, Call]:
-    """Attention of the queries over the context, and over the virtual pairs, which every query sees."""
-    query, dtype = inputs.query, inputs.query.dtype
-    mask = _additive(inputs.mask, inputs.bias, dtype)
-    log_weights = None if inputs.log_weights is None else inputs.log_weights[:, :, None]  # (B or 1, H or 1, 1, n)
-    return (
-        Call(query, inputs.key, inputs.value, mask, inputs.is_causal, inputs.scaling),
-        Call(query, *_virtual(inputs), _additive(log_weights, None, dtype), False, inputs.scaling),
-    )
+def _context_call(inputs: _Inputs) -> Call:
+    """Attention of the queries over the context."""
+    mask = _additive(inputs.mask, inputs.bias, inputs.query.dtype)
+    return Call(inputs.query, inputs.key, inputs.value, mask, inputs.is_causal, inputs.scaling)
 
 
-def _virtual(inputs: _Inputs) -> tuple[Tensor, Tensor]:
-    """The virtual keys and values as a kernel wants them."""
+def _virtual_call(inputs: _Inputs) -> Call:
+    """Attention of the queries over the virtual pairs, which every query sees."""
     query, keys, values = inputs.query, inputs.keys, inputs.values
-    rows, _, _, dim = query.shape
+    batch, _, _, dim = query.shape
     # Asked for one by one: while decoding, an operation that changes nothing costs as much as one that does.
     if keys.dtype != query.dtype:
         keys, values = keys.to(query.dtype), values.to(query.dtype)
     if keys.shape[-1] != dim or values.shape[-1] != dim:
         keys, values = _padded(keys, dim), _padded(values, dim)
-    keys, values = _rows(keys), _rows(values)
-    if keys.shape[0] != rows:
-        keys, values = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
-    return keys, values
+    keys, values = _aligned(keys), _aligned(values)
+    if keys.shape[0] != batch:
+        keys, values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
+    log_weights = None if inputs.log_weights is None else inputs.log_weights[:, :, None]  # (B or 1, H or 1, 1, n)
+    return Call(query, keys, values, _additive(log_weights, None, query.dtype), False, inputs.scaling)
 
 
-def _merge(kernel: Kernel, context: Call, virtual: Call) -> tuple[Tensor, tuple[Tensor, Tensor], State, State]:
-    """The output of the attention over both, the LSE of each, and what the two backwards need."""
+class _Run(NamedTuple):
+    """What two kernel calls give."""
+
+    output: Tensor  # of the attention over both, (B, H, T, d)
+    lses: tuple[Tensor, Tensor]  # of the context and of the virtual pairs
+    states: tuple[State, State]  # what the two backwards need besides
+
+
+def _run(kernel: Kernel, context: Call, virtual: Call) -> _Run:
+    """Attention over the context and over the virtual pairs, weighed by alpha."""
     context_output, context_lse, context_state = kernel.forward(context)
     virtual_output, virtual_lse, virtual_state = kernel.forward(virtual)
     alpha = torch.sigmoid(context_lse - virtual_lse)
     if alpha.shape[2] != context_output.shape[2]:
         alpha = alpha[:, :, : context_output.shape[2]]  # some kernels pad their LSE
-    return _mix(context_output, virtual_output, alpha), (context_lse, virtual_lse), context_state, virtual_state
+    output = _weighted(context_output, virtual_output, alpha)
+    return _Run(output, (context_lse, virtual_lse), (context_state, virtual_state))
 
 
 def _decode(kernel: Kernel, context: Call, virtual: Call) -> Tensor:
-    """`_merge` for one query a row: the heads of a group become queries, so that the cache is not repeated for them."""
+    """`_run` for one query a row: the heads of a group become queries, so that the cache is not repeated for them."""
     batch, heads, _, dim = context.query.shape
     groups = context.key.shape[1]
     query, mask = context.query.reshape(batch, groups, heads // groups, dim), context.mask
@@ -241,17 +232,18 @@ def _decode(kernel: Kernel, context: Call, virtual: Call) -> Tensor:
     virtual_output, virtual_lse, _ = kernel.forward(virtual)
     context_lse = context_lse[:, :, : heads // groups].reshape(batch, heads, 1)
     alpha = torch.sigmoid(context_lse - virtual_lse[:, :, :1])
-    return _mix(context_output.reshape(batch, heads, 1, dim), virtual_output, alpha)
+    return _weighted(context_output.reshape(batch, heads, 1, dim), virtual_output, alpha)
 
 
-def _mix(context: Tensor, virtual: Tensor, alpha: Tensor) -> Tensor:
+def _weighted(context: Tensor, virtual: Tensor, alpha: Tensor) -> Tensor:
+    """alpha * context + (1 - alpha) * virtual, in the memory of `virtual` where the dtypes allow it."""
     alpha = alpha.unsqueeze(-1)
     if alpha.dtype == context.dtype:
         return virtual.lerp_(context, alpha)  # nobody else holds a kernel's output
     return torch.lerp(virtual.to(alpha.dtype), context.to(alpha.dtype), alpha).to(context.dtype)
 
 
-def merge(output: Tensor, lse: Tensor, query: Tensor, pairs: VirtualPairs, *, scaling: float) -> Tensor:
+def add_pairs(output: Tensor, lse: Tensor, query: Tensor, pairs: VirtualPairs, scaling: float) -> Tensor:
     """Mix virtual pairs into attention that was computed elsewhere, given its output and its log-sum-exp.
 
     Args:
@@ -265,45 +257,44 @@ def merge(output: Tensor, lse: Tensor, query: Tensor, pairs: VirtualPairs, *, sc
         ``(B, H, T, e)`` in the dtype of `output`; differentiable in everything that is differentiable.
     """
     dtype = torch.promote_types(lse.dtype, torch.float32)
-    virtual = functional.grouped_matmul(query.to(dtype) * scaling, pairs.keys.to(dtype).mT)  # (B, H, T, n)
+    virtual = grouped_matmul(query.to(dtype) * scaling, pairs.keys.to(dtype).mT)  # (B, H, T, n)
     if pairs.log_weights is not None:
         # Finite, not -inf: a row without pairs must not become NaN.
         virtual = virtual + pairs.log_weights.to(dtype).clamp_min(torch.finfo(dtype).min / 2)[:, :, None]
-    mixed = functional.grouped_matmul(virtual.softmax(dim=-1), pairs.values.to(dtype))
+    mixed = grouped_matmul(virtual.softmax(dim=-1), pairs.values.to(dtype))
     alpha = torch.sigmoid(lse.to(dtype) - virtual.logsumexp(dim=-1))[..., None]
     return torch.lerp(mixed, output.to(dtype), alpha).to(output.dtype)
 
 
-class _Merged(torch.autograd.Function):
-    """`_merge` with the gradients of query, key, value and virtual pairs."""
+class _Differentiable(torch.autograd.Function):
+    """`_run` with the gradients of query, key, value and virtual pairs."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: str, *inputs: Any) -> Tensor:
-        calls = _calls(_Inputs(*inputs))
-        output, lses, context_state, virtual_state = _merge(KERNELS[calls[0].query.device.type][kernel], *calls)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        inputs = _Inputs(*arguments)
+        kernel = KERNELS[inputs.query.device.type][inputs.kernel]
+        output, lses, states = _run(kernel, _context_call(inputs), _virtual_call(inputs))
         # The masks as they came, shared by all layers; converted again in the backward.
-        ctx.save_for_backward(*inputs[:8], output, torch.logaddexp(*lses), *context_state, *virtual_state)
-        ctx.options = kernel, *inputs[8:]
+        ctx.save_for_backward(*inputs[:8], output, torch.logaddexp(*lses), *states[0], *states[1])
+        ctx.options = inputs[8:]
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        kernel, *options = ctx.options
-        inputs, (output, lse), state = _Inputs(*saved[:8], *options), saved[8:10], saved[10:]
-        context, virtual = _calls(inputs)
-        backward = KERNELS[inputs.query.device.type][kernel].backward
-        grad, half = _rows(grad), len(state) // 2
-        grad_query, grad_keys, grad_values = backward(virtual, grad, output, lse, state[half:])
+        inputs, (output, lse), state = _Inputs(*saved[:8], *ctx.options), saved[8:10], saved[10:]
+        backward = KERNELS[inputs.query.device.type][inputs.kernel].backward
+        grad, half = _aligned(grad), len(state) // 2
+        grad_query, grad_keys, grad_values = backward(_virtual_call(inputs), grad, output, lse, state[half:])
         grad_key = grad_value = None
-        if any(ctx.needs_input_grad[1:4]):  # not in the first layer of a frozen model
-            context_query, grad_key, grad_value = backward(context, grad, output, lse, state[:half])
+        if any(ctx.needs_input_grad[:3]):  # not in the first layer of a frozen model
+            context_query, grad_key, grad_value = backward(_context_call(inputs), grad, output, lse, state[:half])
             grad_query += context_query
         grad_keys, grad_values = (
             g[..., : like.shape[-1]].to(like.dtype).sum_to_size(like.shape)
             for g, like in ((grad_keys, inputs.keys), (grad_values, inputs.values))
         )
-        return None, grad_query, grad_key, grad_value, grad_keys, grad_values, *[None] * 5
+        return grad_query, grad_key, grad_value, grad_keys, grad_values, *[None] * 6
 
 
 def _additive(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -322,7 +313,7 @@ def _additive(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> T
     return total[(None,) * (4 - total.dim())]
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def _aligned(tensor: Tensor) -> Tensor:
     """Kernels read the last dimension as contiguous, CUDA's in words of 16 bytes, without asking."""
     if tensor.stride(-1) != 1:
         return tensor.contiguous()

@@ -3,7 +3,7 @@
 `scaled_dot_product_attention` keeps the log-sum-exp (LSE) of the scores to itself, so the kernels that it chooses from
 are called by their own names here.  A kernel's backward forms ``P = exp(score - LSE)`` and
 ``delta = rowsum(grad_output * output)`` from the LSE and the output that it is handed.  Given those of an attention
-over *more* keys, it returns the exact gradients of its own share of that attention, which is what `fused` builds on.
+over *more* keys, it returns the exact gradients of its own share of that attention, which is what `merged` builds on.
 """
 
 from __future__ import annotations

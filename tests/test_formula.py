@@ -8,42 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_hificl import VirtualPairs, concatenate_pairs, select_rows, virtual_attention
+from peft_hificl import Scoring, VirtualPairs, concatenate_pairs, select_rows, virtual_attention
 
 from . import oracle
-
-GROUPS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
-MASKS = ("none", "causal", "padded", "window", "additive", "per-head")
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
-def tensors(
-    heads: int, groups: int, length: int, size: int, d: int, e: int, n: int, batch: int = 2
-) -> dict[str, Tensor]:
-    return {
-        "query": torch.randn(batch, heads, length, d, dtype=torch.float64),
-        "key": torch.randn(batch, groups, size, d, dtype=torch.float64),
-        "value": torch.randn(batch, groups, size, e, dtype=torch.float64),
-        "virtual_keys": torch.randn(1, heads, n, d, dtype=torch.float64),
-        "virtual_values": torch.randn(1, heads, n, e, dtype=torch.float64),
-    }
-
-
-def mask_of(kind: str, length: int, size: int, heads: int, batch: int = 2) -> Tensor | None:
-    causal = torch.ones(length, size, dtype=torch.bool).tril(size - length)[None, None]
-    if kind == "none":
-        return None
-    if kind == "causal":
-        return causal
-    if kind == "padded":  # left padding: row 1 misses its first keys; its first queries see nothing at all
-        mask = causal.repeat(batch, 1, 1, 1)
-        mask[1, ..., : size // 2] = False
-        return mask
-    if kind == "window":
-        return causal & ~causal.tril(size - length - 2)
-    if kind == "additive":
-        return torch.where(causal, 0.0, torch.finfo(torch.float32).min)
-    return torch.randn(batch, heads, length, size, dtype=torch.float64)  # additive, one per head
+from .helpers import GROUPS, MASKS, TOLERANCE, mask_of, tensors
 
 
 def check(inputs: dict[str, Tensor], dtype: torch.dtype, alpha_one: bool = False, **options: object) -> None:
@@ -56,7 +24,7 @@ def check(inputs: dict[str, Tensor], dtype: torch.dtype, alpha_one: bool = False
     want, alpha = oracle.hificl(**want_in, scaling=0.3, alpha_one=alpha_one, **of_oracle)
     got_in = {k: v.to(dtype).requires_grad_() for k, v in inputs.items()}
     pairs = VirtualPairs(got_in["virtual_keys"], got_in["virtual_values"], scale_self_attention=not alpha_one)
-    got, weights = virtual_attention(got_in["query"], got_in["key"], got_in["value"], pairs, scaling=0.3, **options)
+    got, weights = virtual_attention(got_in["query"], got_in["key"], got_in["value"], pairs, Scoring(0.3, **options))
     assert got.dtype == dtype
 
     def same(name: str, a: Tensor, b: Tensor) -> None:
@@ -143,7 +111,11 @@ def test_it_is_softmax_attention_over_the_concatenation() -> None:
     x = tensors(4, 4, 5, 5, 6, 6, 3)
     causal = mask_of("causal", 5, 5, 4)
     got, _ = virtual_attention(
-        x["query"], x["key"], x["value"], VirtualPairs(x["virtual_keys"], x["virtual_values"]), scaling=0.3, mask=causal
+        x["query"],
+        x["key"],
+        x["value"],
+        VirtualPairs(x["virtual_keys"], x["virtual_values"]),
+        Scoring(0.3, mask=causal),
     )
     keys = torch.cat([x["virtual_keys"].expand(2, -1, -1, -1), x["key"]], dim=2)
     values = torch.cat([x["virtual_values"].expand(2, -1, -1, -1), x["value"]], dim=2)
@@ -167,7 +139,7 @@ def test_several_sets_share_one_softmax(per_row: tuple[int, int], weighted: str,
         weights.append(torch.zeros(rows, 4, n, dtype=torch.float64) if own is None else own)
     union = concatenate_pairs(sets)
     assert (union.log_weights is None) == (weighted == "none")
-    got, _ = virtual_attention(x["query"], x["key"], x["value"], union, scaling=0.3)
+    got, _ = virtual_attention(x["query"], x["key"], x["value"], union, Scoring(0.3))
     for row in (0, 1):
         one = [x[name][row : row + 1] for name in ("query", "key", "value")]
         both = [
@@ -185,7 +157,7 @@ def test_what_differs_per_row_may_be_one_of_a_set_alone(which: str) -> None:
     shared = VirtualPairs(x["virtual_keys"], x["virtual_values"], torch.zeros(1, 1, 2, dtype=torch.float64))
     of_rows = {"keys": (2, 4, 2, 6), "values": (2, 4, 2, 6), "log_weights": (2, 4, 2)}
     mixed = shared._replace(**{which: torch.randn(of_rows[which], dtype=torch.float64)})
-    got, _ = virtual_attention(x["query"], x["key"], x["value"], concatenate_pairs([shared, mixed]), scaling=0.3)
+    got, _ = virtual_attention(x["query"], x["key"], x["value"], concatenate_pairs([shared, mixed]), Scoring(0.3))
     for row in (0, 1):
         row_of = [t[row if len(t) > 1 else 0][None] for t in (mixed.keys, mixed.values, mixed.log_weights)]
         want, _ = oracle.hificl(
@@ -201,7 +173,7 @@ def test_log_weights_count_a_pair_that_often() -> None:
     x = tensors(4, 2, 3, 3, 6, 6, 3)
     log_weights = torch.tensor([0.0, 1.5, float("-inf")], dtype=torch.float64).expand(1, 4, 3)
     pairs = VirtualPairs(x["virtual_keys"], x["virtual_values"], log_weights)
-    got, _ = virtual_attention(x["query"], x["key"], x["value"], pairs, scaling=0.3)
+    got, _ = virtual_attention(x["query"], x["key"], x["value"], pairs, Scoring(0.3))
     want, _ = oracle.hificl(**x, scaling=0.3, log_weights=log_weights)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     assert concatenate_pairs([pairs]) is pairs
@@ -217,7 +189,7 @@ def test_log_weights_count_a_pair_that_often() -> None:
     want, _ = oracle.hificl(x["query"], x["key"], x["value"], *expanded, scaling=0.3, log_weights=shared.log_weights)
     nothing = shared._replace(log_weights=torch.full((1, 1, 3), -torch.inf, dtype=torch.float64))
     for same in (shared, concatenate_pairs([shared, nothing]), select_rows([shared, nothing], [0, 0])):
-        got, _ = virtual_attention(x["query"], x["key"], x["value"], same, scaling=0.3)
+        got, _ = virtual_attention(x["query"], x["key"], x["value"], same, Scoring(0.3))
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
@@ -225,7 +197,7 @@ def test_pairs_per_row_and_per_key_value_head() -> None:
     torch.manual_seed(5)
     x = tensors(4, 2, 3, 3, 6, 6, 3)
     keys, values = torch.randn(2, 2, 2, 3, 6, dtype=torch.float64)  # (B, G, n, d): per row, shared in a group
-    got, _ = virtual_attention(x["query"], x["key"], x["value"], VirtualPairs(keys, values), scaling=0.3)
+    got, _ = virtual_attention(x["query"], x["key"], x["value"], VirtualPairs(keys, values), Scoring(0.3))
     expanded = [t.repeat_interleave(2, dim=1) for t in (keys, values)]
     want, _ = oracle.hificl(x["query"], x["key"], x["value"], *expanded, scaling=0.3)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
@@ -245,7 +217,7 @@ def test_select_rows_gives_each_row_its_own_set(weighted: bool, alpha_one: bool)
     one = x["query"], x["key"], x["value"]
     pairs = select_rows(sets, [2, 1, 0, 2])
     assert pairs is not None and pairs.keys.shape == (4, 4, 3, 6)
-    got, _ = virtual_attention(*(t.expand(4, -1, -1, -1) for t in one), pairs, scaling=0.3)
+    got, _ = virtual_attention(*(t.expand(4, -1, -1, -1) for t in one), pairs, Scoring(0.3))
     long, _ = oracle.hificl(**x, scaling=0.3, alpha_one=alpha_one)
     short, _ = oracle.hificl(
         *one, y["virtual_keys"], y["virtual_values"], scaling=0.3, log_weights=log_weights, alpha_one=alpha_one
@@ -253,7 +225,7 @@ def test_select_rows_gives_each_row_its_own_set(weighted: bool, alpha_one: bool)
     bare = torch.nn.functional.scaled_dot_product_attention(*one, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(got, torch.cat([short, bare, long, short]), rtol=0, atol=1e-12)
     got, _ = virtual_attention(
-        *(t.expand(2, -1, -1, -1) for t in one), select_rows([None, sets[0]], [1, 0]), scaling=0.3
+        *(t.expand(2, -1, -1, -1) for t in one), select_rows([None, sets[0]], [1, 0]), Scoring(0.3)
     )
     torch.testing.assert_close(got, torch.cat([long, bare]), rtol=0, atol=1e-12)
     assert select_rows([None], [0, 0]) is None
@@ -274,18 +246,18 @@ def test_the_widest_dtype_computes_and_the_values_own_is_returned() -> None:
     x |= {name: x[name].float().double() for name in ("query", "key", "value")}
     q, k, v = (x[name].float() for name in ("query", "key", "value"))
     want, alpha = oracle.hificl(**x, scaling=0.3)
-    got, weights = virtual_attention(q, k, v, VirtualPairs(x["virtual_keys"], x["virtual_values"]), scaling=0.3)
+    got, weights = virtual_attention(q, k, v, VirtualPairs(x["virtual_keys"], x["virtual_values"]), Scoring(0.3))
     torch.testing.assert_close(weights.sum(-1), alpha, rtol=0, atol=1e-12)
     assert torch.equal(got, want.float())
     narrow = VirtualPairs(x["virtual_keys"].half(), x["virtual_values"].half())
-    got, weights = virtual_attention(q, k, v.half(), narrow, scaling=0.3)
+    got, weights = virtual_attention(q, k, v.half(), narrow, Scoring(0.3))
     assert (got.dtype, weights.dtype) == (torch.float16, torch.float32)
 
 
 def test_devices_without_autocast_or_values() -> None:
     x = {name: tensor.to("meta") for name, tensor in tensors(4, 2, 3, 5, 6, 7, 3).items()}
     pairs = VirtualPairs(x["virtual_keys"], x["virtual_values"])
-    got, weights = virtual_attention(x["query"], x["key"], x["value"], pairs, scaling=0.3, is_causal=True)
+    got, weights = virtual_attention(x["query"], x["key"], x["value"], pairs, Scoring(0.3, is_causal=True))
     assert got.shape == (2, 4, 3, 7) and weights.shape == (2, 4, 3, 5) and got.is_meta and weights.is_meta
 
 
@@ -302,7 +274,7 @@ def test_a_row_that_sees_nothing_stays_finite(mask_kind: str, alpha_one: bool) -
         "wider-minimum": torch.tensor(torch.finfo(torch.float64).min, dtype=torch.float64),
     }
     mask = visible if mask_kind == "bool" else torch.where(visible, 0.0, lowest[mask_kind])
-    out, weights = virtual_attention(q, k, v, pairs, scaling=0.3, mask=mask)
+    out, weights = virtual_attention(q, k, v, pairs, Scoring(0.3, mask=mask))
     gradients = torch.autograd.grad(out.sum(), [q, k, v, pairs.values])
     assert all(torch.isfinite(t).all() for t in (out, weights, *gradients))
     virtual = (q[:, :, :1] @ pairs.keys.mT * 0.3).softmax(-1) @ pairs.values  # all that the first query sees
@@ -322,7 +294,7 @@ def test_half_precision_mixes_in_float32(dtype: torch.dtype) -> None:
     x = tensors(4, 2, 6, 6, 8, 8, 3)
     halves = {k: v.to(dtype) for k, v in x.items() if not k.startswith("virtual")}
     pairs = VirtualPairs(x["virtual_keys"].float(), x["virtual_values"].float())
-    got, _ = virtual_attention(**halves, pairs=pairs, scaling=0.3, mask=mask_of("causal", 6, 6, 4))
+    got, _ = virtual_attention(**halves, pairs=pairs, scoring=Scoring(0.3, mask=mask_of("causal", 6, 6, 4)))
     exact = {**x, **{k: v.double() for k, v in halves.items()}}
     want, _ = oracle.hificl(**exact, scaling=0.3, mask=mask_of("causal", 6, 6, 4))
     assert got.dtype == dtype
@@ -340,7 +312,7 @@ def test_half_precision_scores_are_float32(dtype: torch.dtype, autocast: bool) -
     assert (x["query"].float() @ x["key"].float().repeat_interleave(2, 1).mT).max() > torch.finfo(torch.float16).max
     pairs = VirtualPairs(x["virtual_keys"], x["virtual_values"])
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        got, weights = virtual_attention(x["query"], x["key"], x["value"], pairs, scaling=2e-5)
+        got, weights = virtual_attention(x["query"], x["key"], x["value"], pairs, Scoring(2e-5))
     want, alpha = oracle.hificl(**{name: tensor.double() for name, tensor in x.items()}, scaling=2e-5)
     assert got.dtype == dtype
     assert (got.double() - want).abs().max() < 2 * torch.finfo(dtype).eps
@@ -359,7 +331,7 @@ def test_dropout_drops_virtual_and_context_weights_alike() -> None:
         context = kept[..., :64] if scale else scores[..., :64].softmax(-1) / 0.75
         for values, of_pairs, want in ((unit, zero, context), (zero, unit, kept[..., 64:])):
             pairs = VirtualPairs(keys, of_pairs, None, scale)
-            got, weights = virtual_attention(q, k, values, pairs, scaling=0.3, dropout=0.25)
+            got, weights = virtual_attention(q, k, values, pairs, Scoring(0.3, dropout=0.25))
             assert 0.2 < (got == 0).float().mean() < 0.3
             torch.testing.assert_close(got, torch.where(got == 0, 0.0, want), rtol=1e-5, atol=1e-7)
             if values is unit:

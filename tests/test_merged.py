@@ -14,13 +14,24 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from transformers import DynamicCache
 
-from peft_hificl import VirtualPairs, fused, select_rows, virtual_attention
-from peft_hificl.kernels import KERNELS, Call
+from peft_hificl import Scoring, VirtualPairs, select_rows, virtual_attention
+from peft_hificl.ops import merged
+from peft_hificl.ops.kernels import KERNELS, Call
 
 from . import oracle
-from .conftest import inputs_for, logits
-from .test_functional import GROUPS, MASKS, TOLERANCE, mask_of, tensors
-from .test_peft_api import adapted, config, hificl_layers
+from .helpers import (
+    GROUPS,
+    MASKS,
+    TOLERANCE,
+    adapted,
+    config,
+    hificl_layers,
+    inputs_for,
+    logits,
+    mask_of,
+    pairs_for,
+    tensors,
+)
 
 SHAPES = {"decode": (1, 9), "chunk": (3, 8)}  # new tokens, keys with those of the cache
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
@@ -44,8 +55,8 @@ def check(inputs: dict[str, Tensor], dtype: torch.dtype, **options: object) -> N
     x = {k: v.to(dtype).requires_grad_() for k, v in inputs.items()}
     options = {k: v.to(dtype) if k == "bias" else v for k, v in options.items()}
     args = (x["query"], x["key"], x["value"], pairs_of(x))
-    assert fused.attention_path(*args, scaling=0.3, **options).kernel == "flash"
-    got = fused.attention(*args, scaling=0.3, **options)
+    assert merged.attention_path(*args, Scoring(0.3, **options)).kernel == "flash"
+    got = merged.attention(*args, Scoring(0.3, **options))
     assert got.dtype == dtype and relative_error(got, want) < TOLERANCE[dtype]
     direction = torch.randn_like(want)
     grads_want = torch.autograd.grad(want, list(want_in.values()), direction)
@@ -53,7 +64,7 @@ def check(inputs: dict[str, Tensor], dtype: torch.dtype, **options: object) -> N
     for name, a, b in zip(inputs, grads_got, grads_want, strict=True):
         assert a.shape == b.shape and relative_error(a, b) < TOLERANCE[dtype], name
     with torch.no_grad():
-        torch.testing.assert_close(fused.attention(*args, scaling=0.3, **options), got)
+        torch.testing.assert_close(merged.attention(*args, Scoring(0.3, **options)), got)
 
 
 @DTYPES
@@ -104,8 +115,8 @@ def test_more_queries_and_keys_than_a_kernels_block(length: int) -> None:
     torch.manual_seed(2)
     x = {k: v.requires_grad_() for k, v in tensors(4, 2, length, length, 16, 16, 8).items()}
     args = (x["query"], x["key"], x["value"], pairs_of(x))
-    want, _ = virtual_attention(*args, scaling=0.3, is_causal=True)
-    got = fused.attention(*args, scaling=0.3, is_causal=True)
+    want, _ = virtual_attention(*args, Scoring(0.3, is_causal=True))
+    got = merged.attention(*args, Scoring(0.3, is_causal=True))
     direction = torch.randn_like(want)
     assert relative_error(got, want) < 1e-10
     for a, b in zip(*(torch.autograd.grad(o, list(x.values()), direction) for o in (got, want)), strict=True):
@@ -119,12 +130,12 @@ def test_pairs_per_row_per_key_value_head_and_with_log_weights() -> None:
     log_weights = torch.tensor([[0.0, 1.5, -torch.inf], [-torch.inf] * 3], dtype=torch.float64)[:, None]  # row 1: none
     for pairs in (VirtualPairs(keys, values), VirtualPairs(keys, values, log_weights)):
         args = (x["query"], x["key"], x["value"], pairs)
-        assert fused.attention_path(*args, scaling=0.3).kernel
+        assert merged.attention_path(*args, Scoring(0.3)).kernel
         torch.testing.assert_close(
-            fused.attention(*args, scaling=0.3), virtual_attention(*args, scaling=0.3)[0], rtol=0, atol=1e-12
+            merged.attention(*args, Scoring(0.3)), virtual_attention(*args, Scoring(0.3))[0], rtol=0, atol=1e-12
         )
     bare = torch.nn.functional.scaled_dot_product_attention(*args[:3], scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(fused.attention(*args, scaling=0.3)[1], bare[1])
+    torch.testing.assert_close(merged.attention(*args, Scoring(0.3))[1], bare[1])
 
 
 @pytest.mark.parametrize("mask", ["bool", "minimum", "-inf"])
@@ -135,10 +146,10 @@ def test_a_row_that_sees_nothing_sees_the_pairs(mask: str, dtype: torch.dtype) -
     visible = torch.ones(4, 4, dtype=torch.bool).tril()
     visible[:2] = False
     additive = torch.finfo(dtype).min if mask == "minimum" else -torch.inf
-    lowest = fused._additive(torch.tensor([False]), None, dtype).float()
+    lowest = merged._additive(torch.tensor([False]), None, dtype).float()
     assert lowest < -6e4 and torch.isfinite(lowest * 1.4427)  # CUDA's kernels multiply by log2(e) in float32
     given = visible if mask == "bool" else torch.where(visible, 0.0, additive).to(dtype)
-    out = fused.attention(x["query"], x["key"], x["value"], pairs_of(x), scaling=0.3, mask=given)
+    out = merged.attention(x["query"], x["key"], x["value"], pairs_of(x), Scoring(0.3, mask=given))
     out.float().square().sum().backward()
     assert torch.isfinite(out).all() and all(torch.isfinite(t.grad).all() for t in x.values())
     weights = (x["query"].float() @ x["virtual_keys"].float().mT * 0.3).softmax(-1)
@@ -155,7 +166,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     x = {k: (v.float() if k.startswith("virtual") else v).requires_grad_() for k, v in x.items()}
     exact = {k: v.detach().double().requires_grad_() for k, v in x.items()}
     want, _ = oracle.hificl(**exact, scaling=2e-5)
-    got = fused.attention(x["query"], x["key"], x["value"], pairs_of(x), scaling=2e-5)
+    got = merged.attention(x["query"], x["key"], x["value"], pairs_of(x), Scoring(2e-5))
     plain = torch.nn.functional.scaled_dot_product_attention(
         *(x[k].double() for k in ("query", "key", "value")), scale=2e-5, enable_gqa=True
     )
@@ -181,13 +192,13 @@ def test_half_precision_is_merged_in_float32(dtype: torch.dtype, way: str, monke
     monkeypatch.setitem(KERNELS["cpu"], "flash", KERNELS["cpu"]["flash"]._replace(groups=way != "decoding"))
     if way == "merge":
         scores = x["query"].float() @ x["key"].float().repeat_interleave(2, 1).mT * 0.3
-        got = fused.merge(torch.ones_like(x["query"]), scores[..., 0], x["query"], pairs_of(x), scaling=0.3)
+        got = merged.add_pairs(torch.ones_like(x["query"]), scores[..., 0], x["query"], pairs_of(x), scaling=0.3)
     else:
         if way == "training":
             x["virtual_keys"].requires_grad_()
         args = (x["query"], x["key"], x["value"], pairs_of(x))
-        assert fused.attention_path(*args, scaling=0.3).kernel
-        got = fused.attention(*args, scaling=0.3).detach()
+        assert merged.attention_path(*args, Scoring(0.3)).kernel
+        got = merged.attention(*args, Scoring(0.3)).detach()
     assert got.dtype == dtype
     assert ((got.double() - want).abs() <= torch.finfo(dtype).eps / 2 * want.abs() + 1e-6).all()
 
@@ -198,16 +209,16 @@ def test_the_gradient_of_each_alone(which: str) -> None:
     torch.manual_seed(11)
     x = {**tensors(4, 2, 3, 5, 6, 6, 3), "log_weights": torch.randn(2, 4, 3, dtype=torch.float64)}
     gradients = []
-    for attend in (oracle.hificl, fused.attention):
+    for attend in (oracle.hificl, merged.attention):
         y = {name: tensor.clone().requires_grad_(name == which) for name, tensor in x.items()}
-        if attend is fused.attention:
+        if attend is merged.attention:
             pairs = pairs_of(y, log_weights=y["log_weights"])
             args = (y["query"], y["key"], y["value"], pairs)
-            path = fused.attention_path(*args, scaling=0.3)
+            path = merged.attention_path(*args, Scoring(0.3))
             assert (path.kernel is None and "trained" in path.reason) if which == "log_weights" else path.kernel
-            out = attend(*args, scaling=0.3)
+            out = attend(*args, Scoring(0.3))
         else:
-            out, _ = attend(**y, scaling=0.3)
+            out, _ = attend(Scoring(**y, scaling=0.3))
         gradients.append((out, *torch.autograd.grad(out.cos().sum(), y[which])))
     for got, want in zip(*reversed(gradients), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
@@ -228,7 +239,7 @@ def test_merging_with_attention_from_elsewhere(log_weights: str) -> None:
     key, value = (z[name].repeat_interleave(2, dim=1) for name in ("key", "value"))
     scores = z["query"] @ key.mT * 0.3
     pairs = pairs_of(z, log_weights=z.get("log_weights"))
-    got = fused.merge(scores.softmax(-1) @ value, scores.logsumexp(-1), z["query"], pairs, scaling=0.3)
+    got = merged.add_pairs(scores.softmax(-1) @ value, scores.logsumexp(-1), z["query"], pairs, scaling=0.3)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     gradients = (torch.autograd.grad(o.cos().sum(), list(i.values())) for o, i in ((got, z), (want, y)))
     for a, b in zip(*gradients, strict=True):
@@ -245,7 +256,7 @@ def test_merging_leaves_a_row_without_pairs_alone(dtype: torch.dtype) -> None:
     output[:, :, 0] = 0
     keys, values = torch.randn(2, 1, 4, 2, 8).to(dtype)
     pairs = select_rows([VirtualPairs(keys, values), None], [1, 0])
-    got = fused.merge(output, lse, query, pairs, scaling=0.3)
+    got = merged.add_pairs(output, lse, query, pairs, scaling=0.3)
     assert torch.equal(got[0], output[0]) and torch.isfinite(got).all()
     alone = (query[1:, :, :1].double() @ keys.double().mT * 0.3).softmax(-1) @ values.double()
     torch.testing.assert_close(got[1:, :, :1].double(), alone, rtol=0, atol=4 * torch.finfo(dtype).eps)
@@ -262,7 +273,7 @@ def test_merging_half_precision_scores_in_float32() -> None:
         output = (scores.softmax(-1) @ exact["value"]).to(dtype)
         for autocast in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                got = fused.merge(output, scores.logsumexp(-1).float(), x["query"], pairs_of(x), scaling=2e-5)
+                got = merged.add_pairs(output, scores.logsumexp(-1).float(), x["query"], pairs_of(x), scaling=2e-5)
             want, _ = oracle.hificl(**exact, scaling=2e-5)
             assert got.dtype == dtype and (got.double() - want).abs().max() < torch.finfo(dtype).eps
 
@@ -271,10 +282,10 @@ def test_autocast_is_that_of_pytorchs_own_attention() -> None:
     q, k, v = torch.randn(3, 1, 4, 5, 8)
     pairs = VirtualPairs(torch.randn(1, 4, 2, 8), torch.randn(1, 4, 2, 8))
     with torch.autocast("cpu", torch.bfloat16):
-        got = fused.attention(q, k, v, pairs, scaling=0.3)
+        got = merged.attention(q, k, v, pairs, Scoring(0.3))
         assert got.dtype == torch.nn.functional.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
-        assert fused.attention(q.double(), k.double(), v.double(), pairs, scaling=0.3).dtype == torch.float64
-    torch.testing.assert_close(got.float(), fused.attention(q, k, v, pairs, scaling=0.3), rtol=0.05, atol=0.05)
+        assert merged.attention(q.double(), k.double(), v.double(), pairs, Scoring(0.3)).dtype == torch.float64
+    torch.testing.assert_close(got.float(), merged.attention(q, k, v, pairs, Scoring(0.3)), rtol=0.05, atol=0.05)
 
 
 STRANGE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -292,13 +303,13 @@ def test_any_memory_layout(layout: str, which: str) -> None:
     y = {**x, which: STRANGE[layout](x.get(which, x["query"]))}
     grad = STRANGE[layout](torch.randn(2, 4, 5, 8, dtype=torch.float64))
     results = []
-    for attend in (fused.attention, lambda *a, **k: virtual_attention(*a, **k)[0]):
-        out = attend(y["query"], y["key"], y["value"], pairs_of(y), scaling=0.3)
+    for attend in (merged.attention, lambda *a, **k: virtual_attention(*a, **k)[0]):
+        out = attend(y["query"], y["key"], y["value"], pairs_of(y), Scoring(0.3))
         results.append([out, *torch.autograd.grad(out, list(x.values()), grad if which == "grad" else grad + 0)])
         with torch.no_grad():
             for length in (1, 5):
                 q = y["query"][:, :, :length]
-                results[-1].append(attend(q, y["key"], y["value"], pairs_of(y), scaling=0.3))
+                results[-1].append(attend(q, y["key"], y["value"], pairs_of(y), Scoring(0.3)))
     for got, want in zip(*results, strict=True):
         assert relative_error(got, want) < 1e-10
 
@@ -316,7 +327,7 @@ def test_decoding_without_gradients(grouped: bool, groups: str, mask: str, monke
     given = visible.get(mask, torch.randn(2, heads, 1, 9, dtype=torch.float64))
     args = (x["query"], x["key"], x["value"], pairs_of(x))
     want, _ = oracle.hificl(**x, scaling=0.3, mask=given)
-    torch.testing.assert_close(fused.attention(*args, scaling=0.3, mask=given), want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(merged.attention(*args, Scoring(0.3, mask=given)), want, rtol=0, atol=1e-12)
 
 
 def test_heads_become_queries_where_a_cache_would_be_repeated_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +345,7 @@ def test_heads_become_queries_where_a_cache_would_be_repeated_and_nowhere_else(m
         x = tensors(heads, kv, length, 4, 6, 6, 3, batch)
         if trained:
             x[trained].requires_grad_()
-        fused.attention(x["query"], x["key"], x["value"], pairs_of(x), scaling=0.3)
+        merged.attention(x["query"], x["key"], x["value"], pairs_of(x), Scoring(0.3))
         (context, keys), (virtual, pairs) = shapes
         assert keys == (batch, kv, 4, 6) and virtual == (batch, heads, length, 6) and pairs == (batch, heads, 3, 6)
         assert context in ((batch, heads, length, 6), (batch, kv, heads // kv * length, 6))
@@ -353,7 +364,7 @@ def test_masks_are_kept_as_they_came() -> None:
     for given in (torch.ones(5, 5, dtype=torch.bool).tril(), torch.zeros(1, 1, 5, 5)):
         saved: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            fused.attention(q, k, v, PAIRS, scaling=0.3, mask=given)
+            merged.attention(q, k, v, PAIRS, Scoring(0.3, mask=given))
         squares = [t for t in saved if t.shape[-2:] == (5, 5)]
         assert len(squares) == 1 and squares[0].data_ptr() == given.data_ptr()
 
@@ -375,21 +386,21 @@ FALLBACKS: dict[str, tuple[dict[str, object], str]] = {
 @pytest.mark.parametrize("case", FALLBACKS)
 def test_what_no_kernel_computes_takes_the_formula_and_says_so(case: str, caplog: pytest.LogCaptureFixture) -> None:
     options, reason = FALLBACKS[case]
-    path = fused.attention_path(Q, K, V, PAIRS, scaling=0.3, **options)
+    path = merged.attention_path(Q, K, V, PAIRS, Scoring(0.3, **options))
     assert path == (None, reason)
     with caplog.at_level(logging.DEBUG, logger="peft_hificl"):
         torch.manual_seed(0)
-        got = fused.attention(Q, K, V, PAIRS, scaling=0.3, **options)
+        got = merged.attention(Q, K, V, PAIRS, Scoring(0.3, **options))
     assert reason in caplog.text
     torch.manual_seed(0)
-    torch.testing.assert_close(got, virtual_attention(Q, K, V, PAIRS, scaling=0.3, **options)[0])
+    torch.testing.assert_close(got, virtual_attention(Q, K, V, PAIRS, Scoring(0.3, **options))[0])
 
 
 def test_other_fallbacks() -> None:
     def why(*args: object, **options: object) -> str:
-        path = fused.attention_path(*args, scaling=0.3, **options)
+        path = merged.attention_path(*args, Scoring(0.3, **options))
         assert path.kernel is None
-        assert torch.isfinite(fused.attention(*args, scaling=0.3, **options)).all()
+        assert torch.isfinite(merged.attention(*args, Scoring(0.3, **options))).all()
         return path.reason
 
     assert why(Q, K, V, PAIRS._replace(scale_self_attention=False)) == "scale_self_attention=False (alpha = 1)"
@@ -398,11 +409,11 @@ def test_other_fallbacks() -> None:
         assert why(*mixed, PAIRS) == "query, key and value of different dtypes"
         with torch.autocast("cpu", torch.bfloat16):  # which casts all but a query in float64
             mixed = [t.half() if i == which else t for i, t in enumerate((Q, K, V))]
-            assert fused.attention_path(*mixed, PAIRS, scaling=0.3).kernel == "flash"
+            assert merged.attention_path(*mixed, PAIRS, Scoring(0.3)).kernel == "flash"
     assert why(Q, K[:, :, :0], V[:, :, :0], PAIRS) == "no keys"
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert why(Q, K, V, PAIRS) == "flash attention is switched off"
-    path = fused.attention_path(*(t.to("meta") for t in (Q, K, V)), PAIRS, scaling=0.3)
+    path = merged.attention_path(*(t.to("meta") for t in (Q, K, V)), PAIRS, Scoring(0.3))
     assert path == (None, "no kernel for the device meta")
 
 
@@ -426,35 +437,35 @@ def test_a_kernel_must_take_the_virtual_pairs_too(monkeypatch: pytest.MonkeyPatc
         (weighted, {"mask": mask, "bias": bias}, "any"),
     ):
         asked.clear()
-        assert fused.attention_path(Q, K, V, pairs, scaling=0.3, **options).kernel == kernel
+        assert merged.attention_path(Q, K, V, pairs, Scoring(0.3, **options)).kernel == kernel
         context, virtual = asked[0], asked[1] if len(asked) > 1 else None
         assert context.is_causal == options.get("is_causal", False) and context.scaling == 0.3
         assert all(torch.equal(*both) for both in zip(context[:3], (Q, K, V), strict=True))
         assert virtual is None or (virtual.is_causal, virtual.mask) == (False, pairs.log_weights)
-        want = virtual_attention(Q, K, V, pairs, scaling=0.3, **options)[0]
-        torch.testing.assert_close(fused.attention(Q, K, V, pairs, scaling=0.3, **options), want)
+        want = virtual_attention(Q, K, V, pairs, Scoring(0.3, **options))[0]
+        torch.testing.assert_close(merged.attention(Q, K, V, pairs, Scoring(0.3, **options)), want)
     both = {"one": flash._replace(limits=lambda call: "too odd"), "two": flash._replace(limits=takes_no_mask)}
     monkeypatch.setitem(KERNELS, "cpu", both)
-    assert fused.attention_path(Q, K, V, weighted, scaling=0.3) == (None, "too odd; it takes no mask")
-    assert fused.attention_path(Q, K, V, PAIRS, scaling=0.3) == ("two", "it takes these inputs")
-    want = virtual_attention(Q, K, V, weighted, scaling=0.3)[0]
-    assert torch.equal(fused.attention(Q, K, V, weighted, scaling=0.3), want)
+    assert merged.attention_path(Q, K, V, weighted, Scoring(0.3)) == (None, "too odd; it takes no mask")
+    assert merged.attention_path(Q, K, V, PAIRS, Scoring(0.3)) == ("two", "it takes these inputs")
+    want = virtual_attention(Q, K, V, weighted, Scoring(0.3))[0]
+    assert torch.equal(merged.attention(Q, K, V, weighted, Scoring(0.3)), want)
 
 
 def test_torch_func_transforms_take_the_formula() -> None:
     paths = set()
 
     def loss(query: Tensor) -> Tensor:
-        paths.add(fused.attention_path(query, K, V, PAIRS, scaling=0.3))
-        return fused.attention(query, K, V, PAIRS, scaling=0.3).sum()
+        paths.add(merged.attention_path(query, K, V, PAIRS, Scoring(0.3)))
+        return merged.attention(query, K, V, PAIRS, Scoring(0.3)).sum()
 
     query = Q.clone().requires_grad_()
     want = torch.autograd.grad(loss(query), query)[0]
     assert paths == {("flash", "it takes these inputs")}
     torch.testing.assert_close(torch.func.grad(loss)(Q), want)
     assert paths == {("flash", "it takes these inputs"), (None, "a torch.func transform")}
-    rows = torch.func.vmap(lambda q: fused.attention(q[None], K, V, PAIRS, scaling=0.3)[0])(Q.expand(3, -1, -1, -1))
-    torch.testing.assert_close(rows, fused.attention(Q, K, V, PAIRS, scaling=0.3).expand(3, -1, -1, -1))
+    rows = torch.func.vmap(lambda q: merged.attention(q[None], K, V, PAIRS, Scoring(0.3))[0])(Q.expand(3, -1, -1, -1))
+    torch.testing.assert_close(rows, merged.attention(Q, K, V, PAIRS, Scoring(0.3)).expand(3, -1, -1, -1))
 
 
 def test_the_first_layer_of_a_frozen_model_skips_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,9 +478,9 @@ def test_the_first_layer_of_a_frozen_model_skips_the_context(monkeypatch: pytest
 
     monkeypatch.setitem(KERNELS["cpu"], "flash", kernel._replace(backward=counted))
     keys = torch.randn(1, 4, 2, 8, requires_grad=True)
-    fused.attention(Q, K, V, PAIRS._replace(keys=keys), scaling=0.3).sum().backward()
+    merged.attention(Q, K, V, PAIRS._replace(keys=keys), Scoring(0.3)).sum().backward()
     assert sizes == [2]
-    want = torch.autograd.grad(virtual_attention(Q, K, V, PAIRS._replace(keys=keys), scaling=0.3)[0].sum(), keys)[0]
+    want = torch.autograd.grad(virtual_attention(Q, K, V, PAIRS._replace(keys=keys), Scoring(0.3))[0].sum(), keys)[0]
     torch.testing.assert_close(keys.grad, want, rtol=1e-5, atol=1e-6)
 
 
@@ -484,7 +495,7 @@ def test_cuda_kernels_are_called_as_they_want(name: str, monkeypatch: pytest.Mon
     query, key, value = (torch.empty(2, heads, 20, 64, **options) for heads in (8, 2, 2))
     keys, values = (torch.empty(1, 8, 3, 64, device="meta", requires_grad=True) for _ in range(2))
     mask = None if name == "flash" else torch.ones(2, 1, 20, 20, dtype=torch.bool, device="meta")
-    out = fused.attention(query, key, value, VirtualPairs(keys, values), scaling=0.3, mask=mask)
+    out = merged.attention(query, key, value, VirtualPairs(keys, values), Scoring(0.3, mask=mask))
     assert out.shape == query.shape and out.dtype == query.dtype
     out.sum().backward()
     for tensor in (query, key, value, keys, values):
@@ -492,7 +503,7 @@ def test_cuda_kernels_are_called_as_they_want(name: str, monkeypatch: pytest.Mon
 
 
 def test_cuda_kernels_know_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peft_hificl.kernels._capability", lambda device: (8, 6))
+    monkeypatch.setattr("peft_hificl.ops.kernels._capability", lambda device: (8, 6))
     q = torch.empty(1, 4, 6, 64, dtype=torch.bfloat16, device="meta")
     call = Call(q, q, q, None, True, 0.3)
     flash, efficient = (KERNELS["cuda"][name].limits for name in ("flash", "efficient"))
@@ -663,7 +674,7 @@ def test_transforms_and_fake_tensors_leave_nothing_behind() -> None:
     torch.testing.assert_close(both[0], logits(model, **inputs), rtol=1e-4, atol=1e-4)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model(input_ids=torch.zeros(1, 4, dtype=torch.long))
-    assert type(layer(1).keys) is Tensor
+    assert type(pairs_for(layer).keys) is Tensor
     assert torch.equal(step(model), want)
 
 
@@ -672,8 +683,8 @@ def test_modes_and_copies_give_the_same_pairs() -> None:
     with torch.inference_mode():
         want = step(model)
     hidden = torch.randn(1, 4, 1, 16, requires_grad=True)
-    pairs = hificl_layers(model)[0](1)
+    pairs = pairs_for(hificl_layers(model)[0])
     assert not pairs.keys.is_inference()
-    fused.attention(hidden, hidden, hidden, pairs, scaling=0.25).sum().backward()
+    merged.attention(hidden, hidden, hidden, pairs, Scoring(0.25)).sum().backward()
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(frozen()))):
         assert torch.equal(step(clone), want)

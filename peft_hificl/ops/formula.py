@@ -44,6 +44,29 @@ class VirtualPairs(NamedTuple):
     scale_self_attention: bool = True
 
 
+class Scoring(NamedTuple):
+    """How an attention call makes scores, and weights from them.
+
+    Attributes:
+        scaling: factor of every score.
+        mask: broadcastable to ``(B, H, T, S)``; boolean (True: visible) or added to the scores of the context.
+        is_causal: query t sees the context keys 0..t only, beside what the mask says.
+        bias: broadcastable to ``(B, H, T, S)``, added to the context scores (T5's position bias).
+        softcap: every score s becomes ``softcap * tanh(s / softcap)``, those of virtual keys too.
+        sinks: broadcastable to ``(H,)``; one more score per head whose value is zero (gpt-oss).  It is part of the
+            self-attention: ``Z_SA`` includes it.
+        dropout: probability with which a weight, virtual or not, is dropped.
+    """
+
+    scaling: float
+    mask: Tensor | None = None
+    is_causal: bool = False
+    bias: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    dropout: float = 0.0
+
+
 def concatenate_pairs(pairs: list[VirtualPairs]) -> VirtualPairs:
     """The union of several sets of virtual pairs, which then share one softmax.
 
@@ -106,18 +129,7 @@ def select_rows(choices: list[VirtualPairs | None], rows: list[int]) -> VirtualP
 
 
 def virtual_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pairs: VirtualPairs,
-    *,
-    scaling: float,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dropout: float = 0.0,
+    query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """Attention over the context and the virtual pairs: ``alpha * SA(q, K, V) + sum_i beta_i V_D,i``.
 
@@ -128,14 +140,7 @@ def virtual_attention(
         key: ``(B, G, S, d)``.
         value: ``(B, G, S, e)``.
         pairs: the virtual pairs; see :class:`VirtualPairs`.
-        scaling: factor of every score.
-        mask: broadcastable to ``(B, H, T, S)``; boolean (True: visible) or added to the scores.
-        is_causal: query t sees the keys 0..t only, beside what the mask says.
-        bias: broadcastable to ``(B, H, T, S)``, added to the context scores (T5's position bias).
-        softcap: every score s becomes ``softcap * tanh(s / softcap)``, those of virtual keys too.
-        sinks: broadcastable to ``(H,)``; one more score per head whose value is zero (gpt-oss).  It is part of the
-            self-attention: ``Z_SA`` includes it.
-        dropout: probability with which a weight, virtual or not, is dropped.
+        scoring: scaling, mask and all else that makes scores; see :class:`Scoring`.
 
     Returns:
         The output ``(B, H, T, e)`` in the dtype of ``value``, and the weights of the context values ``(B, H, T, S)``
@@ -146,19 +151,20 @@ def virtual_attention(
     Example:
 
         >>> import torch
-        >>> from peft_hificl.functional import VirtualPairs, virtual_attention
+        >>> from peft_hificl import Scoring, VirtualPairs, virtual_attention
         >>> q, k, v = torch.randn(3, 1, 4, 5, 8)  # B=1, H=G=4, T=S=5, d=e=8
         >>> pairs = VirtualPairs(keys=torch.randn(1, 4, 2, 8), values=torch.zeros(1, 4, 2, 8))
-        >>> output, weights = virtual_attention(q, k, v, pairs, scaling=8**-0.5)
+        >>> output, weights = virtual_attention(q, k, v, pairs, Scoring(scaling=8**-0.5))
         >>> output.shape, bool((weights.sum(-1) < 1).all())
         (torch.Size([1, 4, 5, 8]), True)
     """
+    scaling, mask, is_causal, bias, softcap, sinks, dropout = scoring
     output_dtype = value.dtype
     dtype = torch.promote_types(torch.promote_types(query.dtype, pairs.keys.dtype), torch.float32)
     query, key, value = query.to(dtype) * scaling, key.to(dtype), value.to(dtype)
 
-    context = grouped_matmul(query, key.mT)  # (B, H, T, S)
-    virtual = grouped_matmul(query, pairs.keys.to(dtype).mT)  # (B, H, T, n)
+    context = grouped_matmul(query, key.transpose(-1, -2))  # (B, H, T, S)
+    virtual = grouped_matmul(query, pairs.keys.to(dtype).transpose(-1, -2))  # (B, H, T, n)
     if softcap is not None:
         context, virtual = (softcap * torch.tanh(s / softcap) for s in (context, virtual))
     if bias is not None:

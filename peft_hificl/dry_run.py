@@ -1,0 +1,88 @@
+"""What PEFT would save of an adapter if it were attached: found by attaching it to a copy without weights."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from .config import HiFICLConfig
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Saved(NamedTuple):
+    """Key and shape of each tensor that `save_pretrained` writes of an adapter.
+
+    Attributes:
+        always: the adapter, with its whole modules and trained tokens.
+        embeddings: what it adds where the vocabulary was resized, or with `save_embedding_layers=True`.
+    """
+
+    always: dict[str, torch.Size]
+    embeddings: dict[str, torch.Size]
+
+
+def saved_shapes(
+    tuner: BaseTuner, adapter_name: str, config: HiFICLConfig, state_dict: dict[str, Tensor] | None
+) -> Saved:
+    """What would be saved of an adapter, were it attached.
+
+    PEFT itself attaches the adapter, with its whole modules and trained tokens, to a copy of the model whose weights
+    are on the meta device.  Neither the model nor the configuration is changed.
+
+    Args:
+        tuner: that is about to attach the adapter to its model.
+        adapter_name: the adapter's name.
+        config: its configuration, with targets found.
+        state_dict: as for `BaseTuner.inject_adapter`.
+    """
+    bare: Any = without_weights(tuner)
+    bare.peft_config[adapter_name] = copy.deepcopy(config)
+    bare.model.peft_config = bare.peft_config
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says it again when it attaches the adapter to the model
+        BaseTuner.inject_adapter(bare, bare.model, adapter_name, state_dict=state_dict)
+    always = get_peft_model_state_dict(bare.model, adapter_name=adapter_name, save_embedding_layers=False)
+    more: dict[str, Tensor] = {}
+    with suppress(AttributeError, NotImplementedError):  # not every model has embeddings
+        more = get_peft_model_state_dict(bare.model, adapter_name=adapter_name, save_embedding_layers=True)
+    return Saved(*({key: tensor.shape for key, tensor in saved.items()} for saved in (always, more)))
+
+
+def without_weights(module: nn.Module) -> Any:
+    """A copy of a module and all that is in it, with parameters and buffers on the meta device and without hooks.
+
+    Containers are copied, so that what is added to the copy is not added to the module; other attributes are shared.
+    What is shared within the module (tied weights) is shared within the copy.
+    """
+    copies: dict[Any, Any] = {}
+
+    def bare(tensor: Tensor) -> Tensor:
+        if tensor not in copies:
+            meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            copies[tensor] = nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
+        found: Tensor = copies[tensor]
+        return found
+
+    def copied(original: nn.Module) -> nn.Module:
+        if original not in copies:
+            clone = copies[original] = type(original).__new__(type(original))
+            state: dict[str, Any] = {
+                name: copy.copy(value) if isinstance(value, dict | list | set) else value
+                for name, value in vars(original).items()
+            }
+            for name in ("_parameters", "_buffers"):
+                state[name] = {n: None if tensor is None else bare(tensor) for n, tensor in state[name].items()}
+            state["_modules"] = {n: None if child is None else copied(child) for n, child in state["_modules"].items()}
+            vars(clone).update(state, **{name: type(state[name])() for name in _HOOKS})
+        found: nn.Module = copies[original]
+        return found
+
+    return copied(module)
