@@ -348,6 +348,13 @@ def test_kinds_of_adapters_in_onnxruntime(kind: str, tmp_path: Path) -> None:
 
 
 @SLOW
+def test_the_torchscript_exporter(tmp_path: Path) -> None:
+    module, (ids, mask, positions) = Logits(adapted()), prompt(padded=True)
+    run = to_onnx(module, (ids, mask, positions), tmp_path, dynamo=False)
+    check(run(ids, mask, positions)[0], want(module, ids, mask, positions), mask)
+
+
+@SLOW
 def test_a_package_compiled_ahead_of_time(tmp_path: Path) -> None:
     module, args = Logits(adapted()), prompt(padded=True)
     free = Dim.DYNAMIC

@@ -163,6 +163,7 @@ def virtual_attention(
     dtype = torch.promote_types(torch.promote_types(query.dtype, pairs.keys.dtype), torch.float32)
     query, key, value = query.to(dtype) * scaling, key.to(dtype), value.to(dtype)
 
+    # Not .mT: the TorchScript exporter of ONNX does not know it.
     context = grouped_matmul(query, key.transpose(-1, -2))  # (B, H, T, S)
     virtual = grouped_matmul(query, pairs.keys.to(dtype).transpose(-1, -2))  # (B, H, T, n)
     if softcap is not None:
