@@ -218,7 +218,7 @@ def test_the_gradient_of_each_alone(which: str) -> None:
             assert (path.kernel is None and "trained" in path.reason) if which == "log_weights" else path.kernel
             out = attend(*args, Scoring(0.3))
         else:
-            out, _ = attend(Scoring(**y, scaling=0.3))
+            out, _ = attend(**y, scaling=0.3)
         gradients.append((out, *torch.autograd.grad(out.cos().sum(), y[which])))
     for got, want in zip(*reversed(gradients), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
@@ -441,7 +441,11 @@ def test_a_kernel_must_take_the_virtual_pairs_too(monkeypatch: pytest.MonkeyPatc
         context, virtual = asked[0], asked[1] if len(asked) > 1 else None
         assert context.is_causal == options.get("is_causal", False) and context.scaling == 0.3
         assert all(torch.equal(*both) for both in zip(context[:3], (Q, K, V), strict=True))
-        assert virtual is None or (virtual.is_causal, virtual.mask) == (False, pairs.log_weights)
+        if virtual is not None:  # the very call that it is to compute
+            assert not virtual.is_causal and torch.equal(virtual.key, pairs.keys.expand_as(virtual.key))
+            assert torch.equal(virtual.query, Q) and torch.equal(virtual.value, pairs.values.expand_as(virtual.value))
+            weights = None if virtual.mask is None else virtual.mask[:, :, 0]
+            assert weights is pairs.log_weights or torch.equal(weights, pairs.log_weights)
         want = virtual_attention(Q, K, V, pairs, Scoring(0.3, **options))[0]
         torch.testing.assert_close(merged.attention(Q, K, V, pairs, Scoring(0.3, **options)), want)
     both = {"one": flash._replace(limits=lambda call: "too odd"), "two": flash._replace(limits=takes_no_mask)}

@@ -333,8 +333,8 @@ def test_several_active_adapters_are_the_union_of_their_pairs(kind: str) -> None
     # One adapter that holds both sets of pairs, learned whole.
     both = get_peft_model(build(kind), config(n=5, factorize_keys=False, factorize_values=False)).eval()
     for mine, theirs in zip(hificl_layers(both), hificl_layers(model), strict=True):
-        mine.hificl_K["default"].weight.data = theirs(2).keys[0]
-        mine.hificl_V["default"].weight.data = theirs(2).values[0]
+        mine.hificl_K["default"].weight.data = pairs_for(theirs, 2).keys[0]
+        mine.hificl_V["default"].weight.data = pairs_for(theirs, 2).values[0]
     torch.testing.assert_close(got, logits(both, **inputs_for(kind)), rtol=1e-4, atol=1e-5)
 
 

@@ -101,7 +101,7 @@ def test_no_family_is_reported_in_forward_and_generate(family: Family) -> None:
 
 
 def test_towers_that_have_nothing_to_see_are_not_reported() -> None:
-    from .conftest import build as build_kind
+    from .helpers import build as build_kind
 
     model = get_peft_model(build_kind("vlm"), HiFICLConfig(target_modules=r".*self_attn", init_weights=False))
     assert any("vision" in name for name, m in model.named_modules() if isinstance(m, HiFICLLayer))
