@@ -25,7 +25,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from peft_hificl import HiFICLConfig
 
@@ -163,35 +163,47 @@ def test_alpha_one_at_paper_init_is_the_identity() -> None:
 # -- save and load ---------------------------------------------------------------------------------------------------
 
 FRESH = """
-import sys, torch, transformers, peft_hificl
+import json, sys, torch, peft, peft_hificl
 from tests.helpers import build, inputs_for, logits
-from peft import PeftModel, {auto}
-kind, folder = sys.argv[1:]
-model = {load}
-print(type(model).__name__)
-torch.save(logits(model.eval(), **inputs_for(kind)), folder + "/got.pt")
+for kind, route, folder in json.loads(sys.argv[1]):
+    if route == "PeftModel":
+        model = peft.PeftModel.from_pretrained(build(kind), folder)
+    else:
+        model = getattr(peft, route).from_pretrained(folder)
+    torch.save(logits(model.eval(), **inputs_for(kind)), folder + "/got.pt")
 """
+RELOADS = [
+    ("gqa", "PeftModel"), ("gqa", "AutoPeftModelForCausalLM"), ("mha", "PeftModel"),
+    ("mha", "AutoPeftModelForCausalLM"), ("vlm", "PeftModel"), ("vlm", "AutoPeftModel"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("route", ["PeftModel", "AutoPeftModel"])
-def test_reload_in_a_fresh_process_is_bit_equal(kind: str, route: str, tmp_path: Path) -> None:
-    base = build(kind)
-    base.save_pretrained(tmp_path / "base")
-    base = type(base).from_pretrained(tmp_path / "base").eval()
-    task = {} if kind == "vlm" else {"task_type": "CAUSAL_LM"}
-    torch.manual_seed(1)
-    model = get_peft_model(base, config(**task))
-    train(model, kind)
-    model.save_pretrained(tmp_path)
-    load = "PeftModel.from_pretrained(build(kind), folder)"
-    auto = "AutoPeftModel" if kind == "vlm" else "AutoPeftModelForCausalLM"
-    if route == "AutoPeftModel":
-        load = f"{auto}.from_pretrained(folder)"
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FRESH.format(load=load, auto=auto), kind, str(tmp_path)],
-        check=True, cwd=Path(__file__).parent.parent,
-    )  # fmt: skip
-    assert torch.equal(torch.load(tmp_path / "got.pt"), logits(model, **inputs_for(kind)))
+@pytest.fixture(scope="module")
+def reloaded_afresh(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    """The logits of trained adapters, and of the same when one other process has loaded them all."""
+    want, jobs = {}, []
+    for kind, route in RELOADS:
+        folder = tmp_path_factory.mktemp("fresh")
+        base = build(kind)
+        base.save_pretrained(folder / "base")
+        base = type(base).from_pretrained(folder / "base").eval()
+        torch.manual_seed(1)
+        model = get_peft_model(base, config(**{} if kind == "vlm" else {"task_type": "CAUSAL_LM"}))
+        train(model, kind)
+        model.save_pretrained(folder)
+        want[kind, route] = logits(model, **inputs_for(kind))
+        jobs.append((kind, route, str(folder)))
+    command = [sys.executable, "-W", "ignore", "-c", FRESH, json.dumps(jobs)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
+    return {(kind, route): (torch.load(f"{folder}/got.pt"), want[kind, route]) for kind, route, folder in jobs}
+
+
+@pytest.mark.parametrize(("kind", "route"), RELOADS)
+def test_reload_in_a_fresh_process_is_bit_equal(
+    kind: str, route: str, reloaded_afresh: dict[tuple[str, str], tuple[Tensor, Tensor]]
+) -> None:
+    got, want = reloaded_afresh[kind, route]
+    assert torch.equal(got, want)
 
 
 def test_the_file_holds_the_adapter_alone_and_names_its_targets(kind: str, tmp_path: Path) -> None:
