@@ -560,3 +560,17 @@ def test_meta_base_counts_parameters() -> None:
     trainable, _ = model.get_nb_trainable_parameters()
     assert trainable == 2 * 2 * 4 * 8 * (8 + 16)
     assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_heads_that_do_not_divide_are_an_error_as_in_the_base(implementation: str) -> None:
+    """A configuration that states too few query heads: the CPU's kernel, asked for it, ends the process."""
+    base = tf.Qwen2ForCausalLM(
+        tf.Qwen2Config(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=32, attn_implementation=implementation,
+        )
+    ).eval()  # fmt: skip
+    for model in (base, get_peft_model(base, config())):
+        with pytest.raises(RuntimeError):
+            model(**inputs_for("gqa"))

@@ -156,6 +156,8 @@ def _plan(
             reason = "query, key and value of different dtypes"
         elif key.shape[2] == 0:
             reason = "no keys"
+        elif query.shape[1] % key.shape[1]:  # the CPU's kernel would divide by zero, the formula raises
+            reason = f"{query.shape[1]} query heads for {key.shape[1]} key/value heads"
     if reason is not None:
         return Path(None, reason), None, None
     if query.shape[-1] != value.shape[-1]:
