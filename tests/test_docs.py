@@ -14,6 +14,9 @@ from markdown_it.token import Token
 from mkdocstrings import Inventory
 
 import peft_hificl
+from benchmarks.quality.frame import load
+from benchmarks.quality.statistics import interval
+from docs.figures import head
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -43,6 +46,33 @@ def test_python_blocks_run_as_written(
             printed = capsys.readouterr().out
             if index + 1 < len(tokens) and is_fence(tokens[index + 1], "text"):
                 assert printed == tokens[index + 1].content, f"{page}, the block of line {line}"
+
+
+SCORES = {
+    "lora-8": "LoRA, r = 8",
+    "lora-16": "LoRA, r = 16",
+    "prefix-demos": "prefix tuning, from demonstrations",
+    "hificl": "HiFICL, from demonstrations, slower keys",
+    "hificl-n16": "the same with n = 16",
+    "hificl-paper": "HiFICL, the paper's start and one rate",
+}
+
+
+def test_tables_and_picture_show_the_stored_results(tmp_path: Path) -> None:
+    results = load(head.RESULTS)
+    found = [(method, [interval(results.means(method, size)) for size in head.SIZES]) for method in SCORES]
+    rows = {
+        f"| {SCORES[method]} | {results.parameters(method)[-1]:,} | "
+        + " | ".join(f"{100 * point.mean:.1f} ± {100 * point.half:.1f}" if point else "-" for point in points)
+        + " |"
+        for method, points in found
+    }
+    for page in ("README.md", "docs/results.md"):
+        starts = tuple(f"| {title} | " for title in SCORES.values())
+        shown = {line for line in (ROOT / page).read_text().splitlines() if line.startswith(starts)}
+        assert shown and shown <= rows, page
+    head.draw(tmp_path / "head.png")
+    assert (tmp_path / "head.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="module")
