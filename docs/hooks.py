@@ -9,9 +9,8 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 PATTERNS = (
-    "*.md", "*.cff", "*.toml", "LICENSE", "Makefile", "docs/**/*.md", "docs/**/*.png", "docs/*.css", "examples/*",
-    "benchmarks/**/*.md", "benchmarks/**/*.png", "benchmarks/**/*.py", "benchmarks/results/*/*.json",
-    "peft_hificl/**/*.py", "tests/**/*.md", "tests/**/*.py",
+    "*.md", "*.cff", "*.toml", "LICENSE", "Makefile", "docs/**/*.md", "docs/**/*.png", "docs/*.css", "examples/*.py",
+    "benchmarks/*/**/*.md", "benchmarks/**/*.png", "benchmarks/results/*/*.json", "tests/**/*.py",
 )  # fmt: skip
 
 
