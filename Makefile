@@ -5,13 +5,13 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: setup quality test test-slow test-integration mutation quickstart quality-run quality-report base-model architectures \
-	peer-suite clean
+	peer-suite docs clean
 setup: .venv/ready
 
 .venv/ready: constraints.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,bench,integration]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,bench,integration,docs]'
 	touch $@
 
 quality: setup
@@ -45,6 +45,9 @@ quality-report: setup
 base-model: setup
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.base_model.train --threads 2 --out out/base_model
 	$(BIN)/python -m benchmarks.base_model.evaluate --model out/base_model/model
+
+docs: setup  ## the documentation site, in out/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 architectures: setup  ## rewrite docs/architectures.md from the tests' own table
 	$(BIN)/python -m tests.architectures
