@@ -83,6 +83,8 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_offload.py::test_copies_of_offloaded_modules_are_refused",
         "test_limits.py::test_a_loras_copy_of_an_offloaded_module_is_the_base",
         "test_limits.py::test_a_loras_tokens_of_an_offloaded_embedding",
+        "test_limits.py::test_tokens_of_an_embedding_that_is_offloaded_later",
+        "test_limits.py::test_tokens_of_an_embedding_in_memory",
     ),
     "An adapter that is offloaded itself": (
         "test_offload.py::test_an_offloaded_adapter_that_would_not_learn_is_refused",
@@ -315,6 +317,21 @@ def test_a_loras_tokens_of_an_offloaded_embedding(tmp_path: Path) -> None:
     model = attached(partly_on_disk(tmp_path, "model.embed_tokens"), lora, trainable_token_indices=[7])
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
         model(**INPUTS)
+
+
+@both_methods
+def test_tokens_of_an_embedding_that_is_offloaded_later(method: Method) -> None:
+    model = attached(build("gqa"), method, trainable_token_indices=[7])
+    accelerate.cpu_offload(model, CPU)
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        model(**INPUTS)
+
+
+@both_methods
+def test_tokens_of_an_embedding_in_memory(method: Method, tmp_path: Path) -> None:
+    want = logits(attached(build("gqa"), method, trainable_token_indices=[7]), **INPUTS)
+    model = attached(partly_on_disk(tmp_path, "lm_head"), method, trainable_token_indices=[7])
+    torch.testing.assert_close(logits(model, **INPUTS), want)
 
 
 def test_an_offloaded_lora_learns_nothing_and_says_nothing() -> None:
