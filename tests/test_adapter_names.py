@@ -193,6 +193,13 @@ def test_names_that_do_not_fit_are_refused(task: str | None) -> None:
         model.train()(**inputs, adapter_names=["a", "a"])
 
 
+def test_adapters_that_disagree_about_alpha_share_no_batch() -> None:
+    model, inputs = with_two(build("gqa")), inputs_for("gqa")
+    model.add_adapter("c", config(scale_self_attention=False))
+    with pytest.raises(ValueError, match="scale_self_attention"):
+        model(**inputs, adapter_names=["a", "c"])
+
+
 def test_a_model_without_ids_refuses_a_wrong_number_too() -> None:
     whisper = family("WhisperForConditionalGeneration")
     model, inputs = with_two(architectures.build(whisper)), whisper.inputs()

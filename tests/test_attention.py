@@ -112,6 +112,16 @@ def test_the_implementation_is_never_the_base_models_business() -> None:
     assert base.model.layers[0].self_attn.config is base.config
 
 
+def test_a_later_change_of_the_configuration_is_not_seen() -> None:
+    """The implementation apart, which is looked up in the model's own."""
+    base = build("gqa")
+    attention = base.model.layers[0].self_attn
+    assert attention.config is base.config
+    get_peft_model(base, config())
+    base.config.hidden_size += 1
+    assert attention.config.hidden_size == base.config.hidden_size - 1
+
+
 def test_an_unsupported_implementation_is_refused_with_the_list() -> None:
     model, inputs = adapted("gqa"), inputs_for("gqa")
     model.config._attn_implementation_internal = "flash_attention_2"

@@ -17,6 +17,7 @@ from transformers import (
 
 from peft_hificl import HiFICLConfig, HiFICLLayer, initialize_from_demonstrations
 
+from . import architectures
 from .helpers import build
 
 DEMONSTRATIONS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -129,6 +130,26 @@ def test_rotary_embeddings_are_found_without_a_configuration_of_them():
         read[name] = pairs_of(model, "default")[1].keys
     torch.testing.assert_close(read["found"], read["before"])
     assert not torch.allclose(read["found"], read["from 0"], rtol=1e-2)
+
+
+def test_demonstrations_lie_too_far_off_where_positions_begin_at_1():
+    """PaliGemma's prompts begin at 1, and what comes right before them ends at 0, not at -1."""
+    entry = next(family for family in architectures.FAMILIES if family.name == "paligemma")
+    torch.manual_seed(0)
+    model = get_peft_model(architectures.build(entry), HiFICLConfig(n=2, r=2)).eval()
+    read = {}
+    for name, more in {
+        "found": {},
+        "one too far": {"position_ids": torch.arange(-5, 0)[None]},
+        "before the prompt": {"position_ids": torch.arange(-4, 1)[None]},
+    }.items():
+        initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS, **more}, [1, 4])
+        read[name] = pairs_of(model, "default")[1].keys
+    torch.testing.assert_close(read["found"], read["one too far"])
+    assert not torch.allclose(read["found"], read["before the prompt"], rtol=1e-2)
+    with model.disable_adapter(), torch.no_grad():
+        prompt, first = model(input_ids=QUERY).logits, torch.arange(1, 4)[None]
+        torch.testing.assert_close(prompt, model(input_ids=QUERY, position_ids=first).logits)
 
 
 def test_a_lower_rank_keeps_the_best_approximation():

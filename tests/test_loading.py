@@ -542,6 +542,16 @@ def test_whole_modules_on_a_stage(tmp_path: Path) -> None:
     assert torch.equal(last.base_model.model.lm_head.weight, tensors["base_model.model.lm_head.weight"])
 
 
+def test_a_stage_saves_its_own_layers(deep: Path, tmp_path: Path) -> None:
+    whole = load_file(deep / "adapter_model.safetensors")
+    parts = []
+    for here in HALVES:
+        from_pretrained(stage(four_layers(), here, "placeholders"), deep).save_pretrained(tmp_path / f"{here.start}")
+        parts.append(load_file(tmp_path / f"{here.start}" / "adapter_model.safetensors"))
+    assert not parts[0].keys() & parts[1].keys() and parts[0].keys() | parts[1].keys() == whole.keys()
+    assert all(torch.equal(tensor, whole[key]) for part in parts for key, tensor in part.items())
+
+
 @pytest.mark.parametrize("layers", [1, 3, 5])
 def test_another_number_of_layers_is_not_a_stage(layers: int, deep: Path) -> None:
     for load in (from_pretrained, by_transformers):

@@ -265,13 +265,6 @@ def test_dtype_policy_survives_the_reload(autocast: bool, tmp_path: Path) -> Non
     assert torch.equal(logits(reloaded, **inputs_for("gqa")), want)
 
 
-def test_without_the_import_loading_says_which_name_is_missing(tmp_path: Path) -> None:
-    adapted("gqa").save_pretrained(tmp_path)
-    code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and "KeyError: 'HIFICL'" in done.stderr  # README tells what to do
-
-
 @pytest.mark.parametrize("name", ["default", "task-a"])
 def test_the_model_cards_snippet_runs_as_written(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # the base model is known by a relative path
@@ -548,15 +541,6 @@ def test_weights_are_replaced_in_place(tmp_path: Path) -> None:
     assert torch.equal(logits(model, **inputs_for("gqa")), logits(adapted("gqa", seed=2), **inputs_for("gqa")))
 
 
-def test_pefts_hotswap_knows_lora_alone(tmp_path: Path) -> None:
-    from peft.utils.hotswap import hotswap_adapter
-
-    model = adapted("gqa")
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="HIFICL"):
-        hotswap_adapter(model, tmp_path, adapter_name="default", torch_device="cpu")
-
-
 @pytest.mark.parametrize(
     ("covers", "active", "want"),
     [
@@ -616,11 +600,6 @@ def test_lora_beside_hificl_in_either_order(kind: str, order: str, tmp_path: Pat
     inject_adapter_in_model(config(), hificl_alone, "hificl")
     set_peft_model_state_dict(hificl_alone, model.get_adapter_state_dict("hificl"), adapter_name="hificl")
     torch.testing.assert_close(logits(hificl_alone, **inputs), outputs[1], rtol=1e-5, atol=1e-5)
-
-
-def test_mixed_model_is_a_closed_list() -> None:
-    with pytest.raises(ValueError, match="HIFICL"):
-        get_peft_model(build("gqa"), config(), mixed=True)
 
 
 def test_trainable_tokens_and_excluded_layers(tmp_path: Path) -> None:
