@@ -66,9 +66,10 @@ def check(model: nn.Module, config: HiFICLConfig, names: set[str]) -> None:
     for name, _ in offloaded:
         if any(f"{name}.".startswith(f"{whole}.") for whole in copied):
             raise ValueError(
-                f"Module {name!r} is offloaded by accelerate: PEFT's copy of it (modules_to_save, "
-                "trainable_token_indices) would compute with the base model's weights, whatever it learns or loads. "
-                "Load the adapter before offloading, leave the module out, or keep it in memory (device_map)."
+                f"Module {name!r} is offloaded by accelerate: PEFT's copy of it would compute with the base model's "
+                "weights, whatever it learns or loads (modules_to_save), or not at all (trainable_token_indices). "
+                "Leave the module out, or keep it in memory (device_map); modules_to_save may also be loaded before "
+                "the model is offloaded."
             )
 
 

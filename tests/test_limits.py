@@ -78,6 +78,7 @@ ROWS: dict[str, tuple[str, ...] | str] = {
     ),
     "Tensor-parallel base models": ("test_bad_input.py::test_a_model_in_parallel_is_refused",),
     "PeftModel.from_pretrained(base, path) onto": ("test_offload.py::test_loading_onto_an_offloaded_base",),
+    'model.load_adapter(path, "default")': ("test_limits.py::test_loading_the_only_adapter_again_onto_a_base_on_disk",),
     "transformers' own model.load_adapter(path) after": ("test_offload.py::test_loading_onto_an_offloaded_base",),
     "modules_to_save or trainable_token_indices": (
         "test_offload.py::test_copies_of_offloaded_modules_are_refused",
@@ -204,6 +205,7 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_attention.py::test_switching_by_name_traces_once_per_adapter",
         "test_limits.py::test_a_switch_of_a_lora_traces_once_more",
     ),
+    "The paper's learning rate": "seen on a pretrained model that is not here",
 }
 
 
