@@ -26,7 +26,7 @@ from peft_hificl import HiFICLConfig
 FOLDER = Path(__file__).parent.parent / "examples"
 COMMANDS = re.findall(r"^python (examples/.*)$", (FOLDER / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
 # Four facts are much for a random model of two layers: more steps and larger ones.
-ENOUGH = "--num_train_epochs 100 --learning_rate 0.05"
+ENOUGH = "--num_train_epochs 150 --learning_rate 0.1"
 
 PAD, END, USER, ASSISTANT, IMAGE = SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|image|>"]
 TEXT = "{{ message['content'] }}"
