@@ -54,7 +54,7 @@ def test_train_text(name: str, folder: Path) -> None:
     prompts = [f"{USER}{row['question']}{examples.END}{ASSISTANT}" for row in learned]
     inputs = [tokenizer(prompt, return_tensors="pt") for prompt in prompts]
     base = tf.AutoModelForCausalLM.from_pretrained(folder / "model")
-    assert first == pytest.approx(first_loss(base, inputs, [row["answer"] for row in learned]), abs=1e-3)
+    assert first == pytest.approx(first_loss(base, inputs, [row["answer"] for row in learned]), abs=1e-5)
     assert last < first / 4
 
 
@@ -69,9 +69,9 @@ def test_switch_adapters(folder: Path) -> None:
 
 def test_mixed_batch(folder: Path) -> None:
     asked = {
-        "ports": "Which port does Tansy listen on?",
-        "owners": "Who looks after Mirren?",
-        "__base__": "Who looks after Mirren?",
+        "ports": "Tansy's port?",
+        "owners": "Whom do I ask about Mirren?",
+        "__base__": "Whom do I ask about Mirren?",
     }
     printed = run(command("mixed_batch"), folder)
     alone = [
@@ -101,5 +101,5 @@ def test_train_vlm(tmp_path: Path) -> None:
         for row in learned
     ]
     base = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "vlm")
-    assert first == pytest.approx(first_loss(base, inputs, [row["answer"] for row in learned]), abs=1e-3)
+    assert first == pytest.approx(first_loss(base, inputs, [row["answer"] for row in learned]), abs=1e-5)
     assert last < first / 4
