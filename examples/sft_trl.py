@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from datasets import load_dataset
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from peft_hificl import HiFICLConfig
@@ -32,7 +32,6 @@ def main():
     parser.set_defaults(learning_rate=5e-3, lr_scheduler_type="cosine", warmup_steps=0.1, weight_decay=1e-3)
     parser.set_defaults(num_train_epochs=20, logging_strategy="epoch", save_strategy="no")
     options, args = parser.parse_args_and_config()
-    set_seed(args.seed)  # the trainer attaches the adapter before it sets the seed
 
     data = load_dataset("json", data_files=options.data, split="train")
     trainer = SFTTrainer(
