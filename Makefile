@@ -4,25 +4,28 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quality test test-slow test-integration mutation quickstart quality-run quality-report base-model architectures \
-	peer-suite docs clean
-setup: .venv/ready
+.PHONY: help setup quality test test-slow test-integration mutation quickstart quality-run quality-report base-model \
+	architectures peer-suite docs clean
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' Makefile
+
+setup: .venv/ready  ## .venv, with everything that the other targets need
 
 .venv/ready: constraints.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,bench,integration,docs]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-quality: setup
+quality: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: setup
+test: setup  ## the tests, with coverage
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not integration' --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
-test-slow: setup
+test-slow: setup  ## the tests that take long
 	$(BIN)/python -m pytest -m slow
 
 test-integration: setup  ## with TRL, DeepSpeed and torchao; two processes on this machine
@@ -72,5 +75,5 @@ peer-suite: setup .peer-suite/peft-$(PEFT_VERSION)
 	$(BIN)/python -m pip download --quiet --no-binary :all: --no-deps --no-build-isolation --dest .peer-suite peft==$(PEFT_VERSION)
 	tar -xzf $@.tar.gz -C .peer-suite
 
-clean:
+clean:  ## remove .venv, out/ and all caches
 	rm -rf .venv .peer-suite out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
