@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache
 
 from peft_hificl import VirtualPairs, fused, select_rows, virtual_attention
@@ -677,3 +678,58 @@ def test_modes_and_copies_give_the_same_pairs() -> None:
     fused.attention(hidden, hidden, hidden, pairs, scaling=0.25).sum().backward()
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(frozen()))):
         assert torch.equal(step(clone), want)
+
+
+# -- what cannot be seen in the values on a CPU ------------------------------------------------------------------------
+
+
+class OnCuda(Tensor):
+    """A tensor that says it is on CUDA."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(("dtype", "word"), [(torch.float32, 4), (torch.bfloat16, 8)], ids=["fp32", "bf16"])
+def test_cuda_kernels_read_words_of_16_bytes(dtype: torch.dtype, word: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of what they are given begins with one; what is so already is not copied."""
+    plain = torch.arange(4096.0).to(dtype)
+    flat = plain.as_subclass(OnCuda)
+    shape, strides = (2, 3, 4, 2 * word), (128 * word, 32 * word, 8 * word, 1)
+    aligned = flat.as_strided(shape, strides, 2 * word)
+    assert fused._rows(aligned) is aligned
+    offsets = [flat.as_strided(shape, strides, offset) for offset in (1, word // 2, word + 1)]
+    rows = [
+        flat.as_strided(shape, [s + (word // 2 if i == place else 0) for i, s in enumerate(strides)], word)
+        for place in range(3)
+    ]
+    for strange in (*offsets, *rows, flat.as_strided(shape, (*strides[:3], 2), word)):
+        got = fused._rows(strange)
+        assert torch.equal(got, strange) and got.is_contiguous() and got.storage_offset() == 0
+    of_the_cpu = plain[1:].as_strided(shape, strides)
+    assert fused._rows(of_the_cpu) is of_the_cpu  # whose kernels read from anywhere
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # it does not trace storage_offset()
+    assert fused._rows(offsets[0]) is offsets[0]
+
+
+def test_recorders_are_told_apart() -> None:
+    x = (Q, K, V, *PAIRS[:2])
+    paths = []
+
+    def path_of(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> fused.Path:
+        return fused.attention_path(query, key, value, VirtualPairs(keys, values), scaling=0.3)
+
+    class Recorded(torch.nn.Module):
+        def forward(self, *x: Tensor) -> Tensor:
+            paths.append(path_of(*x))
+            return x[0] + 0
+
+    torch.export.export(Recorded(), x)
+    torch.jit.trace(Recorded(), x, check_trace=False)
+    make_fx(Recorded())(*x)
+    for backend in ("eager", lambda graph, inputs: graph.forward):
+        torch._dynamo.reset()
+        paths.append(torch.compile(path_of, backend=backend, fullgraph=True)(*x))
+    exported, *traced, known, others = paths
+    assert set(exported) == {None, "an export"} and set(map(tuple, traced)) == {(None, "a trace")}
+    assert known == ("flash", "it takes these inputs") == path_of(*x)
+    assert others.kernel is None and "backend that is not one of inductor, cudagraphs, eager, aot_" in others.reason
