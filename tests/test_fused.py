@@ -11,6 +11,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
+from torch._dynamo.backends.distributed import DDPOptimizer
+from torch._dynamo.backends.registry import lookup_backend
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache
@@ -726,10 +728,15 @@ def test_recorders_are_told_apart() -> None:
     torch.export.export(Recorded(), x)
     torch.jit.trace(Recorded(), x, check_trace=False)
     make_fx(Recorded())(*x)
-    for backend in ("eager", lambda graph, inputs: graph.forward):
-        torch._dynamo.reset()
-        paths.append(torch.compile(path_of, backend=backend, fullgraph=True)(*x))
-    exported, *traced, known, others = paths
-    assert set(exported) == {None, "an export"} and set(map(tuple, traced)) == {(None, "a trace")}
-    assert known == ("flash", "it takes these inputs") == path_of(*x)
-    assert others.kernel is None and "backend that is not one of inductor, cudagraphs, eager, aot_" in others.reason
+    exported, *traced = paths
+    assert exported == (None, "an export") and traced == [(None, "a trace")] * 2
+    others = lambda graph, inputs: graph.forward
+    for backend, known in ((lookup_backend("eager"), True), (others, False)):
+        # DistributedDataParallel has the compiler of its splitter called, which calls the other one.
+        for compiler in (backend, DDPOptimizer(2**20, backend).compile_fn):
+            torch._dynamo.reset()
+            path = torch._dynamo.optimize(compiler, nopython=True)(path_of)(*x)
+            if known:
+                assert path == ("flash", "it takes these inputs") == path_of(*x)
+            else:
+                assert path.kernel is None and "not one of inductor, cudagraphs, eager, aot_eager" in path.reason

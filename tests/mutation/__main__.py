@@ -35,10 +35,11 @@ RESULTS, EQUIVALENT, REPORT = HERE / "results.jsonl", HERE / "equivalent.json", 
 
 WITHOUT_COMPILER = ("-k", "not compiles and not exports")  # minutes of torch.compile, which tell whether it can trace
 WITHOUT_ZOO = ("-k", "not compil and not process and not family and not image and not fuzz")
+WHICH_COMPILERS = "tests/test_export.py::test_which_compilers_run_kernels"
 # What pytest is given for each module: the quickest finders first, as the first failure ends the run.
 TESTS: dict[str, list[str]] = {
     "functional": ["tests/test_functional.py"],
-    "fused": ["tests/test_fused.py", "tests/test_kernels.py", *WITHOUT_COMPILER],
+    "fused": ["tests/test_fused.py", "tests/test_kernels.py", WHICH_COMPILERS, *WITHOUT_COMPILER],
     "kernels": ["tests/test_kernels.py", "tests/test_fused.py", *WITHOUT_COMPILER],
     "layer": [
         "tests/test_adapter_names.py",
@@ -84,7 +85,10 @@ def preload() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     from tests import conftest  # first: it sets more of the environment that torch reads
 
-    for name in ("accelerate", "hypothesis", "peft", "safetensors.torch", "torch._dynamo.testing", "torch.export"):
+    for name in (
+        "accelerate", "functorch.compile", "hypothesis", "onnxruntime", "peft", "safetensors.torch",
+        "torch._dynamo.testing", "torch.export", "transformers.exporters", "transformers.integrations.executorch",
+    ):  # fmt: skip
         importlib.import_module(name)
     for build in conftest.BUILDERS.values():
         build()  # transformers imports its models when they are asked for
