@@ -20,7 +20,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_hificl import HiFICLConfig
+from peft_hificl import HiFICLConfig, checkpoint
 
 from .conftest import VOCAB, build, inputs_for, llama, logits
 from .test_bad_input import unchanged
@@ -644,3 +644,30 @@ def test_another_rank_may_have_nothing_to_save(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("torch.distributed.get_rank", lambda *group: 1)
     partitioned(adapted("gqa"), ".hificl_").save_pretrained(tmp_path, is_main_process=False)
     assert not list(tmp_path.iterdir())
+
+
+# -- what no other test would notice ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model", "layers", "lm_head", "embed_tokens", "default_0"])
+@pytest.mark.parametrize("load", [PeftModel.from_pretrained, lambda base, *args: base.load_adapter(*args)])
+def test_an_adapter_may_be_named_like_a_part_of_the_model(load: Callable[..., object], name: str, good: Path) -> None:
+    base = build("gqa")
+    load(base, good, name)
+    assert all(name in layer.n for layer in hificl_layers(base))
+    torch.testing.assert_close(logits(base, **INPUTS), logits(adapted("gqa", seed=3), **INPUTS), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("count", "words"), [(0, "nothing:"), (2, "'x0', 'x1':"), (4, "'x0', 'x1', 'x2' and 1 more:")])
+def test_a_file_of_something_else(count: int, words: str, good: Path) -> None:
+    save_file({f"x{place}": torch.zeros(1) for place in range(count)}, good / "adapter_model.safetensors")
+    base = build("gqa")
+    with unchanged(base), pytest.raises(ValueError, match=rf"holds no hificl_\* tensors, found {words}"):
+        from_pretrained(base, good)
+
+
+def test_a_model_that_counts_no_layers_is_no_stage() -> None:
+    """Whatever stands in the place of one."""
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Identity()])})
+    for names in (["layers.0.attention"], ["blocks.0.attention"], ["attention"]):
+        assert checkpoint.on_other_stages(names, model) == set()

@@ -708,3 +708,33 @@ def test_two_models_sharing_one_config_object() -> None:
     adapted_one.unload()
     assert torch.equal(logits(one, **inputs), bare)
     assert not torch.equal(logits(adapted_two, **inputs), bare)
+
+
+# -- what no other test would notice ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["float32-adapter", "bfloat16-adapter"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "first-frozen"])
+def test_a_second_adapter_on_a_bf16_base_waits_without_gradients(frozen: bool, autocast: bool) -> None:
+    """PEFT casts it to float32 when it has been attached."""
+    base = build("gqa").to(torch.bfloat16)
+    first = config(inference_mode=frozen)
+    model = get_peft_model(base, first, adapter_name="a", autocast_adapter_dtype=autocast)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert {value for name, value in before.items() if "hificl_" in name} == {not frozen}
+    model.add_adapter("b", config(), autocast_adapter_dtype=autocast)
+    after = dict(model.named_parameters())
+    assert {name: after[name].requires_grad for name in before} == before
+    second = [after[name] for name in after.keys() - before.keys()]
+    assert len(second) == 2 * 4 and not any(p.requires_grad for p in second)
+    assert {p.dtype for p in second} == {torch.float32 if autocast else torch.bfloat16}
+
+
+def test_a_layer_tells_what_it_is() -> None:
+    layer = hificl_layers(adapted("vlm", factorize_values=False))[0]
+    assert "heads=4, key_dim=8, value_dim=8, n={'default': 3}, r={'default': 2}" in repr(layer)
+    assert (layer.in_features, layer.out_features) == (32, 32)
+    assert layer.weight is None and layer.bias is None  # it wraps nothing that has them
+    for call in (layer.merge, layer.unmerge):
+        with pytest.raises(NotImplementedError, match="cannot be merged"):
+            call()

@@ -68,7 +68,7 @@ letter; when it is edited, its mutants run anew.
 
     make mutation                                                # all mutants of all modules, niced; may be stopped
     python -m tests.mutation fused --sample 100 --seed 1         # a sample of one module
-    python -m tests.mutation fused --again                       # what survived, after a test was added
+    python -m tests.mutation fused --again                       # the survivors, after a test was added
 """
 TABLE = (
     "| module | mutants | run | found | by timeout | equivalent | survived | of those not equivalent | CPU minutes |",
@@ -164,7 +164,9 @@ def mutate(module: str, function: str, sample: int | None, seed: int, again: boo
     mutants = [mutant for mutant in mutants_of(source) if f"{mutant.function}.".startswith(function)]
     if sample is not None and sample < len(mutants):
         mutants = sorted(random.Random(seed).sample(mutants, sample), key=lambda mutant: mutant.start)
-    done = {key_of(row) for row in latest(known()) if not (again and row["outcome"] == "survived")}
+    rows = latest(known())
+    judge(rows)
+    done = {key_of(row) for row in rows if not (again and row["outcome"] == "survived")}
     todo = [mutant for mutant in mutants if (module, *mutant.key) not in done]
     if not todo:
         return
