@@ -738,3 +738,29 @@ def test_a_layer_tells_what_it_is() -> None:
     for call in (layer.merge, layer.unmerge):
         with pytest.raises(NotImplementedError, match="cannot be merged"):
             call()
+
+
+def test_pairs_are_multiplied_out_in_their_own_dtype_under_autocast() -> None:
+    for layer in hificl_layers(adapted("gqa")):
+        want = layer(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = layer(1)
+        assert torch.equal(got.keys, want.keys) and torch.equal(got.values, want.values)
+        assert got.keys.dtype == torch.float32
+
+
+class OfMine(tf.LlamaForCausalLM):
+    pass
+
+
+def test_a_configuration_names_the_class_of_a_base_model_of_transformers(tmp_path: Path) -> None:
+    """As PEFT does for an adapter without a task type; a class that cannot be imported by others is not named."""
+    base = build("gqa")
+    of_mine = OfMine(base.config)
+    for model, want in (
+        (base, {"base_model_class": "LlamaForCausalLM", "parent_library": type(base).__module__}),
+        (of_mine, None),
+    ):
+        inject_adapter_in_model(cfg := config(), model)
+        cfg.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["auto_mapping"] == want

@@ -36,6 +36,15 @@ RESULTS, EQUIVALENT, REPORT = HERE / "results.jsonl", HERE / "equivalent.json", 
 WITHOUT_COMPILER = ("-k", "not compiles and not exports")  # minutes of torch.compile, which tell whether it can trace
 WITHOUT_ZOO = ("-k", "not compil and not process and not family and not image and not fuzz")
 WHICH_COMPILERS = "tests/test_export.py::test_which_compilers_run_kernels"
+OFFLOADED = [
+    f"tests/test_offload.py::test_{name}"
+    for name in (
+        "an_offloaded_adapter_that_would_not_learn_is_refused",
+        "an_adapter_that_is_dispatched_but_not_offloaded_learns",
+        "a_later_adapter_has_the_dtype_that_the_base_has_by_then",
+        "a_load_that_fails_leaves_nothing_in_the_device_map",
+    )
+]
 # What pytest is given for each module: the quickest finders first, as the first failure ends the run.
 TESTS: dict[str, list[str]] = {
     "functional": ["tests/test_functional.py"],
@@ -46,9 +55,16 @@ TESTS: dict[str, list[str]] = {
         "tests/test_demonstrations.py",
         "tests/test_watch.py",
         "tests/test_peft_api.py",
+        *OFFLOADED,
         *WITHOUT_ZOO,
     ],
-    "model": ["tests/test_loading.py", "tests/test_peft_api.py", "tests/test_adapter_names.py", *WITHOUT_ZOO],
+    "model": [
+        "tests/test_loading.py",
+        "tests/test_peft_api.py",
+        "tests/test_adapter_names.py",
+        *OFFLOADED,
+        *WITHOUT_ZOO,
+    ],
     "checkpoint": ["tests/test_loading.py", "tests/test_bad_input.py", *WITHOUT_ZOO],
 }
 
