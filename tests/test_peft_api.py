@@ -24,6 +24,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 from torch import nn
 
@@ -731,13 +732,30 @@ def test_a_second_adapter_on_a_bf16_base_waits_without_gradients(frozen: bool, a
 
 
 def test_a_layer_tells_what_it_is() -> None:
-    layer = hificl_layers(adapted("vlm", factorize_values=False))[0]
-    assert "heads=4, key_dim=8, value_dim=8, n={'default': 3}, r={'default': 2}" in repr(layer)
-    assert (layer.in_features, layer.out_features) == (32, 32)
+    layer = HiFICLLayer(build("gqa").config, (4, 16, 8))
+    layer.update_layer("a", config(), torch.device("cpu"), torch.bfloat16)
+    layer.update_layer("b", config(n=5), torch.device("meta"), torch.float64)
+    assert "heads=4, key_dim=16, value_dim=8, n={'a': 3, 'b': 5}, r={'a': 2, 'b': 2}" in repr(layer)
+    assert (layer.in_features, layer.out_features) == (64, 32)
     assert layer.weight is None and layer.bias is None  # it wraps nothing that has them
+    for name, place in (("a", ("cpu", torch.bfloat16)), ("b", ("meta", torch.float64))):
+        assert {(p.device.type, p.dtype) for key, p in layer.named_parameters() if f".{name}." in key} == {place}
     for call in (layer.merge, layer.unmerge):
-        with pytest.raises(NotImplementedError, match="cannot be merged"):
+        with pytest.raises(NotImplementedError, match=r"cannot be merged.*keep the adapter attached\.$"):
             call()
+
+
+def test_what_pefts_helpers_ask_of_a_layer() -> None:
+    model, inputs = adapted("gqa", name="a"), inputs_for("gqa")
+    model.add_adapter("b", config())
+    want = logits(model, **inputs)
+    status = model.get_model_status()
+    assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["a"], [])
+    assert status.requires_grad == {"a": True, "b": False} and status.available_adapters == ["a", "b"]
+    with disable_input_dtype_casting(model):
+        assert torch.equal(logits(model, **inputs), want)
+        assert not any(layer.cast_input_dtype_enabled for layer in hificl_layers(model))
+    assert all(layer.cast_input_dtype_enabled for layer in hificl_layers(model))
 
 
 def test_pairs_are_multiplied_out_in_their_own_dtype_under_autocast() -> None:

@@ -208,3 +208,14 @@ def test_compiled_models_are_not_reported() -> None:
     for layer in model.get_base_model().model.layers:
         layer.compile(backend="aot_eager")
     assert reports(model, backward=True) == []
+
+
+def test_a_layer_that_dynamo_traces_is_not_watched() -> None:
+    layer = next(m for m in adapted().modules() if isinstance(m, HiFICLLayer))
+    want = layer(1)
+    layer.awaits_gradient.clear()
+    calls = layer.calls
+    torch._dynamo.reset()
+    got = torch.compile(layer, backend="eager", fullgraph=True)(1)
+    assert torch.equal(got.keys, want.keys) and torch.equal(got.values, want.values) and got.keys.requires_grad
+    assert (layer.awaits_gradient, layer.calls) == (set(), calls)
