@@ -740,3 +740,14 @@ def test_recorders_are_told_apart() -> None:
                 assert path == ("flash", "it takes these inputs") == path_of(*x)
             else:
                 assert path.kernel is None and "not one of inductor, cudagraphs, eager, aot_eager" in path.reason
+
+
+@pytest.mark.parametrize("grouped", [True, False], ids=["groups", "repeats"])
+def test_one_causal_query_sees_one_key(grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Query t sees the keys 0..t, however many there are."""
+    torch.manual_seed(14)
+    monkeypatch.setitem(KERNELS["cpu"], "flash", KERNELS["cpu"]["flash"]._replace(groups=grouped))
+    x = tensors(4, 4, 1, 9, 6, 6, 3)
+    got = fused.attention(x["query"], x["key"], x["value"], pairs_of(x), scaling=0.3, is_causal=True)
+    want, _ = oracle.hificl(**{**x, "key": x["key"][:, :, :1], "value": x["value"][:, :, :1]}, scaling=0.3)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)

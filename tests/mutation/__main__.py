@@ -34,7 +34,8 @@ ROOT = HERE.parents[1]
 RESULTS, EQUIVALENT, REPORT = HERE / "results.jsonl", HERE / "equivalent.json", HERE / "README.md"
 
 WITHOUT_COMPILER = ("-k", "not compiles and not exports")  # minutes of torch.compile, which tell whether it can trace
-WITHOUT_ZOO = ("-k", "not compil and not process and not family and not image and not fuzz")
+LONG = ("compil", "process", "snippet", "the_import", "family", "zoo", "tower", "image", "fuzz")
+WITHOUT_ZOO = ("-k", " and ".join(f"not {word}" for word in LONG))
 WHICH_COMPILERS = "tests/test_export.py::test_which_compilers_run_kernels"
 OFFLOADED = [
     f"tests/test_offload.py::test_{name}"
@@ -65,7 +66,12 @@ TESTS: dict[str, list[str]] = {
         *OFFLOADED,
         *WITHOUT_ZOO,
     ],
-    "checkpoint": ["tests/test_loading.py", "tests/test_bad_input.py", *WITHOUT_ZOO],
+    "checkpoint": [
+        "tests/test_loading.py",
+        "tests/test_bad_input.py",
+        "tests/test_peft_api.py::test_an_adapter_from_the_hub",
+        *WITHOUT_ZOO,
+    ],
 }
 
 Row = dict[str, Any]
