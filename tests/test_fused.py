@@ -751,3 +751,15 @@ def test_one_causal_query_sees_one_key(grouped: bool, monkeypatch: pytest.Monkey
     got = fused.attention(x["query"], x["key"], x["value"], pairs_of(x), scaling=0.3, is_causal=True)
     want, _ = oracle.hificl(**{**x, "key": x["key"][:, :, :1], "value": x["value"][:, :, :1]}, scaling=0.3)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("d", "e"), [(3, 6), (6, 3)], ids=["smaller-keys", "smaller-values"])
+@pytest.mark.parametrize(("batch", "n"), [(2, 6), (6, 2)], ids=["pairs", "rows"])
+def test_as_many_pairs_or_rows_as_the_larger_head_dimension(batch: int, n: int, d: int, e: int) -> None:
+    torch.manual_seed(15)
+    x = tensors(2, 1, 2, 3, d, e, n, batch)
+    own = VirtualPairs(*(x[name].repeat(batch, 1, 1, 1) for name in ("virtual_keys", "virtual_values")))
+    args = (x["query"], x["key"], x["value"], own)
+    assert fused.attention_path(*args, scaling=0.3).kernel == "flash"
+    want, _ = virtual_attention(*args, scaling=0.3)
+    torch.testing.assert_close(fused.attention(*args, scaling=0.3), want, rtol=0, atol=1e-12)
