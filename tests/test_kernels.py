@@ -265,3 +265,11 @@ def test_a_devices_capability_is_a_constant_to_the_compiler(monkeypatch: pytest.
     torch._dynamo.reset()
     wanted = torch.compile(lambda x: x + kernels._capability(x.device)[1], backend="eager", fullgraph=True)
     assert torch.equal(wanted(torch.zeros(2)), torch.full((2,), 5.0))
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_an_lse_as_long_as_the_head_dimension(groups: str, kernel: str) -> None:
+    """The memory-efficient kernel pads it to 32, for whatever number of queries."""
+    torch.manual_seed(2)
+    heads, kv = GROUPS[groups]
+    check(tensors(heads, kv, 3, 7, 32, 32, 3))

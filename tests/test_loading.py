@@ -671,3 +671,18 @@ def test_a_model_that_counts_no_layers_is_no_stage() -> None:
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.Identity()])})
     for names in (["layers.0.attention"], ["blocks.0.attention"], ["attention"]):
         assert checkpoint.on_other_stages(names, model) == set()
+
+
+def test_whose_fault_a_read_that_fails_is(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is there cannot be read; what is not on the Hub, or cannot be reached, is told by the Hub's error."""
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error("gone")
+
+    monkeypatch.setattr(checkpoint, "load_peft_weights", fail)
+    for error in (OSError, ValueError, RuntimeError):
+        with pytest.raises(ValueError, match=rf"cannot be read \({error.__name__}: gone\).*damaged"):
+            checkpoint.read(good)
+    for error in (OSError, ValueError):
+        with pytest.raises(error, match="^gone$"):
+            checkpoint.read("nobody/nothing")
