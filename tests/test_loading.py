@@ -686,3 +686,11 @@ def test_whose_fault_a_read_that_fails_is(good: Path, monkeypatch: pytest.Monkey
     for error in (OSError, ValueError):
         with pytest.raises(error, match="^gone$"):
             checkpoint.read("nobody/nothing")
+
+
+def test_what_stands_beside_the_numbered_layers_of_a_stage() -> None:
+    here, shared = nn.Linear(2, 2), nn.Linear(2, 2)
+    here.config, here.layer_idx, shared.layer_idx = tf.LlamaConfig(num_hidden_layers=2), 1, 7
+    model = nn.ModuleDict({"layers": nn.ModuleDict({"1": here, "shared": shared})})
+    names = [f"layers.{place}.attention" for place in range(3)]
+    assert checkpoint.on_other_stages(names, model) == {"layers.0.attention"}
