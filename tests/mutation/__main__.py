@@ -192,10 +192,9 @@ def mutate(module: str, function: str, sample: int | None, seed: int, again: boo
     todo = [mutant for mutant in mutants if (module, *mutant.key) not in done]
     if not todo:
         return
-    outcome, test, _ = run(tree, TESTS[module], 3600, write_bytecode=True)
+    outcome, test, base = run(tree, TESTS[module], 3600, write_bytecode=True)
     if outcome != "survived":
         sys.exit(f"The tests of {module} fail without any fault: {test}\n{(tree / 'output').read_text()[-3000:]}")
-    outcome, test, base = run(tree, TESTS[module], 3600)
     path = tree / "peft_hificl" / f"{module}.py"
     shutil.rmtree(path.parent / "__pycache__")
     print(f"{module}: {len(todo)} mutants to run; its tests take {base:.0f} s without a fault", flush=True)
