@@ -785,3 +785,8 @@ def test_numbers_that_torch_cannot_read() -> None:
     packed = torch.zeros(2, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     with pytest.raises(ValueError, match=r"'x' cannot be read as numbers \(torch.float4_e2m1fn_x2\)"):
         checkpoint.check_finite({"x": packed})
+
+
+def test_tensors_of_a_dtype_that_torch_cannot_test_fit_parameters_of_the_same() -> None:
+    eight_bits = torch.ones(2).to(torch.float8_e4m3fn)
+    checkpoint.check_state_dict({"lm_head.weight": eight_bits}, {}, {"lm_head.weight": eight_bits.dtype})
