@@ -694,3 +694,19 @@ def test_what_stands_beside_the_numbered_layers_of_a_stage() -> None:
     model = nn.ModuleDict({"layers": nn.ModuleDict({"1": here, "shared": shared})})
     names = [f"layers.{place}.attention" for place in range(3)]
     assert checkpoint.on_other_stages(names, model) == {"layers.0.attention"}
+
+
+def test_resized_embeddings_are_checked_on_the_stage_that_has_them() -> None:
+    """Whatever PEFT has wrapped around them when they were saved."""
+    first, last = (stage(four_layers(), here, "placeholders") for here in HALVES)
+    shapes = {f"model.layers.{index}.self_attn": (4, 16, 16) for index in range(4)}
+    for rows in (VOCAB, VOCAB + 8):
+        key = "model.embed_tokens.token_adapter.base_layer.weight"
+        stored = checkpoint.Stored(shapes, {key: (rows, 32)})
+        for base, here in ((first, HALVES[0]), (last, HALVES[1])):
+            targeted = {name: shapes[name] for name in (f"model.layers.{index}.self_attn" for index in here)}
+            if base is first and rows > VOCAB:
+                with pytest.raises(ValueError, match=rf"'{key}' .* shape \(107, 32\), but .* asks for \(99, 32\)"):
+                    checkpoint.check_fits(stored, targeted, base, config())
+            else:
+                checkpoint.check_fits(stored, targeted, base, config())

@@ -184,12 +184,15 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 def mutate(module: str, function: str, sample: int | None, seed: int, again: bool, tree: Path) -> None:
     source = source_of(module)
     mutants = [mutant for mutant in mutants_of(source) if f"{mutant.function}.".startswith(function)]
+    chosen = mutants
     if sample is not None and sample < len(mutants):
-        mutants = sorted(random.Random(seed).sample(mutants, sample), key=lambda mutant: mutant.start)
+        chosen = random.Random(seed).sample(mutants, sample)
     rows = latest(known())
     judge(rows)
-    done = {key_of(row) for row in rows if not (again and row["outcome"] == "survived")}
-    todo = [mutant for mutant in mutants if (module, *mutant.key) not in done]
+    done = {key_of(row) for row in rows}
+    once_more = {key_of(row) for row in rows if again and row["outcome"] == "survived"}
+    wanted = once_more | ({(module, *mutant.key) for mutant in chosen} - done)
+    todo = [mutant for mutant in mutants if (module, *mutant.key) in wanted]
     if not todo:
         return
     outcome, test, base = run(tree, TESTS[module], 3600, write_bytecode=True)
@@ -278,7 +281,7 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", metavar="MODULE[.FUNCTION]", help=names)
     parser.add_argument("--sample", type=int, help="so many mutants of each module, not all")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--again", action="store_true", help="run what survived once more")
+    parser.add_argument("--again", action="store_true", help="run what survived, of all, once more")
     parser.add_argument("--report", action="store_true", help="write the report and run nothing")
     arguments = parser.parse_args()
     if unknown := {name for name in arguments.modules if name.partition(".")[0] not in TESTS}:
