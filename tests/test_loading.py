@@ -710,3 +710,26 @@ def test_resized_embeddings_are_checked_on_the_stage_that_has_them() -> None:
                     checkpoint.check_fits(stored, targeted, base, config())
             else:
                 checkpoint.check_fits(stored, targeted, base, config())
+
+
+@pytest.mark.parametrize("extra", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [7, 9]}], ids=str)
+def test_a_second_read_by_transformers_that_fails_leaves_what_was_stored_beside_the_pairs(
+    extra: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted("gqa", seed=3, **extra)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save." in name or ".trainable_tokens_delta." in name:
+                parameter.mul_(2)
+    model.save_pretrained(tmp_path)
+    base = build("gqa")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.modeling_utils.safe_open", fail)
+        with pytest.raises(OSError, match="gone"):
+            base.load_adapter(tmp_path)
+    base.set_adapter("default")
+    torch.testing.assert_close(logits(base, **INPUTS), logits(model, **INPUTS), rtol=1e-6, atol=1e-6)
