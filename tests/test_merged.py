@@ -11,7 +11,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
+from torch._dynamo.backends.distributed import DDPOptimizer
+from torch._dynamo.backends.registry import lookup_backend
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache
 
 from peft_hificl import Scoring, VirtualPairs, select_rows, virtual_attention
@@ -218,7 +221,7 @@ def test_the_gradient_of_each_alone(which: str) -> None:
             assert (path.kernel is None and "trained" in path.reason) if which == "log_weights" else path.kernel
             out = attend(*args, Scoring(0.3))
         else:
-            out, _ = attend(**y, scaling=0.3)
+            out, _ = attend(Scoring(**y, scaling=0.3))
         gradients.append((out, *torch.autograd.grad(out.cos().sum(), y[which])))
     for got, want in zip(*reversed(gradients), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
@@ -692,3 +695,86 @@ def test_modes_and_copies_give_the_same_pairs() -> None:
     merged.attention(hidden, hidden, hidden, pairs, Scoring(0.25)).sum().backward()
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(frozen()))):
         assert torch.equal(step(clone), want)
+
+
+# -- what cannot be seen in the values on a CPU ------------------------------------------------------------------------
+
+
+class OnCuda(Tensor):
+    """A tensor that says it is on CUDA."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(("dtype", "word"), [(torch.float32, 4), (torch.bfloat16, 8)], ids=["fp32", "bf16"])
+def test_cuda_kernels_read_words_of_16_bytes(dtype: torch.dtype, word: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of what they are given begins with one; what is so already is not copied."""
+    plain = torch.arange(4096.0).to(dtype)
+    flat = plain.as_subclass(OnCuda)
+    shape, strides = (2, 3, 4, 2 * word), (128 * word, 32 * word, 8 * word, 1)
+    aligned = flat.as_strided(shape, strides, 2 * word)
+    assert merged._rows(aligned) is aligned
+    offsets = [flat.as_strided(shape, strides, offset) for offset in (1, word // 2, word + 1)]
+    rows = [
+        flat.as_strided(shape, [s + (word // 2 if i == place else 0) for i, s in enumerate(strides)], word)
+        for place in range(3)
+    ]
+    for strange in (*offsets, *rows, flat.as_strided(shape, (*strides[:3], 2), word)):
+        got = merged._rows(strange)
+        assert torch.equal(got, strange) and got.is_contiguous() and got.storage_offset() == 0
+    of_the_cpu = plain[1:].as_strided(shape, strides)
+    assert merged._rows(of_the_cpu) is of_the_cpu  # whose kernels read from anywhere
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # it does not trace storage_offset()
+    assert merged._rows(offsets[0]) is offsets[0]
+
+
+def test_recorders_are_told_apart() -> None:
+    x = (Q, K, V, *PAIRS[:2])
+    paths = []
+
+    def path_of(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> merged.Path:
+        return merged.attention_path(query, key, value, VirtualPairs(keys, values), Scoring(0.3))
+
+    class Recorded(torch.nn.Module):
+        def forward(self, *x: Tensor) -> Tensor:
+            paths.append(path_of(*x))
+            return x[0] + 0
+
+    torch.export.export(Recorded(), x)
+    torch.jit.trace(Recorded(), x, check_trace=False)
+    make_fx(Recorded())(*x)
+    exported, *traced = paths
+    assert exported == (None, "an export") and traced == [(None, "a trace")] * 2
+    others = lambda graph, inputs: graph.forward
+    for backend, known in ((lookup_backend("eager"), True), (others, False)):
+        # DistributedDataParallel has the compiler of its splitter called, which calls the other one.
+        for compiler in (backend, DDPOptimizer(2**20, backend).compile_fn):
+            torch._dynamo.reset()
+            path = torch._dynamo.optimize(compiler, nopython=True)(path_of)(*x)
+            if known:
+                assert path == ("flash", "it takes these inputs") == path_of(*x)
+            else:
+                assert path.kernel is None and "not one of inductor, cudagraphs, eager, aot_eager" in path.reason
+
+
+@pytest.mark.parametrize("grouped", [True, False], ids=["groups", "repeats"])
+def test_one_causal_query_sees_one_key(grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Query t sees the keys 0..t, however many there are."""
+    torch.manual_seed(14)
+    monkeypatch.setitem(KERNELS["cpu"], "flash", KERNELS["cpu"]["flash"]._replace(groups=grouped))
+    x = tensors(4, 4, 1, 9, 6, 6, 3)
+    got = merged.attention(x["query"], x["key"], x["value"], pairs_of(x), Scoring(0.3, is_causal=True))
+    want, _ = oracle.hificl(**{**x, "key": x["key"][:, :, :1], "value": x["value"][:, :, :1]}, scaling=0.3)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("d", "e"), [(3, 6), (6, 3)], ids=["smaller-keys", "smaller-values"])
+@pytest.mark.parametrize(("batch", "n"), [(2, 6), (6, 2)], ids=["pairs", "rows"])
+def test_as_many_pairs_or_rows_as_the_larger_head_dimension(batch: int, n: int, d: int, e: int) -> None:
+    torch.manual_seed(15)
+    x = tensors(2, 1, 2, 3, d, e, n, batch)
+    own = VirtualPairs(*(x[name].repeat(batch, 1, 1, 1) for name in ("virtual_keys", "virtual_values")))
+    args = (x["query"], x["key"], x["value"], own)
+    assert merged.attention_path(*args, Scoring(0.3)).kernel == "flash"
+    want, _ = virtual_attention(*args, Scoring(0.3))
+    torch.testing.assert_close(merged.attention(*args, Scoring(0.3)), want, rtol=0, atol=1e-12)
