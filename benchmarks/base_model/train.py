@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration, set_seed
 
+from ..common import files
+from ..common.environment import prepare
 from .episodes import Batch, Episode, Episodes, collate
 from .evaluate import measure_series
 from .model import load_base, make_model, make_processor
@@ -252,7 +254,7 @@ class Training:
         about |= {name: version(name) for name in ("torch", "transformers")}
         if self.start is not None:
             about["started from"] = json.loads((self.start / "training.json").read_text())
-        (folder / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+        files.write(folder / "training.json", about)
 
 
 def main() -> None:
@@ -269,7 +271,7 @@ def main() -> None:
     )
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    prepare(args.threads)
     recipe = SMOKE if args.smoke else Recipe()
     if args.start is not None:
         shares = {"hide": recipe.hide * 2 // 3, "settle": recipe.settle // 2, "learning_rate": recipe.learning_rate / 2}

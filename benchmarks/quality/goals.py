@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..speed.report import Table, count
+from ..common.tables import NOT_MEASURED, Table, count
 from . import paper
 from .frame import ABLATIONS, METHODS, TASKS, TEACHERS, Results
 from .plan import FULL
 from .statistics import Paired
 from .tables import cost_ratio, p_value, percent, times
 
-SHOWN, NOT_SHOWN, NOT_MEASURED = "shown", "not shown", "not measured"
+SHOWN, NOT_SHOWN = "shown", "not shown"
 LORAS = ("lora-8", "lora-16")
 ORDER = 2  # a ratio is of the paper's order from half of it on
 

@@ -10,25 +10,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from ..speed.presets import HIFICL, LORA, PREFIX
-from ..speed.report import COLORS as SPEED_COLORS
-from ..speed.report import GREY, NOT_MEASURED
+from ..common.colors import GREY, HIFICL, LORA, PREFIX
+from ..common.tables import NOT_MEASURED
 from .frame import METHODS, PAIRS, RANKS, SHOTS, TASKS, Results
 from .plan import FULL, HARD_TASKS, SIZES
 from .statistics import Interval, interval
 
-BLUE, ORANGE, GREEN = (SPEED_COLORS[method] for method in (HIFICL, LORA, PREFIX))
 PALE = "#7fb3e0"
 LINES = {  # color, marker
     "lora-8": ("#f2bb73", "v"),
-    "lora-16": (ORANGE, "^"),
-    "prefix": (GREEN, "s"),
+    "lora-16": (LORA, "^"),
+    "prefix": (PREFIX, "s"),
     "prefix-demos": ("#9ccf8f", "s"),
     "ia3": ("#8c6bb1", "D"),
     "live": ("#c994c7", "P"),
     "mimic": ("#ce3a4a", "X"),
     "hificl-n16": ("#12406e", "h"),
-    "hificl": (BLUE, "o"),
+    "hificl": (HIFICL, "o"),
 }
 PREFIXES = {"cartridge": ("#3f7f93", "<"), "cartridge-demos": ("#3f7f93", ">")}
 LEVELS = {"zero-shot": ":", "icl-8": "--"}
@@ -76,7 +74,7 @@ def draw_shots(found: Results, figure: Figure) -> None:
     for axes, score in _panels(found, figure):
         shown = {place: interval(score(method, FULL)) for place, method in enumerate(SHOTS.values())}
         _whiskers(axes, shown, "prompting", GREY, "o", strong=True)
-        _level(axes, interval(score("hificl", FULL)), f"HiFICL, {FULL} samples", BLUE, "-")
+        _level(axes, interval(score("hificl", FULL)), f"HiFICL, {FULL} samples", HIFICL, "-")
         axes.set_xticks(range(len(SHOTS)), list(map(str, SHOTS)))
         axes.set_xlabel("demonstrations")
         _finish(axes)
@@ -85,7 +83,7 @@ def draw_shots(found: Results, figure: Figure) -> None:
 
 def draw_parameters(found: Results, figure: Figure) -> None:
     axes = figure.subplots()
-    for variants, name, color in ((RANKS, "r", BLUE), (PAIRS, "n", PALE)):
+    for variants, name, color in ((RANKS, "r", HIFICL), (PAIRS, "n", PALE)):
         by_number = {number: point for number, method in variants.items() if (point := _with_parameters(found, method))}
         _whiskers(axes, dict(by_number.values()), f"HiFICL by {name}", color, "o", strong=name == "r")
         for number in {min(by_number, default=None), max(by_number, default=None)} - {None}:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 
-from ..speed.report import Table, bytes_of, count, duration, scientific
+from ..common.tables import Table, bytes_of, count, duration, scientific
 from . import paper
 from .frame import ABLATIONS, COMPARED, METHODS, PAIRS, RANKS, SEEDS, TASKS, TEACHERS, TRIALS, Rates, Results
 from .plan import FULL, SIZES, TRIED, TRIED_ON
@@ -29,11 +29,6 @@ OTHERS = (
     "hificl-unit",
 )
 OTHERS_OF_16 = ("hificl", "lora-8", "lora-16", "prefix-demos")
-
-
-def markdown(table: Table) -> list[str]:
-    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-    return [f"**{table.title}**", "", *("| " + " | ".join(map(str, line)) + " |" for line in lines)]
 
 
 # -- numbers as text ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import subprocess
 import sys
 import time
@@ -16,9 +15,10 @@ from rich.progress import track
 from transformers import set_seed
 
 from ..base_model.model import load_base
+from ..common import files
+from ..common.environment import command, environment, prepare
 from ..quality.encoding import CHECKPOINT
 from ..quality.methods import Setup
-from ..quality.runner import environment, prepare_process
 from ..quality.scoring import score
 from ..quality.training import BATCH, STEPS
 from . import __doc__ as what_it_does
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of training samples, weights, batches and demonstrations")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    prepare_process()
+    prepare()
     console = Console()
 
     _, base = load_base(CHECKPOINT)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(report.make_table(rows, title))
     console.print(report.caption_example(predictions, splits["captions"]))
     report.draw(args.out / "quickstart.png", rows, predictions, splits)
-    (args.out / "predictions.json").write_text(json.dumps(predictions, indent=1))
+    files.write(args.out / "predictions.json", predictions)
 
     # A process of its own, which compares every answer with predictions.json and fails where one differs.
     serve = [sys.executable, "-m", "benchmarks.quickstart.serve", "--out", str(args.out)]
@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     seconds = time.perf_counter() - start
     results = {
+        "command": command(),
         **environment(),
         "seed": args.seed,
         "training_samples": asking.SAMPLES,
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "unchanged_after_reload": served.returncode == 0,
         "seconds": seconds,
     }
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    files.write(args.out / "results.json", results)
     console.print(f"{seconds:.0f} s. Adapters, quickstart.png and results.json are in {args.out}")
 
     reached = {(row.task, row.method): row.test["score"] for row in rows}

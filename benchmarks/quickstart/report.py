@@ -13,13 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from ..common import colors
 from ..quality.tasks import TASKS
 from .asking import CHOSEN, SHOTS, Splits
 
 Predictions = dict[str, dict[str, list[str]]]  # answers by method (a key of TITLES) and task
 
 TITLES = {"zero-shot": "zero-shot", "icl": f"{SHOTS}-shot", "hificl": "HiFICL", "lora": "LoRA"}
-COLORS = {"zero-shot": "#cccccc", "icl": "#8a8a8a", "hificl": "#1f6fb4", "lora": "#e08a1e"}
+COLORS = {"zero-shot": "#cccccc", "icl": "#8a8a8a", "hificl": colors.HIFICL, "lora": colors.LORA}
 PICTURES = 4  # of each task
 RIGHT, WRONG = "#2a7a2a", "#b02a2a"
 METRICS = {"knowledge": "exact answers", "captions": "CIDEr over a right one's"}

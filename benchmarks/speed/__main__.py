@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-import warnings
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers.utils import logging
 
+from ..common.environment import prepare
 from . import __doc__ as what_it_does
 from . import attention, inference, lifecycle, paper, report, training
 from .presets import PRESETS
@@ -56,10 +55,8 @@ def main() -> None:
         "compile": args.compile,
         **dataclasses.asdict(preset),
     }
-    torch.set_num_threads(args.threads)
+    prepare(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT reads it, not this code
 
     console = Console()
     for name in args.parts:

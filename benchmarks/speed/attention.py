@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from rich.progress import track
 from torch import Tensor
 
-from .measure import Record, growth_exponent, interleave, peak_bytes, ratio, summary
+from ..common.tables import Record, Table, bytes_of, decimal, duration, tabulate
+from .measure import growth_exponent, interleave, peak_bytes, ratio, summary
 from .presets import N, Preset
-from .report import Bar, Table, bytes_of, decimal, duration, spread, tabulate
+from .report import Bar, spread
 from .variants import HIFICL, PLAIN, VARIANTS, make_inputs
 
 TITLE = "Attention operation"

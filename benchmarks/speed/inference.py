@@ -11,9 +11,11 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, StaticCache
 
-from .measure import Record, Samples, ratio, stopwatch, summary
+from ..common.colors import GREY
+from ..common.tables import Record, Table, count, decimal, duration, tabulate
+from .measure import Samples, ratio, stopwatch, summary
 from .presets import CONFIGS, HIFICL, PREFIX, SHOTS, Preset, adapt, build
-from .report import COLORS, GREY, Bar, Table, count, decimal, duration, spread, tabulate
+from .report import COLORS, Bar, spread
 
 BASE, ICL = "base", f"base, {SHOTS}-shot prompt"
 EAGER, COMPILED = "eager", "compiled"

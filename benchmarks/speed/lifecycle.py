@@ -15,9 +15,10 @@ from peft import PeftModel
 from rich.progress import track
 from torch import Tensor
 
-from .measure import Record, Samples, ratio, stopwatch, summary
+from ..common.tables import Record, Table, bytes_of, decimal, duration, tabulate
+from .measure import Samples, ratio, stopwatch, summary
 from .presets import HIFICL, LORA, Preset, adapt, build
-from .report import COLORS, Bar, Table, bytes_of, decimal, duration, spread, tabulate
+from .report import COLORS, Bar, spread
 
 SAVE, LOAD, SWITCH = "save", "load", "switch"
 FIRST, NEXT = "first token after a switch", "first token without a switch"

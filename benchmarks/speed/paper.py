@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from peft_hificl import HiFICLLayer
 
+from ..common.colors import GREY
+from ..common.tables import Record, Table, count, decimal, duration, scientific, tabulate
 from .checkpoints import IMAGE_AND_TEXT, MODELS, without_weights
-from .measure import Record, flops, interleave, ratio, summary
+from .measure import flops, interleave, ratio, summary
 from .presets import CONFIGS, HIFICL, LORA, PROJECTIONS, SHOTS, Preset, adapt, build
-from .report import COLORS, GREY, Bar, Table, count, decimal, duration, scientific, spread, tabulate
+from .report import COLORS, Bar, spread
 from .teacher import make_prompts, step_alone, step_with_teacher
 
 _PROMPTS = SHOTS + 1  # a teacher's prompt in lengths of the query
@@ -194,7 +196,7 @@ def tables(records: list[Record]) -> list[Table]:
 
 
 def bars(records: list[Record]) -> list[Bar]:
-    return []  # the issue asks for these figures, and sets no bar
+    return []  # these figures stand beside the paper's; none has to be reached
 
 
 def draw(records: list[Record], figure: Figure) -> None:

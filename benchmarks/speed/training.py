@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
-from .measure import Record, flops, interleave, peak_bytes, ratio, storage_bytes, summary
+from ..common.colors import GREY
+from ..common.tables import Record, Table, bytes_of, count, decimal, duration, scientific, tabulate
+from .measure import flops, interleave, peak_bytes, ratio, storage_bytes, summary
 from .presets import CONFIGS, HIFICL, LORA, N, Preset, R, adapt, build
-from .report import COLORS, GREY, Bar, Table, bytes_of, count, decimal, duration, scientific, spread, tabulate
+from .report import COLORS, Bar, spread
 
 FLOOR = "frozen floor"
 
