@@ -71,7 +71,7 @@ def measure() -> Record:
                 "step_flops": flops(steps[name]),
             }
         row |= {
-            "query_seconds": float(summary(answered, name)["seconds"]) / QUERIES,  # type: ignore[arg-type]
+            "query_seconds": summary(answered, name)["seconds"] / QUERIES,
             "query_over_hificl": ratio(answered, name, "hificl"),
             "query_flops": flops(asked[name]) // QUERIES,
         }

@@ -90,7 +90,7 @@ def run(jobs: Sequence[Job], results: Path, processes: int) -> None:
     left = [job for job in jobs if not is_done(job, store)]
     if left:
         note_environment(results / "environment.json")
-    done = sum(job.cost for job in jobs) - sum(job.cost for job in left)
+    done = round(sum(job.cost for job in jobs) - sum(job.cost for job in left))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("s of work"))
     running: dict[Future[Record], Job] = {}
     with (

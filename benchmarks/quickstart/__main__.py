@@ -17,6 +17,7 @@ from transformers import set_seed
 from ..base_model.model import load_base
 from ..common import files
 from ..common.environment import command, environment, prepare
+from ..common.tables import Record
 from ..quality.encoding import CHECKPOINT
 from ..quality.methods import Setup
 from ..quality.scoring import score
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit("the reloaded adapters do not give the same answers")
 
 
-def teach(method: str, task: str, splits: Splits, out: Path, seed: int) -> tuple[dict[str, float], list[str]]:
+def teach(method: str, task: str, splits: Splits, out: Path, seed: int) -> tuple[Record, list[str]]:
     """Train and save one adapter on a fresh base; return what training took, and the answers of the adapted model."""
     set_seed(seed)
     processor, base = load_base(CHECKPOINT)

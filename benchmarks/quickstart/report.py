@@ -24,7 +24,7 @@ COLORS = {"zero-shot": "#cccccc", "icl": "#8a8a8a", "hificl": colors.HIFICL, "lo
 PICTURES = 4  # of each task
 RIGHT, WRONG = "#2a7a2a", "#b02a2a"
 METRICS = {"knowledge": "exact answers", "captions": "CIDEr over a right one's"}
-TITLE, CENTER = "{}: the first test pictures", {"ha": "center", "fontsize": 12}
+TITLE = "{}: the first test pictures"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def draw(path: Path, rows: Sequence[Row], predictions: Predictions, splits: Mapp
             _show(
                 axes, example, {"base": predictions["zero-shot"][task][row], "HiFICL": predictions["hificl"][task][row]}
             )
-        figure.text(0.335, left[place, 0].get_position(figure).y1 + 0.045, TITLE.format(TASKS[task].title), **CENTER)
+        height = left[place, 0].get_position(figure).y1 + 0.045
+        figure.text(0.335, height, TITLE.format(TASKS[task].title), ha="center", fontsize=12)
     right = figure.add_gridspec(1, 1, left=0.73, right=0.99, top=0.91, bottom=0.24)
     _bars(figure.add_subplot(right[0]), rows, len(splits[CHOSEN[0]]["test"].prompts))
     figure.savefig(path, dpi=120)

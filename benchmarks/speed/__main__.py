@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="per comparison, at least five rounds")
     args = parser.parse_args()
 
-    chosen = {
+    chosen: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name in ("lengths", "training_lengths", "image_tokens", "seconds")
         if (value := getattr(args, name)) is not None

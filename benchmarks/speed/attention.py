@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..common.tables import Record, Table, bytes_of, decimal, duration, tabulate
 from .measure import growth_exponent, interleave, peak_bytes, ratio, summary
-from .presets import N, Preset
+from .presets import HIFICL, N, Preset
 from .report import Bar, spread
-from .variants import HIFICL, PLAIN, VARIANTS, make_inputs
+from .variants import PLAIN, VARIANTS, make_inputs
 
 TITLE = "Attention operation"
 METHOD = f"""Batch 1, n = {N} virtual pairs per query head. `causal`: the kernel's own flag for SDPA and HiFICL;
@@ -156,16 +156,17 @@ def bars(records: list[Record]) -> list[Bar]:
             f"attention, forward + backward, T >= {LONG}: time over plain SDPA",
             "<=",
             1.10,
-            slowest and slowest["time_ratio"],
-            slowest and f"worst of {len(mine)}: {slowest['heads']}, {slowest['mask']}, T = {slowest['T']}",
+            slowest["time_ratio"] if slowest else None,
+            f"worst of {len(mine)}: {slowest['heads']}, {slowest['mask']}, T = {slowest['T']}" if slowest else None,
         ),
         Bar(
             "memory growth in T where it takes more than plain SDPA: exponent less plain SDPA's",
             "<=",
             SAME_EXPONENT,
-            growing and growing["memory_exponent"] - memory[_cell(growing)],
-            growing
-            and f"worst: {growing['pass']}, {growing['heads']}, {growing['mask']}: {growing['memory_exponent']:.2f}",
+            growing["memory_exponent"] - memory[_cell(growing)] if growing else None,
+            f"worst: {growing['pass']}, {growing['heads']}, {growing['mask']}: {growing['memory_exponent']:.2f}"
+            if growing
+            else None,
         ),
     ]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from rich.progress import track
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, StaticCache
 
 from ..common.colors import GREY
 from ..common.tables import Record, Table, count, decimal, duration, tabulate
@@ -37,8 +38,8 @@ class Session:
     model: nn.Module  # what prefills
     decoder: PreTrainedModel  # what decodes: the base model's forward, with the adapter inside it
     prompt: Tensor
-    decode: Callable[..., object]
-    cache: Cache | None = None
+    decode: Callable[..., Any]
+    cache: Any = None  # what the last forward returned
     static: StaticCache | None = None
     token: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -82,12 +83,13 @@ def make_sessions(preset: Preset, device: torch.device) -> dict[str, Session]:
 
 def run(preset: Preset, device: torch.device, compiled: bool) -> list[Record]:
     sessions = make_sessions(preset, device)
+    compile_step: Any = torch.compile  # its type lacks `isolate_recompiles`
     records: list[Record] = []
     for mode in (EAGER, COMPILED) if compiled else (EAGER,):
         if mode == COMPILED:
             for session in sessions.values():
                 # Each with a cache of its own: all run the same code, and would wait for each other's guards.
-                session.decode = torch.compile(
+                session.decode = compile_step(
                     session.decoder.forward,
                     fullgraph=True,
                     dynamic=False,

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 import transformers as tf
 from matplotlib.figure import Figure
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_hificl import HiFICLLayer
 
@@ -48,7 +48,7 @@ _PAPER_FLOPS, _PAPER_TIME = 14.3, 7.5
 def parameters(name: str) -> Record:
     """Trainable parameters of each method on one of `MODELS`."""
 
-    def attached(config: object) -> nn.Module:
+    def attached(config: PeftConfig) -> PeftModel:
         model = without_weights(MODELS[name]())
         with torch.device("meta"):
             return get_peft_model(model, config)
