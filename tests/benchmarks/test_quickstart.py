@@ -11,7 +11,8 @@ from benchmarks.base_model.scenes import make_scenes
 from benchmarks.quality import tasks
 from benchmarks.quality.__main__ import RESULTS
 from benchmarks.quality.plan import FULL, Job
-from benchmarks.quality.runner import chosen_rate
+from benchmarks.quality.runner import rate_of
+from benchmarks.quality.store import Store
 from benchmarks.quickstart import __main__ as quickstart
 from benchmarks.quickstart import adapters, asking, report, serve
 
@@ -19,7 +20,8 @@ from benchmarks.quickstart import adapters, asking, report, serve
 def test_rates_are_those_that_the_benchmark_chooses():
     names = {"hificl": "hificl", "lora": "lora-8"}
     for task, rates in adapters.RATES.items():
-        chosen = {method: chosen_rate(Job(task, name, FULL, 0), RESULTS) for method, name in names.items()}
+        store = Store(RESULTS, [task])
+        chosen = {method: rate_of(Job(task, name, FULL, 0), store) for method, name in names.items()}
         assert rates == chosen
 
 
@@ -32,7 +34,7 @@ def small(monkeypatch):
     monkeypatch.setattr(asking, "QUERIES", 8)
     monkeypatch.setattr(quickstart, "STEPS_EACH", 10)
     for module in (quickstart, serve):
-        monkeypatch.setattr(module, "prepare_process", lambda: None)
+        monkeypatch.setattr(module, "prepare", lambda: None)
 
     def run(command, check):
         try:

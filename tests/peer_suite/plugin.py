@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,9 +31,9 @@ def pytest_configure() -> None:
     utilities = importlib.import_module(f"{PACKAGE}.testing_utils")
     utilities.hub_online_once = contextlib.nullcontext  # every model is on the disk
     with pytest.MonkeyPatch.context() as patch:
-        diffusers = ModuleType("diffusers")  # imported at the top of a module, for tests that are not run here
-        diffusers.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})  # type: ignore[attr-defined]
-        patch.setitem(sys.modules, "diffusers", diffusers)
+        # Imported at the top of a module, for tests that are not run here.
+        pipeline = type("StableDiffusionPipeline", (), {})
+        patch.setitem(sys.modules, "diffusers", SimpleNamespace(StableDiffusionPipeline=pipeline))
         common = importlib.import_module(f"{PACKAGE}.testing_common")
     common._skip_if_conv1d_not_supported = lambda *_: None  # what is adapted is not GPT-2's projections
     decoders = importlib.import_module(f"{PACKAGE}.test_decoder_models")

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.common import files
+from benchmarks.common.tables import NOT_MEASURED, Table
 from benchmarks.quality import frame, goals, report, tables
 from benchmarks.quality.frame import METHODS, SHOTS, TASKS, TRIALS
 from benchmarks.quality.methods import ALL_METHODS
@@ -28,9 +30,7 @@ def write_run(folder: Path, task: str, method: str, samples: int, seed: int, sco
         run |= {"rate": None, "trainable_parameters": 0, "training_seconds": 0.0}
     if task == "captions":
         run["test"] |= {"cider": 4 * score, "exact_match": score, "chair_i": 0.1, "chair_s": 0.2, "recall": 0.9}
-    path = folder / "runs" / task / f"{method}.{samples}.{seed}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run | {"unheard of": 1} | more))
+    files.append(folder / "runs" / f"{task}.jsonl", run | {"unheard of": 1} | more)
 
 
 def write_all(
@@ -50,14 +50,22 @@ def write_all(
 
 
 def write_grid(folder: Path, method: str, scores: Mapping[float, float]) -> None:
-    path = folder / "sweeps" / "coarse"
-    path.mkdir(parents=True, exist_ok=True)
     for rate, score in scores.items():
         sweep = {"task": "coarse", "method": method, "samples": FULL, "rate": rate, "seed": 0}
-        (path / f"{method}.{FULL}.{rate}.json").write_text(json.dumps(sweep | {"validation": {"score": score}}))
+        files.append(folder / "sweeps" / "coarse.jsonl", sweep | {"validation": {"score": score}})
 
 
-def row_of(table: tables.Table, title: str) -> dict[str, str]:
+def remove_runs(folder: Path, method: str, **having: object) -> None:
+    """Those of the coarse task."""
+    path = folder / "runs" / "coarse.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    path.unlink()
+    for record in records:
+        if record["method"] != method or not having.items() <= record.items():
+            files.append(path, record)
+
+
+def row_of(table: Table, title: str) -> dict[str, str]:
     (row,) = [row for row in table.rows if row[0] == title]
     return dict(zip(table.columns, row, strict=True))
 
@@ -140,25 +148,24 @@ def test_whole_report(tmp_path: Path) -> None:
         assert f'<a id="{anchor}"></a>' in text
     for figure in ("54.19", "1.3315", "16.78", "5.74", "7.5x", "14.3x", "7.90x", "14.30x", "a cpu"):
         assert figure in text
-    assert "nan" not in text.lower().split() and goals.NOT_MEASURED not in statuses(frame.load(tmp_path)).values()
+    assert "nan" not in text.lower().split() and NOT_MEASURED not in statuses(frame.load(tmp_path)).values()
 
 
 def test_empty_report(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         text = report.write(tmp_path).read_text()
-    assert set(statuses(frame.load(tmp_path)).values()) == {goals.NOT_MEASURED}
+    assert set(statuses(frame.load(tmp_path)).values()) == {NOT_MEASURED}
     assert "Not measured" in text
     assert "54.19" in text  # the paper's figures stand whatever was measured here
 
 
 def test_missing_task_leaves_no_mean(tmp_path: Path) -> None:
     write_all(tmp_path, {"hificl": 0.7, "lora-8": 0.6})
-    (tmp_path / "runs" / "coarse" / f"lora-8.{FULL}.4.json").unlink()
+    remove_runs(tmp_path, "lora-8", seed=4)
     row = row_of(tables.main(frame.load(tmp_path)), METHODS["lora-8"])
     assert row[TASKS["coarse"]].endswith("(4 seeds)") and row[tables.MEAN].endswith("(4 seeds)")
-    for path in (tmp_path / "runs" / "coarse").glob("lora-8.*"):
-        path.unlink()
+    remove_runs(tmp_path, "lora-8")
     found = frame.load(tmp_path)
     row = row_of(tables.main(found), METHODS["lora-8"])
     assert (row[TASKS["coarse"]], row[tables.MEAN]) == ("-", "-")
@@ -194,20 +201,29 @@ def test_comparison_corrects_across_tasks(tmp_path: Path) -> None:
     assert [row[2] for row in table.rows] == expected
 
 
-def test_unusable_files_are_named(tmp_path: Path) -> None:
-    write_all(tmp_path, {"hificl": 0.7})
+def test_lines_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     write_run(tmp_path, "coarse", "lora-8", FULL, 0, float("nan"))
     write_run(tmp_path, "coarse", "lora-8", FULL, 1, 0.5, rate="fast")
-    write_run(tmp_path, "coarse", "lora-8", FULL, 9, 0.5)
-    (tmp_path / "runs" / "coarse" / f"lora-8.{FULL}.9.json").rename(
-        tmp_path / "runs" / "coarse" / f"lora-8.{FULL}.2.json"
-    )
-    write_run(tmp_path, "coarse", "new-method", FULL, 0, 0.5)
-    (tmp_path / "runs" / "coarse" / f"lora-8.{FULL}.3.json").write_text('{"task": "coa')
+    write_run(tmp_path, "captions", "lora-8", FULL, 2, 0.5)
+    (of_another_task,) = (tmp_path / "runs" / "captions.jsonl").read_text().splitlines(keepends=True)
+    write_all(tmp_path, {"hificl": 0.7, "new-method": 0.5})
+    with (tmp_path / "runs" / "coarse.jsonl").open("a") as file:
+        file.write(of_another_task + '{"task": "coarse"}\n{"task": "coa\n{"task"')
     found = frame.load(tmp_path)
-    assert [line.split(":")[0] for line in found.unusable] == [f"runs/coarse/lora-8.{FULL}.{n}.json" for n in range(4)]
+    named = [line.split(":")[0] for line in found.unusable]
+    lines = (1, 2, 13, 14, 15)  # five seeds of two methods between them
+    assert named == [*(f"runs/coarse.jsonl, line {number}" for number in lines), "runs/coarse.jsonl"]
     assert tables.unknown(found) == ["new-method"]
     assert row_of(tables.coverage(found), "HiFICL")["1,000"] == 30
+
+
+def test_of_two_lines_for_a_run_the_later_one_holds(tmp_path: Path) -> None:
+    for score in (0.9, 0.2):
+        write_run(tmp_path, "coarse", "hificl", FULL, 0, score)
+        write_grid(tmp_path, "hificl", {0.001: score, 0.01: 0.5})
+    found = frame.load(tmp_path)
+    assert found.scores("hificl", "coarse", FULL).tolist() == [0.2]
+    assert found.rates("hificl", "coarse", FULL).better == 0.01
 
 
 def test_a_rate_is_told_of_what_ran_or_was_swept_alone(tmp_path: Path) -> None:
@@ -241,11 +257,9 @@ def test_rates(grid: dict[float, float], shown: str, tmp_path: Path) -> None:
 
 
 def write_trial(folder: Path, name: str, method: str, rate: float, *scores: float, task: str = "captions") -> None:
-    (folder / name / task).mkdir(parents=True, exist_ok=True)
     for seed, score in zip(TRIAL_SEEDS, scores, strict=False):
         record = {"task": task, "method": method, "samples": FULL, "seed": seed, "rate": rate}
-        path = folder / name / task / f"{method}.{FULL}.{rate}.{seed}.json"
-        path.write_text(json.dumps(record | {"validation": {"score": score}}))
+        files.append(folder / name / f"{task}.jsonl", record | {"validation": {"score": score}})
 
 
 def test_trials_are_means_over_all_their_seeds_at_the_best_rate(tmp_path: Path) -> None:
@@ -290,16 +304,16 @@ def test_each_number_of_pairs_is_judged_by_its_own_runs(tmp_path: Path) -> None:
     found = statuses(write_all(tmp_path, levels, sizes=(16, FULL)))
     for goal in ("b-lora-8", "c-lora-8-16"):
         assert (found[goal], found[f"{goal}-n16"]) == (goals.SHOWN, goals.NOT_SHOWN)
-    assert found["d-lora-8-n16"] == goals.SHOWN and found["c-lora-16-16-n16"] == goals.NOT_MEASURED
+    assert found["d-lora-8-n16"] == goals.SHOWN and found["c-lora-16-16-n16"] == NOT_MEASURED
 
 
 def test_one_task_decides_a_goal_on_every_task(tmp_path: Path) -> None:
     write_all(tmp_path, {"hificl": 0.7, "mimic": 0.5, "live": 0.5}, tasks=["coarse", "captions"])
-    assert statuses(frame.load(tmp_path))["a-mimic"] == goals.NOT_MEASURED
+    assert statuses(frame.load(tmp_path))["a-mimic"] == NOT_MEASURED
     for seed in range(5):
         write_run(tmp_path, "captions", "mimic", FULL, seed, 0.9)
     found = statuses(frame.load(tmp_path))
-    assert found["a-mimic"] == goals.NOT_SHOWN and found["a-live"] == goals.NOT_MEASURED
+    assert found["a-mimic"] == goals.NOT_SHOWN and found["a-live"] == NOT_MEASURED
 
 
 def test_clearly_needs_an_interval_above_zero(tmp_path: Path) -> None:
@@ -308,7 +322,7 @@ def test_clearly_needs_an_interval_above_zero(tmp_path: Path) -> None:
     assert abs(difference.mean) < difference.half
     assert statuses(found)["c-lora-8-16"] == goals.NOT_SHOWN
     assert statuses(found)["c-lora-16-16"] == goals.SHOWN
-    assert statuses(found)["c-lora-16-64"] == goals.NOT_MEASURED
+    assert statuses(found)["c-lora-16-64"] == NOT_MEASURED
 
 
 def test_half_the_parameters(tmp_path: Path) -> None:
