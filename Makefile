@@ -4,8 +4,8 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quality test test-slow test-integration mutation quickstart quality-run quality-report base-model architectures \
-	peer-suite clean
+.PHONY: setup quality test test-benchmarks test-slow test-integration mutation quickstart quality-run quality-report base-model \
+	architectures peer-suite clean
 setup: .venv/ready
 
 .venv/ready: constraints.txt setup.cfg pyproject.toml
@@ -20,7 +20,10 @@ quality: setup
 	$(BIN)/mypy
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not integration' --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+	$(BIN)/python -m pytest -n 2 --ignore=tests/benchmarks -m 'not slow and not integration' --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+test-benchmarks: setup
+	$(BIN)/python -m pytest -n 2 -m 'not slow' tests/benchmarks
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
@@ -49,25 +52,8 @@ base-model: setup
 architectures: setup  ## rewrite docs/architectures.md from the tests' own table
 	$(BIN)/python -m tests.architectures
 
-# PEFT's own tests with HiFICLConfig in the place of LoRA's. docs/peer-suite.md says what is left out and why.
-PEFT_VERSION := 0.21.2
-PEER_SUITE ?= ../shared/tools/run_peft_suite.py
-PEER := $(BIN)/python $(PEER_SUITE) --checkout $(CURDIR)/.peer-suite/peft-$(PEFT_VERSION) --models .peer-suite/models \
-	--config peft_hificl:HiFICLConfig --mixed-batches --no-merge --more-decoders
-PEER_WITHOUT := not GPTJ and not Deberta and not deberta and not test_disable_adapters \
-	and not test_set_adapter_non_overlapping_modules and not test_set_requires_grad
-peer-suite: setup .peer-suite/peft-$(PEFT_VERSION)
-	$(PEER) --suites decoder,encdec,feature,seqcls,tokqa,custom,config -k '$(PEER_WITHOUT)'
-	$(PEER) --suites custom -k test_disable_adapters --kwargs '{"scale_self_attention": false}'
-	$(PEER) --suites extra --declare fresh_process_without_import,hotswap,mixed_model,disk_offload --json .peer-suite/extra.json \
-		|| $(BIN)/python -c 'import json; failed = [row["id"] for row in json.load(open(".peer-suite/extra.json"))["outcomes"] \
-		if row["status"] == "failed"]; print("failed:", failed); assert failed == ["extra::ck_identity_at_init"]'
-
-.peer-suite/peft-$(PEFT_VERSION):
-	mkdir -p .peer-suite
-	$(BIN)/python -m pip install --quiet setuptools wheel
-	$(BIN)/python -m pip download --quiet --no-binary :all: --no-deps --no-build-isolation --dest .peer-suite peft==$(PEFT_VERSION)
-	tar -xzf $@.tar.gz -C .peer-suite
+peer-suite: setup  ## PEFT's own tests with HiFICLConfig in the place of its methods: docs/peer-suite.md
+	$(BIN)/python -m tests.peer_suite
 
 clean:
 	rm -rf .venv .peer-suite out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -61,7 +61,7 @@ MORE_DECODERS: dict[str, Model] = {
     "more/phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**LLAMA | {"num_key_value_heads": 4})),
     "more/gpt-neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**TOKENS | BERT)),
 }
-ENCODERS: dict[str, Model] = {
+OTHERS: dict[str, Model] = {
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": lambda: tf.T5ForConditionalGeneration(
         tf.T5Config(**T5)
     ),
@@ -84,19 +84,23 @@ ENCODERS: dict[str, Model] = {
 }
 
 
-def build(folder: Path) -> Path:
-    """Write every model that is not there yet, with a tokenizer, and the one adapter that PEFT's tests load."""
+def tokenizer() -> tf.PreTrainedTokenizerFast:
+    """A word for each id."""
     words = ["<pad>", "w1", "w2", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(6, VOCABULARY))]
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
-    tokenizer = tf.PreTrainedTokenizerFast(
+    return tf.PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
-    for seed, (name, make) in enumerate((DECODERS | MORE_DECODERS | ENCODERS).items()):
+
+
+def build(folder: Path) -> Path:
+    """Write every model that is not there yet, with a tokenizer, and the one adapter that PEFT's tests load."""
+    for seed, (name, make) in enumerate((DECODERS | MORE_DECODERS | OTHERS).items()):
         if not (folder / name / "tokenizer.json").exists():
             torch.manual_seed(seed)
             make().eval().save_pretrained(folder / name)
-            tokenizer.save_pretrained(folder / name)
+            tokenizer().save_pretrained(folder / name)
     adapter = LoraConfig(base_model_name_or_path=next(iter(DECODERS)), task_type="CAUSAL_LM")
     adapter.save_pretrained(str(folder / "peft-internal-testing/tiny-opt-lora-revision"))
     return folder
