@@ -175,15 +175,16 @@ def draw(records: list[Record], figure: Figure) -> None:
     colors = [COLORS.get(name, GREY) for name in names]
     eager = [r for r in records if r["mode"] == EAGER]
     drawn = left.bar(names, [r["prefill_seconds"] * 1e3 for r in eager], color=colors)
-    left.bar_label(drawn, fmt="%.3g", fontsize=9)
+    left.bar_label(drawn, fmt="{:,.4g}", fontsize=9)
     left.set_ylabel("prefill, ms")
-    for place, mode in enumerate(dict.fromkeys(r["mode"] for r in records)):
+    modes = list(dict.fromkeys(r["mode"] for r in records))
+    for place, mode in enumerate(modes):
         speeds = [r["tokens_per_second"] for r in records if r["mode"] == mode]
-        places = [index + 0.42 * place for index in range(len(names))]
+        places = [index + 0.42 * (place - (len(modes) - 1) / 2) for index in range(len(names))]
         drawn = right.bar(places, speeds, width=0.4, color=colors, alpha=0.55 if mode == COMPILED else 1)
         right.bar_label(drawn, fmt="{:,.4g}", fontsize=8)
     right.set_xticks(range(len(names)), names)
-    right.set_ylabel("tokens/s, eager" + (" and compiled (pale)" if len(records) > len(names) else ""))
+    right.set_ylabel("tokens/s, eager" + (" and compiled (pale)" if COMPILED in modes else ""))
     for axes in (left, right):
         axes.tick_params(axis="x", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
