@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.common.tables import NOT_MEASURED
 from benchmarks.speed import measure, paper, presets, report, variants
+from benchmarks.speed.__main__ import PARTS
 
+RESULTS = Path(report.__file__).parents[1] / "results"
 CPU = torch.device("cpu")
 
 
@@ -81,6 +85,14 @@ def test_bars() -> None:
     assert report.Bar("x", "<=", 1.1, 1.05).row()[3] == "yes"
     assert report.Bar("x", ">=", 0.93, 0.9).row()[3] == "NO"
     assert report.Bar("x", "<=", 1.1, None).row()[2] == NOT_MEASURED
+
+
+@pytest.mark.parametrize("name", ["speed-cpu", "speed-h100"])
+def test_the_report_is_that_of_the_results_beside_it(name: str, tmp_path: Path) -> None:
+    for path in (RESULTS / name).glob("*.json"):
+        shutil.copy(path, tmp_path)
+    report.write(tmp_path, PARTS, Console(quiet=True))
+    assert (tmp_path / "speed.md").read_text() == (RESULTS / name / "speed.md").read_text()
 
 
 @pytest.mark.slow

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
 from benchmarks.common import files
 from benchmarks.common.tables import NOT_MEASURED, Table
-from benchmarks.quality import frame, goals, report, tables
+from benchmarks.quality import frame, goals, plots, report, tables
+from benchmarks.quality.__main__ import RESULTS
 from benchmarks.quality.frame import METHODS, SHOTS, TASKS, TRIALS
 from benchmarks.quality.methods import ALL_METHODS
 from benchmarks.quality.plan import FULL, SIZES, TRIAL_SEEDS
@@ -149,6 +152,22 @@ def test_whole_report(tmp_path: Path) -> None:
     for figure in ("54.19", "1.3315", "16.78", "5.74", "7.5x", "14.3x", "7.90x", "14.30x", "a cpu"):
         assert figure in text
     assert "nan" not in text.lower().split() and NOT_MEASURED not in statuses(frame.load(tmp_path)).values()
+
+
+def test_the_report_is_that_of_the_results_beside_it(tmp_path: Path) -> None:
+    shutil.copytree(RESULTS, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.md", "*.png"))
+    assert report.write(tmp_path).read_text() == (RESULTS / "report.md").read_text()
+    assert frame.load(RESULTS).unusable == []
+
+
+def test_points_stand_where_they_were_measured(tmp_path: Path) -> None:
+    found = write_all(tmp_path, sizes=SIZES)  # most methods have as many parameters as others
+    expected = {plots.draw_samples: set(SIZES), plots.draw_parameters: set(PARAMETERS.values()) | {1500}}
+    for draw, places in expected.items():
+        figure = Figure()
+        draw(found, figure)
+        drawn = {x for axes in figure.axes for shown in axes.containers for x in shown.lines[0].get_xdata()}
+        assert drawn == places
 
 
 def test_empty_report(tmp_path: Path) -> None:
