@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -35,15 +34,13 @@ def unpack() -> Path:
     if not package.exists():
         archive = FOLDER / f"{release}.tar.gz"
         if not archive.exists():
-            pip = [sys.executable, "-m", "pip"]
-            # The build tools of the archive, which pip asks for its metadata without building it.
-            subprocess.run([*pip, "install", "--quiet", "setuptools", "wheel"], check=True)
-            download = ["download", "--quiet", "--no-deps", "--no-binary", "peft", "--no-build-isolation"]
-            subprocess.run([*pip, *download, "--dest", str(FOLDER), release.replace("-", "==")], check=True)
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "peft"]
+            subprocess.run([*pip, "--dest", str(FOLDER), release.replace("-", "==")], check=True)
         with tarfile.open(archive) as contents:
             contents.extractall(FOLDER, filter="data")
-        shutil.move(FOLDER / release / "tests", package)
-        (package / "__init__.py").touch()
+        tests = FOLDER / release / "tests"
+        (tests / "__init__.py").touch()
+        tests.rename(package)
     return package
 
 
