@@ -22,7 +22,7 @@ quality: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --ignore=tests/benchmarks -m 'not slow and not integration' --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
-test-benchmarks: setup
+test-benchmarks: setup  ## the benchmarks' own tests
 	$(BIN)/python -m pytest -n 2 -m 'not slow' tests/benchmarks
 
 test-slow: setup
