@@ -18,7 +18,7 @@ from transformers import (
 from peft_hificl import HiFICLConfig, HiFICLLayer, initialize_from_demonstrations
 
 from . import architectures
-from .helpers import build
+from .helpers import build, pairs_for
 
 DEMONSTRATIONS = torch.tensor([[5, 6, 7, 8, 9]])
 QUERY = torch.tensor([[3, 4, 11]])
@@ -328,7 +328,7 @@ def test_what_a_rank_above_the_pairs_own_leaves_over_can_learn(device):
             parameter.zero_()
     keys, values = torch.randn(2, 2, 2, 16, device=device)
     layer.set_pairs("default", keys, values)
-    for found, pairs, kind in zip(layer(1)[:2], (keys, values), "KV", strict=True):
+    for found, pairs, kind in zip(pairs_for(layer)[:2], (keys, values), "KV", strict=True):
         assert found.shape == (1, 4, 2, 16) and found.device.type == device
         if device == "cpu":
             torch.testing.assert_close(found[0], pairs.repeat_interleave(2, dim=0), rtol=1e-4, atol=1e-5)

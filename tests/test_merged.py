@@ -221,7 +221,7 @@ def test_the_gradient_of_each_alone(which: str) -> None:
             assert (path.kernel is None and "trained" in path.reason) if which == "log_weights" else path.kernel
             out = attend(*args, Scoring(0.3))
         else:
-            out, _ = attend(Scoring(**y, scaling=0.3))
+            out, _ = attend(**y, scaling=0.3)
         gradients.append((out, *torch.autograd.grad(out.cos().sum(), y[which])))
     for got, want in zip(*reversed(gradients), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
@@ -713,19 +713,19 @@ def test_cuda_kernels_read_words_of_16_bytes(dtype: torch.dtype, word: int, monk
     flat = plain.as_subclass(OnCuda)
     shape, strides = (2, 3, 4, 2 * word), (128 * word, 32 * word, 8 * word, 1)
     aligned = flat.as_strided(shape, strides, 2 * word)
-    assert merged._rows(aligned) is aligned
+    assert merged._aligned(aligned) is aligned
     offsets = [flat.as_strided(shape, strides, offset) for offset in (1, word // 2, word + 1)]
     rows = [
         flat.as_strided(shape, [s + (word // 2 if i == place else 0) for i, s in enumerate(strides)], word)
         for place in range(3)
     ]
     for strange in (*offsets, *rows, flat.as_strided(shape, (*strides[:3], 2), word)):
-        got = merged._rows(strange)
+        got = merged._aligned(strange)
         assert torch.equal(got, strange) and got.is_contiguous() and got.storage_offset() == 0
     of_the_cpu = plain[1:].as_strided(shape, strides)
-    assert merged._rows(of_the_cpu) is of_the_cpu  # whose kernels read from anywhere
+    assert merged._aligned(of_the_cpu) is of_the_cpu  # whose kernels read from anywhere
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # it does not trace storage_offset()
-    assert merged._rows(offsets[0]) is offsets[0]
+    assert merged._aligned(offsets[0]) is offsets[0]
 
 
 def test_recorders_are_told_apart() -> None:
@@ -762,7 +762,7 @@ def test_one_causal_query_sees_one_key(grouped: bool, monkeypatch: pytest.Monkey
     """Query t sees the keys 0..t, however many there are."""
     torch.manual_seed(14)
     monkeypatch.setitem(KERNELS["cpu"], "flash", KERNELS["cpu"]["flash"]._replace(groups=grouped))
-    x = tensors(4, 4, 1, 9, 6, 6, 3)
+    x = tensors(4, 2, 1, 9, 6, 6, 3)
     got = merged.attention(x["query"], x["key"], x["value"], pairs_of(x), Scoring(0.3, is_causal=True))
     want, _ = oracle.hificl(**{**x, "key": x["key"][:, :, :1], "value": x["value"][:, :, :1]}, scaling=0.3)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)

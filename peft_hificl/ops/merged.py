@@ -73,7 +73,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, sc
     else:
         kernel, context = KERNELS[query.device.type][inputs.kernel], _context_call(inputs)
         repeats = not kernel.groups and query.shape[1] != key.shape[1]
-        decodes = repeats and query.shape[2] == 1
+        decodes = repeats and query.shape[2] == 1 and not scoring.is_causal
         output = _decode(kernel, context, virtual) if decodes else _run(kernel, context, virtual).output
     return output if query.shape[-1] == value.shape[-1] else output[..., : value.shape[-1]]
 
@@ -230,7 +230,7 @@ def _decode(kernel: Kernel, context: Call, virtual: Call) -> Tensor:
     query, mask = context.query.reshape(batch, groups, heads // groups, dim), context.mask
     if mask is not None:
         mask = mask.expand(batch, heads, 1, -1).reshape(batch, groups, heads // groups, -1)
-    context_output, context_lse, _ = kernel.forward(context._replace(query=query, mask=mask, is_causal=False))
+    context_output, context_lse, _ = kernel.forward(context._replace(query=query, mask=mask))
     virtual_output, virtual_lse, _ = kernel.forward(virtual)
     context_lse = context_lse[:, :, : heads // groups].reshape(batch, heads, 1)
     alpha = torch.sigmoid(context_lse - virtual_lse[:, :, :1])
