@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from contextlib import suppress
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .config import HiFICLConfig
+from .layer import forget_unloaded
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -44,6 +46,7 @@ def saved_shapes(
         state_dict: as for `BaseTuner.inject_adapter`.
     """
     bare: Any = without_weights(tuner)
+    forget_unloaded(bare, adapter_name)
     bare.peft_config[adapter_name] = copy.deepcopy(config)
     bare.model.peft_config = bare.peft_config
     with torch.device("meta"), warnings.catch_warnings():
@@ -73,7 +76,8 @@ def without_weights(module: nn.Module) -> Any:
 
     def copied(original: nn.Module) -> nn.Module:
         if original not in copies:
-            clone = copies[original] = type(original).__new__(type(original))
+            # Not by the class's own __new__: FSDP2's calls __init__.
+            clone = copies[original] = object.__new__(type(original))
             state: dict[str, Any] = {
                 name: copy.copy(value) if isinstance(value, dict | list | set) else value
                 for name, value in vars(original).items()
@@ -82,6 +86,8 @@ def without_weights(module: nn.Module) -> Any:
                 state[name] = {n: None if tensor is None else bare(tensor) for n, tensor in state[name].items()}
             state["_modules"] = {n: None if child is None else copied(child) for n, child in state["_modules"].items()}
             vars(clone).update(state, **{name: type(state[name])() for name in _HOOKS})
+            # Quantised layers have a method of their own that reads what their weights hold, which copies do not have.
+            vars(clone)["_save_to_state_dict"] = MethodType(nn.Module._save_to_state_dict, clone)
         found: nn.Module = copies[original]
         return found
 

@@ -246,6 +246,18 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
     bias: Any = None
 
 
+def layers_with(model: nn.Module, adapter_name: str) -> list[HiFICLLayer]:
+    """The layers of a model that have parameters of an adapter."""
+    return [module for module in model.modules() if isinstance(module, HiFICLLayer) and module.has(adapter_name)]
+
+
+def forget_unloaded(model: nn.Module, adapter_name: str) -> None:
+    """Remove what an earlier load has left of an adapter whose weights it could not read: the name is free again."""
+    for layer in layers_with(model, adapter_name):
+        if layer.awaits_weights[adapter_name]:
+            layer.delete_adapter(adapter_name)
+
+
 def _refuse_gradient(gradient: Tensor) -> NoReturn:
     """The weights that accelerate has brought in for one forward take their gradients along when they go."""
     raise RuntimeError(

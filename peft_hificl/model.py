@@ -29,7 +29,7 @@ from . import (
     targets,
 )
 from .config import HiFICLConfig
-from .layer import CANNOT_MERGE, HiFICLLayer
+from .layer import CANNOT_MERGE, HiFICLLayer, forget_unloaded, layers_with
 from .names import MODULE, PREFIX, module_of, plain, uncompiled
 from .undo import Undo
 
@@ -107,7 +107,7 @@ class HiFICLModel(BaseTuner):
             preflight.check(model, adapter_name, config, names, load)
             if load is not None and names:
                 preflight.check_load(self, adapter_name, config, load, state_dict)
-            _forget_unloaded(model, adapter_name)
+            forget_unloaded(model, adapter_name)
             with Undo(model, adapter_name) as undo:  # PEFT has checks of its own, some of them after the change
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
                 hooks.refresh(model)
@@ -141,7 +141,10 @@ class HiFICLModel(BaseTuner):
             if type(model).__module__.startswith("transformers."):  # PEFT notes it where there is no task type
                 kind = type(model)
                 config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+            found = isinstance(config.target_modules, targets.FoundNames)
             yield config, load
+            if found:  # PEFT replaces a long set of names by a plain set of shorter ones
+                config.target_modules = targets.FoundNames(config.target_modules)  # type: ignore[arg-type, assignment]
         except BaseException:
             self.targeted_module_names = named
             self.peft_config.pop(adapter_name, None)
@@ -151,7 +154,7 @@ class HiFICLModel(BaseTuner):
     def _prepare_load(self, model: nn.Module, adapter_name: str, load: loading.Load, undo: Undo) -> None:
         if load.by_peft:  # which reads the weights next; should that fail, the adapter must have no effect
             self._unloaded[adapter_name] = undo
-            for layer in _layers_with(model, adapter_name):
+            for layer in layers_with(model, adapter_name):
                 layer.awaits_weights[adapter_name] = True
         else:
             # transformers reads them again, with no word to the tuner: should that fail, or find no names for them,
@@ -292,7 +295,7 @@ class HiFICLModel(BaseTuner):
                 undo()
                 tuner.peft_config.pop(adapter_name, None)
             raise
-        for layer in _layers_with(model, adapter_name):
+        for layer in layers_with(model, adapter_name):
             layer.awaits_weights[adapter_name] = False
         return remapped
 
@@ -370,21 +373,10 @@ class HiFICLModel(BaseTuner):
         }
 
 
-def _layers_with(model: nn.Module, adapter_name: str) -> list[HiFICLLayer]:
-    return [module for module in model.modules() if isinstance(module, HiFICLLayer) and module.has(adapter_name)]
-
-
 def _check_loaded(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
-        if any(layer.awaits_weights[name] for layer in _layers_with(model, name)):
+        if any(layer.awaits_weights[name] for layer in layers_with(model, name)):
             raise ValueError(
                 f"The weights of adapter {name!r} were never loaded, as reading them failed: call load_adapter again, "
                 f"or delete_adapter({name!r})."
             )
-
-
-def _forget_unloaded(model: nn.Module, adapter_name: str) -> None:
-    """An adapter of this name whose weights could not be read, earlier, makes room."""
-    for layer in _layers_with(model, adapter_name):
-        if layer.awaits_weights[adapter_name]:
-            layer.delete_adapter(adapter_name)
