@@ -172,7 +172,7 @@ def check_whole(state_dict: Mapping[str, Tensor]) -> None:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError for a value that is not a tensor, or that holds NaN or infinity."""
+    """Raise a ValueError for what is not a tensor, is not finite, or is HiFICL's and not of floating-point numbers."""
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(

@@ -41,9 +41,9 @@ class HiFICLConfig(PeftConfig):
         r (`int`): Rank of the factorisation ``K_D = K_A K_B``, ``V_D = V_A V_B``.
         target_modules (`Optional[Union[List[str], str]]`): Attention modules to adapt, as names or a regular
             expression.  None: every self-attention of the text decoder (of the encoder, where there is no decoder),
-            found by structure.  The attached adapter's configuration then holds what was found, and saves it: a
-            regular expression that fits any number of layers or, where no such expression fits, the names.  If the
-            same object is used for another model, whose targets differ, that model gets a copy.
+            found by structure.  What was found replaces the None when the adapter is attached, and is saved: a regular
+            expression that fits any number of layers or, if there is none that fits, the names.  If the same object is
+            then used for another model, whose targets differ, that model gets a copy.
         exclude_modules (`Optional[Union[List[str], str]]`): Modules to leave out, as names or a regular expression.
         layers_to_transform (`Optional[Union[List[int], int]]`): Adapt only the layers with these indices.
         layers_pattern (`Optional[Union[List[str], str]]`): Name of the list of layers that the indices count in.
