@@ -144,7 +144,7 @@ class HiFICLModel(BaseTuner):
             found = isinstance(config.target_modules, targets.FoundNames)
             yield config, load
             if found:  # of 20 names or more, PEFT may have made a plain set of shorter ones
-                config.target_modules = targets.FoundNames(config.target_modules)  # type: ignore[arg-type, assignment]
+                config.target_modules = targets.FoundNames(config.target_modules)
         except BaseException:
             self.targeted_module_names = named
             self.peft_config.pop(adapter_name, None)

@@ -117,7 +117,7 @@ def _text_decoder(model: nn.Module) -> nn.Module:
 
 
 def _embeds_tokens(model: PreTrainedModel) -> bool:
-    """Whether the model has token embeddings.  The configuration of a tower may state a vocabulary though it has none."""
+    """Whether the model has token embeddings.  A tower has none, but its configuration may state a vocabulary."""
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     return vocabulary is not None and any(embedding.num_embeddings >= vocabulary for embedding in embeddings)
