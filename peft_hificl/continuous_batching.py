@@ -74,7 +74,7 @@ def _init_continuous_batching(
         )
     config = copy.copy(config)
     config.use_cuda_graph = False  # left None, it would be turned on by a padding interval
-    config.auto_switch_to_flash = False  # HiFICL does not support flash attention
+    config.auto_switch_to_flash = False  # it switches to an implementation that HiFICL lacks
     return type(model).init_continuous_batching(model, generation_config, config, *args, **kwargs)
 
 

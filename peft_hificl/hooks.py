@@ -11,7 +11,7 @@ from .watch import EffectWatch, GradientWatch
 
 
 def refresh(model: nn.Module) -> None:
-    """Register, on this model and the models within it, the hooks that adapted attentions need; remove all others."""
+    """Register, on this model and the models within it, the hooks that adapted attentions need now."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     below = {part: set(part.modules()) for part in parts}
     for part in parts:
