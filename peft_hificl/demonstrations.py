@@ -20,7 +20,7 @@ def initialize_from_demonstrations(
 
     The base model runs on the prompt once; virtual pair i of each head becomes the key and value of ``tokens[i]``:
 
-        K_D = K[tokens],  V_D = V[tokens],  each factorised at rank r (truncated SVD, exact for ``r >= n``)
+        K_D = K[tokens],  V_D = V[tokens],  each factorised at rank r (truncated SVD, exact for r >= n)
 
     With rotary embeddings, the prompt gets the positions -T, ..., -1, so that it stands right before later prompts,
     which begin at 0.  With ``n = T`` and ``r >= n`` the fresh adapter then answers like the base model with the

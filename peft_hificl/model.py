@@ -39,7 +39,7 @@ class HiFICLModel(BaseTuner):
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model to adapt.
-        config ([`HiFICLConfig`]): The configuration of the adapter.
+        peft_config ([`HiFICLConfig`]): The configuration of the adapter.
         adapter_name (`str`): The name of the adapter, `"default"` if PEFT is not told otherwise.
         low_cpu_mem_usage (`bool`): Create the adapter's weights on the meta device, as they are loaded next.
 
