@@ -14,8 +14,8 @@ def parameter_groups(model: nn.Module, lr: float, key_lr_ratio: float = 0.3) -> 
     """Groups for any torch optimizer: rate ``key_lr_ratio * lr`` for virtual keys, ``lr`` for all other parameters.
 
     In `out = alpha SA + sum_i beta_i V_D,i`, values enter linearly, keys through the exponential of their scores.  The
-    ratio was chosen on validation data of the small base in ``benchmarks`` (docs/benchmark-history.md); the paper has one
-    rate, ``key_lr_ratio=1``.
+    ratio was chosen on validation data of the small base in ``benchmarks`` (docs/benchmark-history.md); the paper has
+    one rate, ``key_lr_ratio=1``.
 
     Args:
         model: the adapted model.  Not tested under FSDP; parameters that it has flattened cannot be told apart.
