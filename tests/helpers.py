@@ -13,6 +13,7 @@ from peft import (
     PeftModel,
     get_peft_model,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -212,3 +213,12 @@ def gemma2() -> tf.PreTrainedModel:  # soft-cap, sliding and full layers, head_d
             pad_token_id=0, attn_implementation="eager",
         )
     )  # fmt: skip
+
+
+def changed(folder: Path, change: Callable[[Tensor], Tensor]) -> None:
+    """Change the first V_A of a stored adapter."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if "V_A" in key)
+    tensors[key] = change(tensors[key])
+    save_file(tensors, path)

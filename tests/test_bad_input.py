@@ -24,7 +24,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_hificl import HiFICLConfig, HiFICLLayer
+from peft_hificl import HiFICLConfig, HiFICLLayer, checkpoint
 
 from .helpers import VOCAB, adapted, build, config, hificl_layers, inputs_for, llama, logits, unchanged
 
@@ -683,3 +683,94 @@ def test_fuzzed_files_never_leave_half_an_adapter(part: int, saved: Path, tmp_pa
         except AssertionError as error:
             raise AssertionError(f"part {part}, case {case}, {path.name}: {path.read_bytes()[:900]!r}") from error
     assert loaded < 50
+
+
+# -- what no other test would notice ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factorize_keys", [True, False], ids=["", "whole-K"])
+@pytest.mark.parametrize("factorize_values", [True, False], ids=["", "whole-V"])
+def test_shapes_of_a_file_of_other_heads(factorize_keys: bool, factorize_values: bool, tmp_path: Path) -> None:
+    cfg = config(factorize_keys=factorize_keys, factorize_values=factorize_values, target_modules=["self_attn"])
+    shapes, here = cfg.parameter_shapes(4, 6, 5), cfg.parameter_shapes(4, 16, 16)
+    tensors = {
+        f"model.layers.{i}.self_attn.virtual_pairs.{n}": torch.zeros(s) for i in (0, 1) for n, s in shapes.items()
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    cfg.save_pretrained(tmp_path)
+    name = "hificl_K_B" if factorize_keys else "hificl_K"
+    message = rf"{name}' of the adapter file has shape {shapes[name]}, but that of .* has {here[name]}: load it"
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        PeftModel.from_pretrained(build("gqa"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            {"modules_to_save": ["lm_head"]},
+            r"The adapter file lacks 'lm_head.weight': its",
+        ),
+        (
+            {"trainable_token_indices": [7, 9]},
+            r"The adapter file lacks '\S*trainable_tokens_delta': its",
+        ),
+    ],
+    ids=["modules_to_save", "trainable_token_indices"],
+)
+def test_a_file_that_lacks_all_of_what_the_configuration_promises(
+    extra: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    adapted("gqa", **extra).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    pairs = {key: tensor for key, tensor in tensors.items() if "hificl_" in key}
+    assert len(pairs) < len(tensors)
+    save_file(pairs, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(build("gqa"), tmp_path)
+
+
+def test_whose_names_are_not_whose(tmp_path: Path) -> None:
+    """The whole sentence."""
+    model = with_a_head(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first = next(key for key in tensors if "V_B" in key)
+    without = {key: tensor for key, tensor in tensors.items() if key != first}
+    layer = {key.replace(".layers.1.", ".layers.7."): tensor for key, tensor in tensors.items()}
+    end = r" Use the files and the base model that belong together"
+    whose = r"its tensors are not those of this adapter \(n=3, r=2\) on LlamaForCausalLM"
+    for stored, message in (
+        (without, rf"The adapter file lacks '\S*self_attn\S*hificl_V_B': {whose} \(9 expected, 8 found\)\.{end}"),
+        (layer, r"The adapter file lacks '\S*layers.1\S*'.* and 1 more and has unexpected '\S*layers.7\S*'.* 1 more: "
+         rf"{whose} \(9 expected, 9 found\)\.{end}"),
+        ({key: tensor for key, tensor in tensors.items() if key != HEAD} | {"nose": torch.zeros(1)},
+         rf"The adapter file lacks 'lm_head.weight' and has unexpected 'nose': {whose} \(9 expected, 9 found\)\.{end}"),
+    ):  # fmt: skip
+        save_file(stored, path)
+        with pytest.raises(ValueError, match=message):
+            PeftModel.from_pretrained(build("gqa"), tmp_path)
+    model = adapted("gqa")
+    state = get_peft_model_state_dict(model)
+    del state[first]
+    message = (
+        r"The state dict lacks '\S*V_B\S*': its HiFICL tensors are not those of the adapter in the model \(8 expected"
+    )
+    with pytest.raises(ValueError, match=message):
+        set_peft_model_state_dict(model, state)
+
+
+def test_a_file_is_read_into_memory_not_onto_an_accelerator(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft.utils.save_and_load.infer_device", lambda: "meta")
+    assert {tensor.device.type for tensor in checkpoint.read(saved).values()} == {"cpu"}
+
+
+def test_numbers_that_torch_cannot_read() -> None:
+    packed = torch.zeros(2, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    with pytest.raises(ValueError, match=r"'x' cannot be read as numbers \(torch.float4_e2m1fn_x2\)"):
+        checkpoint.check_finite({"x": packed})
+
+
+def test_tensors_of_a_dtype_that_torch_cannot_test_fit_parameters_of_the_same() -> None:
+    eight_bits = torch.ones(2).to(torch.float8_e4m3fn)
+    checkpoint.check_state_dict({"lm_head.weight": eight_bits}, {}, {"lm_head.weight": eight_bits.dtype})

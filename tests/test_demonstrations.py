@@ -18,7 +18,7 @@ from transformers import (
 from peft_hificl import HiFICLConfig, HiFICLLayer, initialize_from_demonstrations
 
 from . import architectures
-from .helpers import build
+from .helpers import build, pairs_for
 
 DEMONSTRATIONS = torch.tensor([[5, 6, 7, 8, 9]])
 QUERY = torch.tensor([[3, 4, 11]])
@@ -317,3 +317,20 @@ def test_an_error_in_a_late_layer_leaves_the_early_ones_as_they_were(error, monk
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [0, 2, 4])
     assert not all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_a_rank_above_the_pairs_own_leaves_over_can_learn(device):
+    """Factors that had come to nothing begin anew."""
+    layer = layers(adapted("gqa", n=2, r=64))[0].to(device)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    keys, values = torch.randn(2, 2, 2, 16, device=device)
+    layer.set_pairs("default", keys, values)
+    for found, pairs, kind in zip(pairs_for(layer)[:2], (keys, values), "KV", strict=True):
+        assert found.shape == (1, 4, 2, 16) and found.device.type == device
+        if device == "cpu":
+            torch.testing.assert_close(found[0], pairs.repeat_interleave(2, dim=0), rtol=1e-4, atol=1e-5)
+            left, right = (getattr(layer, f"hificl_{kind}_{factor}")["default"].weight for factor in "AB")
+            assert left[:, :, 2:].std().item() == pytest.approx(1, rel=0.2) and not right[:, 2:].any()

@@ -336,3 +336,31 @@ def test_dropout_drops_virtual_and_context_weights_alike() -> None:
             torch.testing.assert_close(got, torch.where(got == 0, 0.0, want), rtol=1e-5, atol=1e-7)
             if values is unit:
                 assert torch.equal(weights, got)
+
+
+def test_key_value_heads_are_never_expanded() -> None:
+    """For the backward, keys and values are kept with the heads that they came with."""
+    x = tensors(4, 2, 2, 7, 6, 5, 3)
+    q, k, v = (x[name].requires_grad_() for name in ("query", "key", "value"))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        virtual_attention(q, k, v, VirtualPairs(x["virtual_keys"], x["virtual_values"]), Scoring(0.3))
+    cached = [t for t in saved if set(t.shape[-2:]) in ({7, 6}, {7, 5})]
+    assert len(cached) == 2 and {t.numel() for t in cached} == {k.numel(), v.numel()}
+
+
+class Attention(torch.nn.Module):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return virtual_attention(query, key, value, VirtualPairs(keys, values), Scoring(0.3))[0]
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_it_exports_for_any_number_of_queries_and_keys(groups: str) -> None:
+    torch.manual_seed(11)
+    heads, kv = GROUPS[groups]
+    queries, keys = torch.export.Dim("queries", min=2), torch.export.Dim("keys", min=2)
+    shapes = {2: queries}, {2: keys}, {2: keys}, None, None
+    example = tuple(tensors(heads, kv, 7, 6, 4, 5, 2, batch=4).values())
+    exported = torch.export.export(Attention(), example, dynamic_shapes=shapes).module()
+    inputs = tuple(tensors(heads, kv, 3, 9, 4, 5, 2, batch=4).values())
+    torch.testing.assert_close(exported(*inputs), Attention()(*inputs), rtol=0, atol=1e-12)

@@ -213,3 +213,64 @@ def test_the_limits_ask_the_device_of_the_call(monkeypatch: pytest.MonkeyPatch) 
 def test_flash_comes_first() -> None:
     assert list(KERNELS["cuda"]) == ["flash", "efficient"]
     assert [kernel.groups for kernel in KERNELS["cuda"].values()] == [True, False]
+
+
+def test_reasons_are_whole_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `attention_path` and the log give them."""
+    few, asked = torch.empty(1, 4, 3, 64, dtype=torch.bfloat16, device="meta"), {(8, 6): [], (7, 5): []}
+    for capability, reasons in asked.items():
+        flash, efficient = (on(monkeypatch, capability, name) for name in ("flash", "efficient"))
+        reasons += [flash(call()), efficient(call())]
+    flash, efficient = (on(monkeypatch, (8, 6), name) for name in ("flash", "efficient"))
+    found = [
+        flash(call(mask=few)),
+        flash(call(4)),
+        flash(call(200)),
+        flash(call(key=few)),
+        flash(call(64, torch.float32)),
+    ]
+    assert asked[8, 6] == [None, None]
+    assert asked[7, 5] == [
+        "flash attention wants a device of capability 8.0",
+        "memory-efficient attention has no bfloat16 on this device",
+    ]
+    assert found == [
+        "flash attention takes no mask",
+        "flash attention wants a head dimension up to 256 that is a multiple of 8",
+        "flash attention has no backward for this head dimension on this device",
+        "flash attention wants causal attention to be square",
+        "flash attention wants float16 or bfloat16",
+    ]
+    assert efficient(call(64, torch.float64)) == "memory-efficient attention does not take float64"
+    assert efficient(call(4)) == "memory-efficient attention wants rows of a multiple of 16 bytes"
+    for name in ("flash", "mem_efficient"):
+        monkeypatch.setattr(torch._C, f"_get_{name}_sdp_enabled", lambda: False)
+    assert flash(call()) == KERNELS["cpu"]["flash"].limits(call()) == "flash attention is switched off"
+    assert efficient(call()) == "memory-efficient attention is switched off"
+
+
+def test_nothing_is_copied_that_the_memory_efficient_kernel_can_read() -> None:
+    query, key, value = (torch.randn(2, 4, length, 8) for length in (3, 32, 32))
+    for mask in (torch.randn(2, 4, 3, 32), torch.randn(3, 32), torch.randn(1, 1, 3, 48)[..., :32]):
+        laid_out = kernels._layout(Call(query, key, value, mask, False, 0.3))
+        assert laid_out[0] is query and laid_out[1] is key and laid_out[2] is value
+        assert laid_out[3].data_ptr() == mask.data_ptr() and torch.equal(laid_out[3], mask.expand(2, 4, 3, 32))
+
+
+def test_a_devices_capability_is_a_constant_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def untraceable(device: torch.device) -> tuple[int, int]:
+        torch._dynamo.graph_break()
+        return (7, 5)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", untraceable)
+    torch._dynamo.reset()
+    wanted = torch.compile(lambda x: x + kernels._capability(x.device)[1], backend="eager", fullgraph=True)
+    assert torch.equal(wanted(torch.zeros(2)), torch.full((2,), 5.0))
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_an_lse_as_long_as_the_head_dimension(groups: str, kernel: str) -> None:
+    """The memory-efficient kernel pads it to 32, for whatever number of queries."""
+    torch.manual_seed(2)
+    heads, kv = GROUPS[groups]
+    check(tensors(heads, kv, 3, 7, 32, 32, 3))

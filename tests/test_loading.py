@@ -20,9 +20,21 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_hificl import HiFICLConfig
+from peft_hificl import HiFICLConfig, checkpoint
 
-from .helpers import VOCAB, adapted, build, config, hificl_layers, inputs_for, llama, logits, pairs_for, unchanged
+from .helpers import (
+    VOCAB,
+    adapted,
+    build,
+    changed,
+    config,
+    hificl_layers,
+    inputs_for,
+    llama,
+    logits,
+    pairs_for,
+    unchanged,
+)
 
 INPUTS = inputs_for("gqa")
 
@@ -394,15 +406,6 @@ def test_a_second_read_by_transformers_that_fails(
 # -- what a file may hold --------------------------------------------------------------------------------------------
 
 
-def changed(folder: Path, change: Callable[[Tensor], Tensor]) -> None:
-    """Change the first V_A of a stored adapter."""
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    key = next(key for key in tensors if "V_A" in key)
-    tensors[key] = change(tensors[key])
-    save_file(tensors, path)
-
-
 @pytest.mark.parametrize(
     "load",
     [
@@ -652,3 +655,93 @@ def test_another_rank_may_have_nothing_to_save(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("torch.distributed.get_rank", lambda *group: 1)
     partitioned(adapted("gqa"), ".hificl_").save_pretrained(tmp_path, is_main_process=False)
     assert not list(tmp_path.iterdir())
+
+
+# -- what no other test would notice ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model", "layers", "lm_head", "embed_tokens", "default_0"])
+@pytest.mark.parametrize("load", [PeftModel.from_pretrained, lambda base, *args: base.load_adapter(*args)])
+def test_an_adapter_may_be_named_like_a_part_of_the_model(load: Callable[..., object], name: str, good: Path) -> None:
+    base = build("gqa")
+    load(base, good, name)
+    assert all(name in layer.n for layer in hificl_layers(base))
+    torch.testing.assert_close(logits(base, **INPUTS), logits(adapted("gqa", seed=3), **INPUTS), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(0, ":"), (2, " and has unexpected 'x0', 'x1':"), (4, " .*'x0', 'x1', 'x2' and 1 more:")]
+)
+def test_a_file_of_something_else(count: int, words: str, good: Path) -> None:
+    save_file({f"x{place}": torch.zeros(1) for place in range(count)}, good / "adapter_model.safetensors")
+    base = build("gqa")
+    with unchanged(base), pytest.raises(ValueError, match=rf"The adapter file lacks '.*hificl_V_A' and 5 more{words}"):
+        from_pretrained(base, good)
+
+
+def test_a_model_that_counts_no_layers_is_no_stage() -> None:
+    """Whatever stands in the place of one."""
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Identity()])})
+    for names in (["layers.0.attention"], ["blocks.0.attention"], ["attention"]):
+        assert checkpoint.on_other_stages(names, model) == set()
+
+
+def test_whose_fault_a_read_that_fails_is(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is there cannot be read; what is not on the Hub, or cannot be reached, is told by the Hub's error."""
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error("gone")
+
+    monkeypatch.setattr(checkpoint, "load_peft_weights", fail)
+    for error in (OSError, ValueError, RuntimeError):
+        with pytest.raises(ValueError, match=rf"cannot be read \({error.__name__}: gone\).*damaged"):
+            checkpoint.read(good)
+    for error in (OSError, ValueError):
+        with pytest.raises(error, match="^gone$"):
+            checkpoint.read("nobody/nothing")
+
+
+def test_what_stands_beside_the_numbered_layers_of_a_stage() -> None:
+    here, shared = nn.Linear(2, 2), nn.Linear(2, 2)
+    here.config, here.layer_idx, shared.layer_idx = tf.LlamaConfig(num_hidden_layers=2), 1, 7
+    model = nn.ModuleDict({"layers": nn.ModuleDict({"1": here, "shared": shared})})
+    names = [f"layers.{place}.attention" for place in range(3)]
+    assert checkpoint.on_other_stages(names, model) == {"layers.0.attention"}
+
+
+def test_resized_embeddings_are_checked_on_the_stage_that_has_them(tmp_path: Path) -> None:
+    for rows in (VOCAB, VOCAB + 8):
+        whole = four_layers()
+        whole.resize_token_embeddings(rows)
+        get_peft_model(whole, config()).save_pretrained(tmp_path / f"{rows}", save_embedding_layers=True)
+        for here in HALVES:
+            base = stage(four_layers(), here, "placeholders")
+            if rows == VOCAB:
+                PeftModel.from_pretrained(base, tmp_path / f"{rows}")
+                continue
+            name = "model.embed_tokens" if here == HALVES[0] else "lm_head"
+            with pytest.raises(ValueError, match=rf"'{name}.weight' .* shape \(107, 32\), but .* has \(99, 32\)"):
+                PeftModel.from_pretrained(base, tmp_path / f"{rows}")
+
+
+@pytest.mark.parametrize("extra", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [7, 9]}], ids=str)
+def test_a_second_read_by_transformers_that_fails_leaves_what_was_stored_beside_the_pairs(
+    extra: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted("gqa", seed=3, **extra)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save." in name or ".trainable_tokens_delta." in name:
+                parameter.mul_(2)
+    model.save_pretrained(tmp_path)
+    base = build("gqa")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.modeling_utils.safe_open", fail)
+        with pytest.raises(OSError, match="gone"):
+            base.load_adapter(tmp_path)
+    base.set_adapter("default")
+    torch.testing.assert_close(logits(base, **INPUTS), logits(model, **INPUTS), rtol=1e-6, atol=1e-6)

@@ -11,7 +11,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
+from torch._dynamo.backends.distributed import DDPOptimizer
+from torch._dynamo.backends.registry import lookup_backend
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache
 
 from peft_hificl import Scoring, VirtualPairs, select_rows, virtual_attention
@@ -192,7 +195,7 @@ def test_half_precision_is_merged_in_float32(dtype: torch.dtype, way: str, monke
     monkeypatch.setitem(KERNELS["cpu"], "flash", KERNELS["cpu"]["flash"]._replace(groups=way != "decoding"))
     if way == "merge":
         scores = x["query"].float() @ x["key"].float().repeat_interleave(2, 1).mT * 0.3
-        got = merged.add_pairs(torch.ones_like(x["query"]), scores[..., 0], x["query"], pairs_of(x), scaling=0.3)
+        got = merged.add_pairs(torch.ones_like(x["query"]), scores[..., 0], x["query"], pairs_of(x), Scoring(0.3))
     else:
         if way == "training":
             x["virtual_keys"].requires_grad_()
@@ -205,7 +208,6 @@ def test_half_precision_is_merged_in_float32(dtype: torch.dtype, way: str, monke
 
 @pytest.mark.parametrize("which", ["query", "key", "value", "virtual_keys", "virtual_values", "log_weights"])
 def test_the_gradient_of_each_alone(which: str) -> None:
-    """Log-weights that are trained take the formula, which alone has their gradient; fixed ones leave the kernel."""
     torch.manual_seed(11)
     x = {**tensors(4, 2, 3, 5, 6, 6, 3), "log_weights": torch.randn(2, 4, 3, dtype=torch.float64)}
     gradients = []
@@ -214,8 +216,7 @@ def test_the_gradient_of_each_alone(which: str) -> None:
         if attend is merged.attention:
             pairs = pairs_of(y, log_weights=y["log_weights"])
             args = (y["query"], y["key"], y["value"], pairs)
-            path = merged.attention_path(*args, Scoring(0.3))
-            assert (path.kernel is None and "trained" in path.reason) if which == "log_weights" else path.kernel
+            assert merged.attention_path(*args, Scoring(0.3)).kernel == "flash"
             out = attend(*args, Scoring(0.3))
         else:
             out, _ = attend(**y, scaling=0.3)
@@ -239,7 +240,7 @@ def test_merging_with_attention_from_elsewhere(log_weights: str) -> None:
     key, value = (z[name].repeat_interleave(2, dim=1) for name in ("key", "value"))
     scores = z["query"] @ key.mT * 0.3
     pairs = pairs_of(z, log_weights=z.get("log_weights"))
-    got = merged.add_pairs(scores.softmax(-1) @ value, scores.logsumexp(-1), z["query"], pairs, scaling=0.3)
+    got = merged.add_pairs(scores.softmax(-1) @ value, scores.logsumexp(-1), z["query"], pairs, Scoring(0.3))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     gradients = (torch.autograd.grad(o.cos().sum(), list(i.values())) for o, i in ((got, z), (want, y)))
     for a, b in zip(*gradients, strict=True):
@@ -256,7 +257,7 @@ def test_merging_leaves_a_row_without_pairs_alone(dtype: torch.dtype) -> None:
     output[:, :, 0] = 0
     keys, values = torch.randn(2, 1, 4, 2, 8).to(dtype)
     pairs = select_rows([VirtualPairs(keys, values), None], [1, 0])
-    got = merged.add_pairs(output, lse, query, pairs, scaling=0.3)
+    got = merged.add_pairs(output, lse, query, pairs, Scoring(0.3))
     assert torch.equal(got[0], output[0]) and torch.isfinite(got).all()
     alone = (query[1:, :, :1].double() @ keys.double().mT * 0.3).softmax(-1) @ values.double()
     torch.testing.assert_close(got[1:, :, :1].double(), alone, rtol=0, atol=4 * torch.finfo(dtype).eps)
@@ -273,7 +274,7 @@ def test_merging_half_precision_scores_in_float32() -> None:
         output = (scores.softmax(-1) @ exact["value"]).to(dtype)
         for autocast in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                got = merged.add_pairs(output, scores.logsumexp(-1).float(), x["query"], pairs_of(x), scaling=2e-5)
+                got = merged.add_pairs(output, scores.logsumexp(-1).float(), x["query"], pairs_of(x), Scoring(2e-5))
             want, _ = oracle.hificl(**exact, scaling=2e-5)
             assert got.dtype == dtype and (got.double() - want).abs().max() < torch.finfo(dtype).eps
 
@@ -373,11 +374,10 @@ def test_masks_are_kept_as_they_came() -> None:
 
 Q, K, V = torch.randn(3, 1, 4, 5, 8)
 PAIRS = VirtualPairs(torch.randn(1, 4, 2, 8), torch.randn(1, 4, 2, 8))
-TRAINED = "a mask, bias or log-weight that is trained"
+TRAINED = "a mask or bias that is trained"
 FALLBACKS: dict[str, tuple[dict[str, object], str]] = {
     "dropout": ({"dropout": 0.5}, "attention dropout"),
     "softcap": ({"softcap": 2.0}, "soft-capped scores"),
-    "sinks": ({"sinks": torch.zeros(4)}, "attention sinks"),
     "trained-bias": ({"bias": torch.zeros(1, 4, 5, 5, requires_grad=True)}, TRAINED),
     "trained-mask": ({"mask": torch.zeros(1, 4, 5, 5, requires_grad=True)}, TRAINED),
 }
@@ -403,7 +403,6 @@ def test_other_fallbacks() -> None:
         assert torch.isfinite(merged.attention(*args, Scoring(0.3, **options))).all()
         return path.reason
 
-    assert why(Q, K, V, PAIRS._replace(scale_self_attention=False)) == "scale_self_attention=False (alpha = 1)"
     for which in range(3):
         mixed = [t.double() if i == which else t for i, t in enumerate((Q, K, V))]
         assert why(*mixed, PAIRS) == "query, key and value of different dtypes"
@@ -431,7 +430,7 @@ def test_a_kernel_must_take_the_virtual_pairs_too(monkeypatch: pytest.MonkeyPatc
     bias, mask = torch.randn(1, 4, 5, 5), torch.ones(5, 5, dtype=torch.bool).tril()
     for pairs, options, kernel in (
         (PAIRS, {"is_causal": True}, "maskless"),
-        (weighted, {"is_causal": True}, "any"),
+        (weighted, {"is_causal": True}, "maskless"),
         (PAIRS, {"bias": bias}, "any"),
         (PAIRS, {"mask": mask}, "any"),
         (weighted, {"mask": mask, "bias": bias}, "any"),
@@ -692,3 +691,126 @@ def test_modes_and_copies_give_the_same_pairs() -> None:
     merged.attention(hidden, hidden, hidden, pairs, Scoring(0.25)).sum().backward()
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(frozen()))):
         assert torch.equal(step(clone), want)
+
+
+# -- what cannot be seen in the values on a CPU ------------------------------------------------------------------------
+
+
+class OnCuda(Tensor):
+    """A tensor that says it is on CUDA."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(("dtype", "word"), [(torch.float32, 4), (torch.bfloat16, 8)], ids=["fp32", "bf16"])
+def test_cuda_kernels_read_words_of_16_bytes(dtype: torch.dtype, word: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of what they are given begins with one; what is so already is not copied."""
+    plain = torch.arange(4096.0).to(dtype)
+    flat = plain.as_subclass(OnCuda)
+    shape, strides = (2, 3, 4, 2 * word), (128 * word, 32 * word, 8 * word, 1)
+    aligned = flat.as_strided(shape, strides, 2 * word)
+    assert merged._aligned(aligned) is aligned
+    offsets = [flat.as_strided(shape, strides, offset) for offset in (1, word // 2, word + 1)]
+    rows = [
+        flat.as_strided(shape, [s + (word // 2 if i == place else 0) for i, s in enumerate(strides)], word)
+        for place in range(3)
+    ]
+    for strange in (*offsets, *rows, flat.as_strided(shape, (*strides[:3], 2), word)):
+        got = merged._aligned(strange)
+        assert torch.equal(got, strange) and got.is_contiguous() and got.storage_offset() == 0
+    of_the_cpu = plain[1:].as_strided(shape, strides)
+    assert merged._aligned(of_the_cpu) is of_the_cpu  # whose kernels read from anywhere
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # it does not trace storage_offset()
+    assert merged._aligned(offsets[0]) is offsets[0]
+
+
+def test_recorders_are_told_apart() -> None:
+    x = (Q, K, V, *PAIRS[:2])
+    paths = []
+
+    def path_of(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> merged.Path:
+        return merged.attention_path(query, key, value, VirtualPairs(keys, values), Scoring(0.3))
+
+    class Recorded(torch.nn.Module):
+        def forward(self, *x: Tensor) -> Tensor:
+            paths.append(path_of(*x))
+            return x[0] + 0
+
+    torch.export.export(Recorded(), x)
+    torch.jit.trace(Recorded(), x, check_trace=False)
+    make_fx(Recorded())(*x)
+    exported, *traced = paths
+    assert exported == (None, "an export") and traced == [(None, "a trace")] * 2
+    others = lambda graph, inputs: graph.forward
+    for backend, known in ((lookup_backend("eager"), True), (others, False)):
+        # DistributedDataParallel has the compiler of its splitter called, which calls the other one.
+        for compiler in (backend, DDPOptimizer(2**20, backend).compile_fn):
+            torch._dynamo.reset()
+            path = torch._dynamo.optimize(compiler, nopython=True)(path_of)(*x)
+            if known:
+                assert path == ("flash", "it takes these inputs") == path_of(*x)
+            else:
+                assert path.kernel is None and "not one of inductor, cudagraphs, eager, aot_eager" in path.reason
+
+
+@pytest.mark.parametrize("grouped", [True, False], ids=["groups", "repeats"])
+def test_one_causal_query_sees_one_key(grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Query t sees the keys 0..t, however many there are."""
+    torch.manual_seed(14)
+    monkeypatch.setitem(KERNELS["cpu"], "flash", KERNELS["cpu"]["flash"]._replace(groups=grouped))
+    x = tensors(4, 2, 1, 9, 6, 6, 3)
+    got = merged.attention(x["query"], x["key"], x["value"], pairs_of(x), Scoring(0.3, is_causal=True))
+    want, _ = oracle.hificl(**{**x, "key": x["key"][:, :, :1], "value": x["value"][:, :, :1]}, scaling=0.3)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("d", "e"), [(3, 6), (6, 3)], ids=["smaller-keys", "smaller-values"])
+@pytest.mark.parametrize(("batch", "n"), [(2, 6), (6, 2)], ids=["pairs", "rows"])
+def test_as_many_pairs_or_rows_as_the_larger_head_dimension(batch: int, n: int, d: int, e: int) -> None:
+    torch.manual_seed(15)
+    x = tensors(2, 1, 2, 3, d, e, n, batch)
+    own = VirtualPairs(*(x[name].repeat(batch, 1, 1, 1) for name in ("virtual_keys", "virtual_values")))
+    args = (x["query"], x["key"], x["value"], own)
+    assert merged.attention_path(*args, Scoring(0.3)).kernel == "flash"
+    want, _ = virtual_attention(*args, Scoring(0.3))
+    torch.testing.assert_close(merged.attention(*args, Scoring(0.3)), want, rtol=0, atol=1e-12)
+
+
+# -- log-weights, sinks and alpha = 1 ---------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("alpha_one", [False, True], ids=["", "alpha-1"])
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("weights", ["none", "per-head", "per-row", "shared"])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_weighted_pairs_beside_sinks(
+    groups: str, weights: str, sinks: bool, alpha_one: bool, dtype: torch.dtype
+) -> None:
+    """Values and all gradients, those of log-weights and sinks too, by kernels against the definition in float64."""
+    torch.manual_seed(16)
+    heads, kv = GROUPS[groups]
+    x = tensors(heads, kv, 5, 7, 6, 4, 3)
+    shape = {"per-head": (1, heads, 3), "per-row": (2, heads, 3), "shared": (1, 1, 3)}.get(weights)
+    extra = {} if shape is None else {"log_weights": torch.randn(shape, dtype=torch.float64)}
+    extra |= {"sinks": torch.randn(heads, dtype=torch.float64)} if sinks else {}
+    results = []
+    for of_oracle, kind in ((True, torch.float64), (False, dtype)):
+        y = {name: t.to(kind).requires_grad_() for name, t in {**x, **extra}.items()}
+        mask = mask_of("padded", 5, 7, heads)
+        if of_oracle:
+            each = {name: t.expand(-1, heads, -1) if name == "log_weights" else t for name, t in y.items()}
+            out, _ = oracle.hificl(**each, scaling=0.3, mask=mask, alpha_one=alpha_one)
+        else:
+            pairs = pairs_of(y, log_weights=y.get("log_weights"))._replace(scale_self_attention=not alpha_one)
+            args = (y["query"], y["key"], y["value"], pairs, Scoring(0.3, mask=mask, sinks=y.get("sinks")))
+            assert merged.attention_path(*args).kernel == "flash"
+            out = merged.attention(*args)
+            with torch.no_grad():
+                torch.testing.assert_close(merged.attention(*args), out)
+        direction = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
+        direction[1, :, :2] = 0  # queries that see no key at all: softmax over nothing is not defined
+        out = out.double() * (direction != 0)
+        results.append((out, *torch.autograd.grad((out * direction).sum(), list(y.values()))))
+    for name, want, got in zip(("output", *x, *extra), *results, strict=True):
+        assert relative_error(got, want) < TOLERANCE[dtype], name

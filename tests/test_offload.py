@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from peft_hificl import HiFICLConfig, HiFICLLayer
 
-from .helpers import adapted, build, config, hificl_layers, inputs_for, logits
+from .helpers import adapted, build, changed, config, hificl_layers, inputs_for, logits
 
 CPU = torch.device("cpu")
 PARTLY_ON_DISK = {
@@ -334,3 +334,13 @@ def test_a_weight_only_base_of_torchao_trains_and_reloads(tmp_path: Path) -> Non
     model.add_adapter("late", config())
     assert torch.equal(logits(model.unload(), **inputs_for("gqa")), bare)
     assert not any(isinstance(module, HiFICLLayer) for module in base.modules())
+
+
+def test_a_load_that_fails_leaves_nothing_in_the_device_map(tmp_path: Path) -> None:
+    adapted("gqa").save_pretrained(tmp_path)
+    changed(tmp_path, lambda tensor: tensor + 1e5)
+    base = OFFLOADS["dispatch"](build("gqa").half(), tmp_path)
+    before = dict(base.hf_device_map)
+    with pytest.raises(ValueError, match=r"float16 cannot hold"):
+        base.load_adapter(tmp_path)
+    assert base.hf_device_map == before and not hificl_layers(base)

@@ -24,10 +24,11 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peft_hificl import HiFICLConfig
+from peft_hificl import HiFICLConfig, HiFICLLayer
 
 from .helpers import adapted, build, config, hificl_layers, inputs_for, llama, logits, pairs_for, train
 
@@ -668,3 +669,76 @@ def test_two_models_sharing_one_config_object() -> None:
     adapted_one.unload()
     assert torch.equal(logits(one, **inputs), bare)
     assert not torch.equal(logits(adapted_two, **inputs), bare)
+
+
+# -- what no other test would notice ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["float32-adapter", "bfloat16-adapter"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "first-frozen"])
+def test_a_second_adapter_on_a_bf16_base_waits_without_gradients(frozen: bool, autocast: bool) -> None:
+    """PEFT casts it to float32 when it has been attached."""
+    base = build("gqa").to(torch.bfloat16)
+    first = config(inference_mode=frozen)
+    model = get_peft_model(base, first, adapter_name="a", autocast_adapter_dtype=autocast)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert {value for name, value in before.items() if "hificl_" in name} == {not frozen}
+    model.add_adapter("b", config(), autocast_adapter_dtype=autocast)
+    after = dict(model.named_parameters())
+    assert {name: after[name].requires_grad for name in before} == before
+    second = [after[name] for name in after.keys() - before.keys()]
+    assert len(second) == 2 * 4 and not any(p.requires_grad for p in second)
+    assert {p.dtype for p in second} == {torch.float32 if autocast else torch.bfloat16}
+
+
+def test_a_layer_tells_what_it_is() -> None:
+    layer = HiFICLLayer(build("gqa").config, (4, 16, 8))
+    layer.update_layer("a", config(), torch.device("cpu"), torch.bfloat16)
+    layer.update_layer("b", config(n=5), torch.device("meta"), torch.float64)
+    assert "heads=4, key_dim=16, value_dim=8, n={'a': 3, 'b': 5}, r={'a': 2, 'b': 2}" in repr(layer)
+    assert (layer.in_features, layer.out_features) == (64, 32)
+    assert layer.weight is None and layer.bias is None  # it wraps nothing that has them
+    for name, place in (("a", ("cpu", torch.bfloat16)), ("b", ("meta", torch.float64))):
+        assert {(p.device.type, p.dtype) for key, p in layer.named_parameters() if f".{name}." in key} == {place}
+    for call in (layer.merge, layer.unmerge):
+        with pytest.raises(NotImplementedError, match=r"cannot be merged.*keep the adapter attached\.$"):
+            call()
+
+
+def test_what_pefts_helpers_ask_of_a_layer() -> None:
+    model, inputs = adapted("gqa", name="a"), inputs_for("gqa")
+    model.add_adapter("b", config())
+    want = logits(model, **inputs)
+    status = model.get_model_status()
+    assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["a"], [])
+    assert status.requires_grad == {"a": True, "b": False} and status.available_adapters == ["a", "b"]
+    with disable_input_dtype_casting(model):
+        assert torch.equal(logits(model, **inputs), want)
+        assert not any(layer.cast_input_dtype_enabled for layer in hificl_layers(model))
+    assert all(layer.cast_input_dtype_enabled for layer in hificl_layers(model))
+
+
+def test_pairs_are_multiplied_out_in_their_own_dtype_under_autocast() -> None:
+    for layer in hificl_layers(adapted("gqa")):
+        want = pairs_for(layer)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = pairs_for(layer)
+        assert torch.equal(got.keys, want.keys) and torch.equal(got.values, want.values)
+        assert got.keys.dtype == torch.float32
+
+
+class OfMine(tf.LlamaForCausalLM):
+    pass
+
+
+def test_a_configuration_names_the_class_of_a_base_model_of_transformers(tmp_path: Path) -> None:
+    """As PEFT does for an adapter without a task type; a class that cannot be imported by others is not named."""
+    base = build("gqa")
+    of_mine = OfMine(base.config)
+    for model, want in (
+        (base, {"base_model_class": "LlamaForCausalLM", "parent_library": type(base).__module__}),
+        (of_mine, None),
+    ):
+        inject_adapter_in_model(cfg := config(), model)
+        cfg.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["auto_mapping"] == want

@@ -208,3 +208,35 @@ def test_compiled_models_are_not_reported() -> None:
     for layer in model.get_base_model().model.layers:
         layer.compile(backend="aot_eager")
     assert reports(model, backward=True) == []
+
+
+def test_a_layer_that_dynamo_traces_is_not_watched() -> None:
+    layer = next(m for m in adapted().modules() if isinstance(m, HiFICLLayer))
+    call = [torch.empty(1, 0)] * 3
+    want = layer(*call)
+    layer.awaits_gradient.clear()
+    calls = layer.calls
+    torch._dynamo.reset()
+    got = torch.compile(layer, backend="eager", fullgraph=True)(*call)
+    assert torch.equal(got.keys, want.keys) and torch.equal(got.values, want.values) and got.keys.requires_grad
+    assert (layer.awaits_gradient, layer.calls) == (set(), calls)
+
+
+def test_an_adapter_that_has_had_a_gradient_is_not_watched_again() -> None:
+    model = adapted()
+    layer = next(m for m in model.modules() if isinstance(m, HiFICLLayer))
+    assert layer.had_gradient == {"default": False}
+    assert reports(model, backward=True) == []
+    assert layer.had_gradient == {"default": True}
+    block_gradients(model, [0, 1])
+    assert reports(model, backward=True) == [] and not layer.awaits_gradient
+
+
+def test_an_adapter_may_be_deleted_before_its_backward() -> None:
+    model = adapted()
+    model.add_adapter("b", HiFICLConfig(n=3, r=2))
+    loss = model(input_ids=IDS, labels=IDS).loss
+    model.delete_adapter("default")
+    loss.backward()
+    layers = [m for m in model.modules() if isinstance(m, HiFICLLayer)]
+    assert all(layer.had_gradient == {"b": False} and not layer.awaits_gradient for layer in layers)

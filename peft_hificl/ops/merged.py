@@ -78,7 +78,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, sc
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:7]):
         output: Tensor = _Differentiable.apply(*inputs)
     else:
-        output = _run(inputs, _context_call(inputs), virtual, folds=query.shape[2] == 1).output
+        output = _run(
+            inputs, _context_call(inputs), virtual, folds=query.shape[2] == 1 and not scoring.is_causal
+        ).output
     return output if query.shape[-1] == value.shape[-1] else output[..., : value.shape[-1]]
 
 
@@ -258,7 +260,7 @@ def _folded(kernel: Kernel, call: Call) -> tuple[Tensor, Tensor, State]:
     query, mask = call.query.reshape(batch, groups, heads // groups, dim), call.mask
     if mask is not None:
         mask = mask.expand(batch, heads, 1, -1).reshape(batch, groups, heads // groups, -1)
-    output, lse, _ = kernel.forward(call._replace(query=query, mask=mask, is_causal=False))
+    output, lse, _ = kernel.forward(call._replace(query=query, mask=mask))
     return output.reshape(batch, heads, 1, dim), lse.reshape(batch, heads, 1), ()
 
 
