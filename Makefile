@@ -22,8 +22,8 @@ quality: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: setup  ## the package's tests, with coverage
-	$(BIN)/python -m pytest -n 2 --ignore=tests/benchmarks -m 'not slow and not integration' --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+test: setup  ## the package's tests
+	$(BIN)/python -m pytest -n 2 --ignore=tests/benchmarks -m 'not slow and not integration'
 
 test-benchmarks: setup  ## the benchmarks' own tests
 	$(BIN)/python -m pytest -n 2 -m 'not slow' tests/benchmarks

@@ -1,12 +1,12 @@
 """HiFICL (arXiv 2603.12760) as a PEFT method: learned virtual key-value pairs in every attention head.
 
-Importing the package registers the method; from then on `get_peft_model(model, HiFICLConfig())`,
-`PeftModel.from_pretrained(...)` and all the rest work as they do for LoRA.
+Importing the package registers the method with PEFT.  From then on `get_peft_model(model, HiFICLConfig())`,
+`PeftModel.from_pretrained(...)` and the rest of PEFT work as they do for LoRA.
 """
 
 from .registration import add_peft_type, register, register_key_renaming
 
-add_peft_type()  # the classes below refer to the new member
+add_peft_type()  # before the imports below, whose classes refer to PeftType.HIFICL
 
 from .config import HiFICLConfig  # noqa: E402
 from .demonstrations import initialize_from_demonstrations  # noqa: E402

@@ -1,6 +1,6 @@
-"""The attentions of transformers that HiFICL computes, each with virtual pairs mixed in.
+"""The attention implementations of transformers, each with virtual pairs mixed in.
 
-The keys of `BACKENDS` are the values of ``attn_implementation`` that are supported.
+The keys of `BACKENDS` are the supported values of ``attn_implementation``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ _FLEX_GIVES_LSE = {"cuda"}  # on a CPU, compiled flex_attention cannot return it
 
 
 class Backend(NamedTuple):
-    """One attention of transformers, and the same with virtual pairs.
+    """One attention implementation, with and without virtual pairs.
 
     Attributes:
-        attend: takes the attention module, query ``(B, H, T, d)``, key ``(B, G, S, d)``, value ``(B, G, S, e)``, the
-            pairs and the scoring, whose `is_causal` says what the module is and whose `mask` is of the form that the
-            backend gives its masks; returns the output ``(B, H, T, e)`` and the weights of the context
-            ``(B, H, T, S)`` or None.
-        own: transformers' function of this name, whose results these are; None: each modelling file has its own.
+        attend: the attention with virtual pairs.  It takes the attention module, query ``(B, H, T, d)``, key
+            ``(B, G, S, d)``, value ``(B, G, S, e)``, the pairs and the scoring, and returns the output
+            ``(B, H, T, e)`` and either the weights of the context ``(B, H, T, S)`` or None.  The scoring holds what the
+            module passed: `is_causal` is the module's flag, and `mask` has the form that transformers builds for this
+            implementation.
+        own: transformers' function without virtual pairs; None if each modelling file has its own.
     """
 
     attend: Callable[[nn.Module, Tensor, Tensor, Tensor, VirtualPairs, Scoring], tuple[Tensor, Tensor | None]]
@@ -37,7 +38,7 @@ class Backend(NamedTuple):
 def _eager(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring
 ) -> tuple[Tensor, Tensor | None]:
-    # transformers' eager functions know causality from the mask alone.
+    # transformers' eager functions ignore is_causal: causality is in the mask.
     output, weights = virtual_attention(query, key, value, pairs, scoring._replace(is_causal=False))
     return output, weights.to(query.dtype)
 
@@ -48,7 +49,7 @@ def _sdpa(
     bias, size = scoring.bias, query.shape[2]
     is_causal = scoring.is_causal and scoring.mask is None and size > 1
     if is_causal:
-        # As in transformers' sdpa: without a mask, the context is the first T keys, causally.
+        # As in transformers' sdpa: without a mask, query t sees the keys 0..t, so only the first T keys count.
         key, value, bias = key[:, :, :size], value[:, :, :size], None if bias is None else bias[..., :size]
     return merged.attention(query, key, value, pairs, scoring._replace(is_causal=is_causal, bias=bias)), None
 
@@ -62,7 +63,7 @@ def _flex(
     elif query.device.type in _FLEX_GIVES_LSE and scoring.bias is None and not merged.needs_formula(scoring):
         return _flex_on_kernel(module, query, key, value, pairs, scoring), None
     elif mask is not None:
-        # A BlockMask as a boolean mask (B, H, T, S).
+        # Turn the BlockMask into a boolean mask (B, H, T, S).
         batch, heads = mask.shape[:2]
         mask = create_mask(mask.mask_mod, batch, heads, query.shape[2], key.shape[2], device=query.device)
     return merged.attention(query, key, value, pairs, scoring._replace(mask=mask, is_causal=False)), None
@@ -71,10 +72,10 @@ def _flex(
 def _flex_on_kernel(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring
 ) -> Tensor:
-    """By flex_attention's own kernel, which gives its log-sum-exp here."""
-    query, key, value = merged.autocast(query, key, value)  # left to the kernel, the cast gives wrong numbers
+    """Run flex_attention's own kernel on the context, and add the pairs by means of its log-sum-exp."""
+    query, key, value = merged.autocast(query, key, value)  # the kernel gives wrong numbers if the cast is left to it
     heads = query.shape[1]
-    grouped = heads & (heads - 1) == 0  # the kernel knows groups where the number of heads is a power of 2
+    grouped = heads & (heads - 1) == 0  # the kernel takes grouped heads only if their number is a power of 2
     if not grouped:
         key, value = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (key, value))
     output, auxiliary = compile_friendly_flex_attention(

@@ -1,4 +1,4 @@
-"""Checks of stored adapters: a file is found wrong before a model is touched, never half-loaded."""
+"""Reading stored adapters, and checking them before the model is changed, so that none is ever half-loaded."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from .dry_run import Saved
 from .names import PREFIX, module_of, plain
 
 TOKENS = ".token_adapter.trainable_tokens_delta"  # PEFT's name for the rows that trainable_token_indices trains
-# Heads that PEFT adds to modules_to_save, whether a model has them or not.
+# By task type, the heads that PEFT adds to modules_to_save whether the model has them or not.
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+# What PEFT's wrappers around modules of the base model add to the names of parameters.
 _WRAPPERS = re.compile(r"\.(original_module|modules_to_save(\.\w+(?=\.))?|token_adapter|base_layer)(?=\.|$)")
 
 
@@ -45,7 +46,7 @@ def read(path: str | os.PathLike[str], **options: Any) -> dict[str, Tensor]:
         return dict(load_peft_weights(os.fspath(path), device="cpu", **options))
     except Exception as error:
         if not local and isinstance(error, (OSError, ValueError)):
-            raise  # not on the Hub, or the Hub is out of reach: it says so itself
+            raise  # the message says that it is not on the Hub, or that the Hub is out of reach
         raise ValueError(
             f"The adapter weights in {folder!r} cannot be read ({type(error).__name__}: {error}). The file is "
             "damaged or incomplete: copy or download it again."
@@ -53,13 +54,13 @@ def read(path: str | os.PathLike[str], **options: Any) -> dict[str, Tensor]:
 
 
 def on_other_stages(modules: Iterable[str], model: nn.Module) -> set[str]:
-    """Those of an adapter's modules that the model, a stage of a pipeline, has left to other stages.
+    """Those of an adapter's modules that are missing here because the model is one stage of a pipeline.
 
-    A stage differs from another model in that its configuration counts more layers than it has: a layer that is within
-    the count, but gone or replaced by something without parameters, is on another stage.
+    A stage still has the configuration of the whole model.  So a layer is on another stage if its number is below
+    `num_hidden_layers` of the configuration, but the model has no such layer, or one without parameters in its place.
 
     Raises:
-        ValueError: the stage gave its layers new numbers, so that their names mean other layers.
+        ValueError: the stage has renumbered its layers, so that the stored names would mean other layers.
     """
     here = {plain(name): module for name, module in model.named_modules()}
     elsewhere, containers = set(), set()
@@ -86,14 +87,15 @@ def on_other_stages(modules: Iterable[str], model: nn.Module) -> set[str]:
 
 
 def check_fits(stored: Mapping[str, Tensor], saved: Saved, model: nn.Module, config: HiFICLConfig) -> None:
-    """Compare what a file holds with what would be saved of the adapter, were it attached to this model.
+    """Compare the tensors of a file with those that PEFT would save if the adapter were attached to this model.
 
-    A stage of a pipeline has a part of the modules, and takes that part.  The heads of a task may be missing in the
-    configuration: PEFT names them there when it makes a model for that task, not when transformers attaches an adapter.
+    Names and shapes must be the same, with three exceptions.  If the model is a stage of a pipeline, tensors of other
+    stages are left out.  Embeddings may be in the file or not.  So may the heads of a task: PEFT adds them to
+    `modules_to_save` when it makes a model for that task, but not when transformers attaches the adapter.
 
     Args:
         stored: the tensors of the file.
-        saved: what `dry_run.saved_shapes` has found.
+        saved: the result of `dry_run.saved_shapes`.
         model: the base model.
         config: the adapter's configuration.
 
@@ -124,22 +126,22 @@ def check_fits(stored: Mapping[str, Tensor], saved: Saved, model: nn.Module, con
 
 
 def _comparable(key: str) -> str:
-    """A key that says the same whether a PeftModel was saved or not; HiFICL's, whatever was compiled."""
+    """A key without what a PeftModel adds to it and, if it is HiFICL's, without what torch.compile adds."""
     return plain(key) if module_of(key) else key.removeprefix("base_model.model.")
 
 
 def check_state_dict(
     state_dict: Mapping[str, Tensor], expected: Mapping[str, torch.Size], dtypes: Mapping[str, torch.dtype]
 ) -> None:
-    """Check a state dict, in the model's own keys, against the parameters it is to fill.
+    """Check a state dict, whose keys are those of the model, against the parameters that it will be copied into.
 
     Args:
-        state_dict: what is to be loaded.
+        state_dict: the tensors to load.
         expected: the shapes of HiFICL's parameters.
         dtypes: the dtypes of all parameters.
 
     Raises:
-        ValueError: tensors that are missing, superfluous, misshapen, not finite, or not within the range of the dtype.
+        ValueError: tensors that are missing, superfluous, misshapen, not finite, or beyond the range of the dtype.
     """
     found = {key: tensor.shape for key, tensor in state_dict.items() if f".{PREFIX}" in key}
     check_names("The state dict", set(expected), found, "the adapter in the model")
@@ -159,7 +161,7 @@ def check_state_dict(
 
 
 def check_whole(state_dict: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError for a tensor without elements: it would be saved so, in silence."""
+    """Raise a ValueError for a tensor without elements, which would be saved empty without a word."""
     empty = [key for key, tensor in state_dict.items() if tensor.numel() == 0]
     if empty:
         raise ValueError(
@@ -170,7 +172,7 @@ def check_whole(state_dict: Mapping[str, Tensor]) -> None:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError for what is not a tensor of finite numbers."""
+    """Raise a ValueError for what is not a tensor, is not finite, or is HiFICL's and not of floating-point numbers."""
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(
@@ -180,7 +182,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         finite = tensor.is_floating_point() or f".{PREFIX}" not in key
         if finite:
             try:
-                # float8 can be converted, but not tested
+                # isfinite is not implemented for float8.
                 finite = bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())
             except (RuntimeError, NotImplementedError) as error:
                 raise ValueError(f"Tensor {key!r} cannot be read as numbers ({tensor.dtype}): {error}") from error

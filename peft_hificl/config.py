@@ -41,9 +41,9 @@ class HiFICLConfig(PeftConfig):
         r (`int`): Rank of the factorisation ``K_D = K_A K_B``, ``V_D = V_A V_B``.
         target_modules (`Optional[Union[List[str], str]]`): Attention modules to adapt, as names or a regular
             expression.  None: every self-attention of the text decoder (of the encoder, where there is no decoder),
-            found by structure.  What was found is stored here, and so saved (a configuration that is used again is
-            copied for the other model): as a regular expression that holds for any number of layers, or as
-            names where no expression says the same.
+            found by structure.  What was found replaces the None when the adapter is attached, and is saved: a regular
+            expression that fits any number of layers or, if there is none that fits, the names.  If the same object is
+            then used for another model, whose targets differ, that model gets a copy.
         exclude_modules (`Optional[Union[List[str], str]]`): Modules to leave out, as names or a regular expression.
         layers_to_transform (`Optional[Union[List[int], int]]`): Adapt only the layers with these indices.
         layers_pattern (`Optional[Union[List[str], str]]`): Name of the list of layers that the indices count in.
@@ -53,7 +53,7 @@ class HiFICLConfig(PeftConfig):
         init_weights (`Union[bool, Literal["unit_keys"]]`): True: the paper's initialisation (`K_A`, `V_A` ~ N(0, 1),
             `K_B` ~ 0.01 N(0, 1), `V_B` = 0).  The virtual values are zero then, but the virtual keys take part in the
             softmax: a fresh adapter is NOT the identity.  "unit_keys": `K_B` ~ N(0, 1 / r) instead, so that the
-            virtual keys begin with variance one and not near zero.  False: all factors random.  See also
+            virtual keys begin with variance one instead of near zero.  False: all factors ~ N(0, 1).  See also
             [`initialize_from_demonstrations`].
         factorize_keys (`bool`): False: `K_D` is learned whole (the paper's ablation "- LoRA on K").
         factorize_values (`bool`): False: `V_D` is learned whole, from zero (the paper's ablation "- LoRA on V").
@@ -124,7 +124,7 @@ class HiFICLConfig(PeftConfig):
         self.peft_type = PeftType["HIFICL"]
         for name, (types, words) in _TYPES.items():
             value = getattr(self, name)
-            # True is an int to Python, but not a number of pairs.
+            # Python counts True as an int, but it is not a number of pairs.
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 raise TypeError(f"HiFICLConfig.{name} must be {words}, found {value!r}.")
         if isinstance(self.init_weights, str) and self.init_weights != "unit_keys":
@@ -155,7 +155,7 @@ class HiFICLConfig(PeftConfig):
         return shapes
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration; a model card that PEFT has written there learns how to load the adapter."""
-        # PEFT saves the configuration last, when all that the card speaks of is there.
+        """Save the configuration, and add to the model card that PEFT has written there how to load the adapter."""
+        # PEFT saves the configuration last, so everything that the card describes has been written.
         super().save_pretrained(save_directory, **kwargs)
         model_card.update(save_directory)

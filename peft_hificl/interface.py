@@ -5,8 +5,8 @@ Every attention module of transformers that dispatches calls ``attention_interfa
 configuration in which this name is ``"hificl"``, so that `hificl_attention_forward` receives the call, finds the
 adapter on the module (its first argument) and mixes the virtual pairs in.
 
-The module's original configuration object is kept on the adapter and stays the live source of the real implementation:
-masks are built for it as before, and `model.set_attn_implementation(...)` keeps working.
+The adapter keeps the module's original configuration object and reads the real implementation from it on every call.
+The model builds its masks from that object as before, and `model.set_attn_implementation(...)` still takes effect.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def hificl_attention_forward(
         sums to alpha, not to 1, as the virtual pairs take the rest.
 
     Raises:
-        ValueError: an implementation that is not supported, or heads that differ from those the adapter was made for.
+        ValueError: an implementation that is not supported, or heads that are not those that the adapter was made for.
     """
     layer = getattr(module, MODULE, None)
     if layer is None:
@@ -95,7 +95,7 @@ def _check_call(
     pairs: VirtualPairs,
     keywords: dict[str, Any],
 ) -> None:
-    """Refuse what would give another result than the formula's, or none."""
+    """Refuse calls whose result would differ from the formula's, or that would fail later with an unclear error."""
     check_backend(module, dispatch, layer.base_config._attn_implementation)
     if hasattr(query, "device_mesh"):
         raise ValueError(
@@ -129,7 +129,7 @@ def _check_call(
 def _with_paged_past(
     module: nn.Module, layer: HiFICLLayer, key: Tensor, value: Tensor, keywords: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Under continuous batching, the keys and values of all requests, read from its cache; else those of the call."""
+    """The keys and values to attend to: under continuous batching those of its cache, otherwise those of the call."""
     cache, implementation = keywords.get("cache"), layer.base_config._attn_implementation
     backend = implementation.removeprefix("paged|")
     if cache is None:
@@ -147,7 +147,7 @@ def _with_paged_past(
 
 
 def attach(module: nn.Module, head_shape: HeadShape) -> HiFICLLayer:
-    """Give an attention module an (empty) HiFICLLayer and route its attention calls here."""
+    """Give an attention module a HiFICLLayer without adapters, and route its attention calls to this file."""
     config = cast(PreTrainedConfig, module.config)
     layer = HiFICLLayer(config, head_shape)
     module.add_module(MODULE, layer)
@@ -158,7 +158,7 @@ def attach(module: nn.Module, head_shape: HeadShape) -> HiFICLLayer:
 
 
 def detach(module: nn.Module) -> None:
-    """Undo `attach`: the module has its own configuration object again and no adapter."""
+    """Undo `attach`: remove the layer and give the module its original configuration object back."""
     layer = getattr(module, MODULE)
     module.config = layer.base_config
     delattr(module, MODULE)

@@ -1,4 +1,4 @@
-"""Module paths of before 0.1.0, which go on working, with a warning, until 0.2."""
+"""Module paths from before 0.1.0, which still work, with a DeprecationWarning, until 0.2."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _MOVED = {
 
 
 class _Moved(ModuleType):
-    """A module whose names are found in others."""
+    """A module that looks its names up in the modules that they have moved to."""
 
     def __getattr__(self, name: str) -> Any:
         package, _, old = self.__name__.rpartition(".")
-        if name.startswith("__"):  # what the import system asks for
+        if name.startswith("__"):  # such as __path__, which the import system asks for
             raise AttributeError(name)
         for new in _MOVED[old]:
             module = importlib.import_module(f"{package}.{new}")
@@ -36,7 +36,7 @@ class _Moved(ModuleType):
 
 
 def keep_paths(package: str) -> None:
-    """Let `import peft_hificl.functional` and its like find the modules that their contents have moved to."""
+    """Make the old paths importable, as in `from peft_hificl.functional import virtual_attention`."""
     for old in _MOVED:
         module = sys.modules[f"{package}.{old}"] = _Moved(f"{package}.{old}")
         setattr(sys.modules[package], old, module)

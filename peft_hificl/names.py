@@ -1,4 +1,4 @@
-"""Names and shapes: what an adapter is called in a model and in a file, and how large its parameters are."""
+"""The names of an adapter's modules and parameters in a model and in a file, and the shape of attention heads."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class HeadShape(NamedTuple):
 
 
 def uncompiled(name: str) -> str:
-    """The name of a module, parameter or tensor without what torch.compile puts into it."""
+    """The name of a module, parameter or tensor without what torch.compile adds to it."""
     return name.replace("._orig_mod", "")
 
 
 def plain(name: str) -> str:
-    """The name of a module, parameter or tensor without what torch.compile and a PeftModel put into it."""
+    """The name of a module, parameter or tensor without what torch.compile and a PeftModel add to it."""
     return uncompiled(name).removeprefix("base_model.model.")
 
 

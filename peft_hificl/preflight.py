@@ -1,4 +1,4 @@
-"""What is checked before an adapter changes the first module of a model; after an error the model is as it was."""
+"""The checks that run before an adapter is attached: an error that they raise leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .names import MODULE, module_of
 
 
 def check(model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[str], load: Load | None) -> None:
-    """Run every check below.
+    """Run the checks below, except `check_kind` and `check_load`, which the tuner calls before and after.
 
     Args:
         model: the base model.
         adapter_name: the adapter's name.
         config: its configuration, with targets found.
-        names: the modules that it is to adapt.
-        load: what is about to be loaded into it.
+        names: the names of its target modules.
+        load: the load that attaches it, if there is one.
 
     Raises:
         ValueError: a name, a base model or a stored adapter that does not fit.
@@ -39,7 +39,7 @@ def check(model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[
 
 
 def check_kind(model: nn.Module) -> None:
-    """The base model must be one, and not compiled."""
+    """The model must be a plain base model: not wrapped by PEFT, and not compiled as a whole."""
     if isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
         raise ValueError(
             f"The model is a {type(model).__name__} already. Call its add_adapter(name, config) to give it another "
@@ -54,7 +54,7 @@ def check_kind(model: nn.Module) -> None:
 
 
 def check_name(model: nn.Module, adapter_name: str) -> None:
-    """The name must be new, and fit into the names of parameters."""
+    """The name must not be taken, and must be usable within the names of parameters."""
     if not adapter_name or "." in adapter_name:
         raise ValueError(f"An adapter cannot be named {adapter_name!r}: choose a plain word, without dots.")
     # PEFT would mistake the first two for parts of parameter names; the others cannot be keys of a ModuleDict.
@@ -63,7 +63,7 @@ def check_name(model: nn.Module, adapter_name: str) -> None:
             f"An adapter cannot be named {adapter_name!r}, as torch or PEFT use that name: choose another."
         )
     for name, module in model.named_modules():
-        # One whose weights were never loaded makes room.
+        # An adapter whose weights were never loaded does not count: it is removed.
         if isinstance(module, HiFICLLayer) and module.has(adapter_name) and not module.awaits_weights[adapter_name]:
             raise ValueError(
                 f"An adapter named {adapter_name!r} is already attached to {name.rpartition('.')[0]!r}: choose another "
@@ -72,7 +72,7 @@ def check_name(model: nn.Module, adapter_name: str) -> None:
 
 
 def check_placement(model: nn.Module) -> None:
-    """The base model must be whole, and where an adapter can follow it."""
+    """The base model must not be sharded by tensor parallelism, nor traced by prepare_pippy."""
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError(
             "The base model is sharded by tensor parallelism, which HiFICL does not support: load it without tp_plan "
@@ -105,9 +105,9 @@ def check_targets(model: nn.Module, config: HiFICLConfig, names: set[str]) -> No
 def check_load(
     tuner: BaseTuner, adapter_name: str, config: HiFICLConfig, load: Load, state_dict: dict[str, Tensor] | None
 ) -> None:
-    """What is about to be loaded must be what would be saved of the adapter, once it is attached."""
+    """The tensors to load must be those that PEFT would save of the adapter after attaching it."""
     stored, saved = load.tensors, dry_run.saved_shapes(tuner, adapter_name, config, state_dict)
-    if load.ignore_mismatched_sizes:  # of what is not HiFICL's
+    if load.ignore_mismatched_sizes:  # then compare HiFICL's tensors alone
         stored = {key: tensor for key, tensor in stored.items() if module_of(key)}
         saved = dry_run.Saved({key: shape for key, shape in saved.always.items() if module_of(key)}, {})
     checkpoint.check_fits(stored, saved, tuner.model, config)

@@ -1,7 +1,7 @@
-"""Whether HiFICL can adapt an attention module, and why not: read from its class, and from what stands around it.
+"""Whether HiFICL can adapt an attention module, and why not: read from the source of its class and its surroundings.
 
-An adapter whose attention is computed elsewhere would be ignored in silence, so this is asked before an adapter is
-attached, and what can change later is asked again on every call.
+If a module does not compute its attention through transformers' attention interface, an adapter on it would be ignored
+without a word.  So this is checked before an adapter is attached; what can change later is checked on every call.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .backends import BACKENDS
 from .names import MODULE, HeadShape
 
-# The functions whose results are computed here; None: the one that stands in the modelling file.
+# transformers' function for each implementation, whose results HiFICL computes; None: that of the modelling file.
 _OWN = {name: backend.own for name, backend in BACKENDS.items()} | {"paged|eager": eager_paged_attention_forward}
 
-# What the attention functions of transformers take; an argument that is not here could change the result unseen.
+# The arguments of attention functions that HiFICL takes into account; any other could change the result unnoticed.
 _KNOWN_ARGUMENTS = {
     "module", "query", "key", "value", "attention_mask", "scaling", "dropout", "softcap", "position_bias",
     "sliding_window", "is_causal", "kwargs",
@@ -40,9 +40,9 @@ class Dispatch(NamedTuple):
 
     Attributes:
         interface: where it looks the function up.
-        eager: what it takes for "eager", as it was when the class was read.
-        namespace: the globals of its modelling file, where `eager` is looked up on every call.
-        eager_name: under this name.
+        eager: its function for "eager" at the time when the class was read.
+        namespace: the globals of its modelling file, where that function is looked up again on every call.
+        eager_name: the name of that function there.
     """
 
     interface: AttentionInterface
@@ -51,7 +51,7 @@ class Dispatch(NamedTuple):
     eager_name: str
 
     def function_of(self, implementation: str | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """What the attention would call without an adapter."""
+        """The function that the attention would call without an adapter."""
         return self.interface.get_interface(implementation, self.namespace[self.eager_name])
 
 
@@ -59,7 +59,7 @@ def why_unsupported(module: nn.Module) -> str | None:
     """Why HiFICL cannot adapt this module; None if it can."""
     forward = vars(module).get("forward")
     if isinstance(forward, functools.partial) and forward.func.__module__ == "accelerate.hooks":
-        forward = vars(module).get("_old_forward")  # which accelerate calls
+        forward = vars(module).get("_old_forward")  # which accelerate's forward calls
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         return "its forward has been replaced, and HiFICL cannot see what the new one does"
     try:
@@ -80,10 +80,10 @@ def why_unsupported(module: nn.Module) -> str | None:
 
 
 def why_replaced(dispatch: Dispatch, implementation: str) -> str | None:
-    """Why the attention that a module would run without an adapter is not the one that HiFICL computes.
+    """Why the attention that a module would run without an adapter is not the one that HiFICL computes; None if it is.
 
-    Asked on every call, as functions can be exchanged at any time: DeepSpeed's Ulysses registers its own in the place
-    of "sdpa" when accelerate prepares a model, torch's context parallelism patches `scaled_dot_product_attention`.
+    This is checked on every call, as functions can be replaced at any time: DeepSpeed's Ulysses registers its own for
+    "sdpa" when accelerate prepares a model, and torch's context parallelism patches `scaled_dot_product_attention`.
     """
     if implementation == "paged|sdpa":  # of transformers before 5.19
         implementation = "sdpa"
@@ -98,7 +98,7 @@ def why_replaced(dispatch: Dispatch, implementation: str) -> str | None:
         )
     if implementation == "sdpa":
         patched = torch.nn.functional.scaled_dot_product_attention
-        # transformers' exporters replace it by one of the same results, and an export takes the formula anyway.
+        # transformers' exporters replace it by an equivalent function, and an export uses the formula anyway.
         if patched is not torch._C._nn.scaled_dot_product_attention and not (
             torch.compiler.is_exporting() and patched.__module__.startswith("transformers.exporters.")
         ):
@@ -132,17 +132,18 @@ def check_backend(module: nn.Module, dispatch: Dispatch, implementation: str) ->
         )
 
 
-# What was read, or the reason why not.  A plain dict: torch.compile looks things up in it, and cannot read sources.
+# What was read of each class, or why it cannot be adapted.  Filled before torch.compile traces a call: it can trace a
+# lookup in a plain dict, but not the reading of sources.
 _dispatches: dict[tuple[type[nn.Module], Callable[..., Any]], Dispatch | str] = {}
 
 
 def dispatch_of(cls: type[nn.Module]) -> Dispatch:
-    """Read from the source of a class how it dispatches.
+    """How a class reaches its attention function, read from its source.
 
     Raises:
-        TypeError: it does not dispatch, or does so in a way that HiFICL could get wrong; the message says how.
+        TypeError: it does not use the attention interface, or in a way that HiFICL could get wrong.
     """
-    key = cls, cls.forward  # somebody may put another forward on the class
+    key = cls, cls.forward  # the forward too, as it may be replaced on the class
     if key not in _dispatches:
         try:
             _dispatches[key] = _read_dispatch(cls)
@@ -178,7 +179,7 @@ def _read_dispatch(cls: type[nn.Module]) -> Dispatch:
         raise TypeError(f"{cls.__name__} may exchange the attention function that it has looked up")
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for node in ast.walk(_source_of(base)):
-            # With "hificl" in the place of "sdpa", it would take another path (leave out a sparse mask, say).
+            # With "hificl" as the name instead of "sdpa", it would take another path (without its sparse mask, say).
             if isinstance(node, ast.Compare) and "_attn_implementation" in ast.unparse(node):
                 literals = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
                 if literals & {"sdpa", "flex_attention"}:
@@ -207,7 +208,7 @@ def _source_of(thing: Callable[..., Any]) -> ast.Module:
 
 
 def head_shape_of(module: nn.Module) -> HeadShape:
-    """Query heads and head dimensions of an attention module, as the module itself states them.
+    """Query heads and head dimensions of an attention module, from its attributes or its configuration.
 
     Raises:
         ValueError: it does not state them.

@@ -1,4 +1,4 @@
-"""The way back from an adapter that was attached to a model, but cannot stay."""
+"""Takes an adapter off a model again, after an error while it was attached or loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from .layer import HiFICLLayer
 
 
 class Undo:
-    """Makes a model again what it was before an adapter was attached to it: when called, or left with an error."""
+    """Remembers a model before an adapter is attached, and restores it when called.
+
+    As a context manager, it restores the model if the block raises.
+    """
 
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self.model, self.adapter_name = model, adapter_name

@@ -554,7 +554,9 @@ def test_threads_do_not_meet() -> None:
         assert len(got[i]) == 5 and all(torch.equal(result, expected) for result in got[i])
 
 
-@pytest.mark.parametrize("how", ["whole", "base", "base-fullgraph"])
+@pytest.mark.parametrize(
+    "how", ["whole", *(pytest.param(how, marks=pytest.mark.slow) for how in ("base", "base-fullgraph"))]
+)
 def test_a_compiled_model_sees_names_that_come_and_go(how: str) -> None:
     torch._dynamo.reset()
     model, inputs = with_two(build("gqa"), modules_to_save=["lm_head"]), inputs_for("gqa")

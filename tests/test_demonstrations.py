@@ -223,6 +223,21 @@ def test_other_adapters_have_no_part_in_what_is_read(other):
     assert not any(getattr(module, "_disable_adapters", False) for module in model.modules())
 
 
+def test_layers_that_were_compiled_before_are_read():
+    """torch.compile does not look for hooks that are registered after it has compiled a call."""
+    model, other = adapted("gqa", n=2, r=2), adapted("gqa", n=2, r=2)
+    for layer in model.get_base_model().model.layers:
+        layer.compile(backend="eager")
+    read = {"input_ids": DEMONSTRATIONS, "position_ids": torch.arange(-5, 0)[None], "use_cache": False}
+    with torch.no_grad(), model.disable_adapter():
+        model.get_base_model()(**read)
+    for each in (model, other):
+        torch.manual_seed(1)
+        initialize_from_demonstrations(each, {"input_ids": DEMONSTRATIONS}, tokens=[1, 3])
+    for layer, like in zip(layers(model), layers(other), strict=True):
+        torch.testing.assert_close(list(layer.parameters()), list(like.parameters()))
+
+
 def test_each_module_keeps_its_mode():
     model = adapted("gqa", n=2).train()
     trained, frozen = model.get_base_model().model.layers

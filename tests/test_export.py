@@ -276,7 +276,7 @@ def test_kinds_of_adapters(kind: str, implementation: str) -> None:
     check(lowered(module, args)(*args), expected, *args[1:2])
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=SLOW)], ids=["", "strict"])
 @pytest.mark.parametrize("heads", ["mha", "gqa"])
 def test_symbolic_shapes(heads: str, strict: bool) -> None:
     """Named dimensions, of which torch.export wants to prove all that it uses."""
@@ -305,7 +305,7 @@ def test_decoding_is_lowered() -> None:
             check(got, expected)
 
 
-@pytest.mark.parametrize("heads", ["gqa", "many", *(pytest.param(h, marks=SLOW) for h in ("mha", "many-gqa"))])
+@pytest.mark.parametrize("heads", ["gqa", *(pytest.param(h, marks=SLOW) for h in ("many", "mha", "many-gqa"))])
 def test_onnxruntime(heads: str, tmp_path: Path) -> None:
     module, free = Logits(adapted(heads)), Dim.DYNAMIC
     run = to_onnx(module, prompt(padded=True), tmp_path, dynamic_shapes=({0: free, 1: free},) * 3)
@@ -375,6 +375,7 @@ def decoded(program: torch.export.ExportedProgram, ids: Tensor) -> Tensor:
     return torch.cat([step(input_ids=ids[:, p], cache_position=p) for p in positions], dim=1)
 
 
+@SLOW
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_recipes_for_executorch(implementation: str) -> None:
     model = adapted().get_base_model()
@@ -406,7 +407,7 @@ EXPORTERS = {
 
 
 @pytest.mark.parametrize("scale", [True, False], ids=["", "alpha-one"])
-@pytest.mark.parametrize("name", ["dynamo", "strict", *(pytest.param(n, marks=SLOW) for n in ("onnx", "fused"))])
+@pytest.mark.parametrize("name", ["dynamo", *(pytest.param(n, marks=SLOW) for n in ("strict", "onnx", "fused"))])
 def test_transformers_exporters(name: str, scale: bool) -> None:
     exporter, configuration, options = EXPORTERS[name]
     module = Logits(adapted(scale_self_attention=scale))

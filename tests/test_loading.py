@@ -192,6 +192,48 @@ def test_a_second_read_that_fails_leaves_an_adapter_without_effect(
     assert_loads(model, load, good)
 
 
+def test_what_a_failed_load_left_on_other_layers_is_no_part_of_the_next_adapter(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = stored(tmp_path / "one layer", layers_to_transform=[0])
+    model = build("gqa")
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.peft_model.load_peft_weights", lambda *args, **kwargs: pytest.fail("gone"))
+        with pytest.raises(pytest.fail.Exception, match="gone"):
+            PeftModel.from_pretrained(model, good)
+    assert torch.equal(logits(PeftModel.from_pretrained(model, tmp_path / "one layer"), **INPUTS), output)
+
+
+class Quantised(nn.Linear):
+    """As bitsandbytes' 8-bit layers: what is saved of it is read from attributes of its weight."""
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}SCB"] = self.weight.SCB
+
+
+class FullySharded:
+    """As FSDP2's class: a new object is one of the class before it was sharded, with arguments."""
+
+    def __new__(cls, *args: object) -> nn.Module:
+        return cls.__mro__[2](*args)
+
+
+@pytest.mark.parametrize("kind", ["quantised", "sharded"])
+def test_a_base_whose_modules_cannot_be_made_anew(kind: str, good: Path) -> None:
+    model = build("gqa")
+    for layer in model.model.layers:
+        if kind == "quantised":
+            linear = layer.mlp.up_proj
+            layer.mlp.up_proj = Quantised(linear.in_features, linear.out_features, bias=False)
+            layer.mlp.up_proj.weight = linear.weight
+            linear.weight.SCB = torch.ones(linear.out_features)
+        else:
+            layer.__class__ = type("FSDPLayer", (FullySharded, type(layer)), {})
+    loaded = PeftModel.from_pretrained(model, good)
+    assert torch.equal(logits(loaded, **INPUTS), logits(adapted("gqa", seed=3), **INPUTS))
+
+
 def test_an_adapter_without_weights_is_not_used_in_silence(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

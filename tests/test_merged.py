@@ -527,7 +527,9 @@ def test_cuda_kernels_know_their_limits(monkeypatch: pytest.MonkeyPatch) -> None
 # -- compilation -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "dynamic", [pytest.param(False, id="static"), pytest.param(True, id="dynamic", marks=pytest.mark.slow)]
+)
 def test_training_compiles_whole(dynamic: bool) -> None:
     torch._dynamo.reset()
     model = adapted("gqa").train()

@@ -225,6 +225,7 @@ for _ in range(12):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_a_card_outlives_a_process_that_is_killed_while_it_saves(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent

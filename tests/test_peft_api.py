@@ -76,6 +76,15 @@ def test_one_config_on_several_models(choice: dict[str, object], layers: list[in
     assert again.targeted_module_names == shallow.targeted_module_names
 
 
+def test_names_that_peft_has_shortened_are_found_again_in_another_model() -> None:
+    """From twenty names on, PEFT keeps their common ends, which are the names of other attentions in other models."""
+    shared = config(layers_to_transform=list(range(20)))
+    get_peft_model(llama(layers=20), shared)
+    assert shared.target_modules == {"self_attn"}
+    names = get_peft_model(build("vlm"), shared).targeted_module_names
+    assert names == [f"model.language_model.layers.{i}.self_attn" for i in range(2)]
+
+
 @pytest.mark.parametrize(
     ("task", "cls"),
     [

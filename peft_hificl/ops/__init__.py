@@ -1,5 +1,5 @@
 """The maths of HiFICL on tensors: torch alone, no PEFT and no transformers.
 
-`formula` is the definition, `kernels` the attention kernels of PyTorch that return their log-sum-exp, and `merged` the
-formula at the cost of those kernels.
+`formula` is the definition, with the score matrix in memory.  `kernels` are PyTorch's attention kernels that return
+their log-sum-exp.  `merged` computes the formula with these kernels, without a score matrix.
 """

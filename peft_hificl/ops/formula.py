@@ -32,8 +32,8 @@ class VirtualPairs(NamedTuple):
     Attributes:
         keys: ``(B or 1, H or G, n, d)``.
         values: ``(B or 1, H or G, n, e)``.
-        log_weights: ``(B or 1, H or 1, n)`` added to the scores of the virtual keys, so that a pair counts
-            ``exp(log_weight)`` times; ``-inf`` removes a pair.  None: all weigh 1.
+        log_weights: ``(B or 1, H or 1, n)``, added to the scores of the virtual keys, so that a pair counts
+            ``exp(log_weight)`` times; ``-inf`` removes it.  None: every pair counts once.
         scale_self_attention: False sets ``alpha = 1`` and leaves ``beta`` as it is (the paper's ablation
             "w/o SA scaling").
     """
@@ -45,7 +45,7 @@ class VirtualPairs(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """How an attention call makes scores, and weights from them.
+    """How an attention call turns queries and keys into scores, and scores into weights.
 
     Attributes:
         scaling: factor of every score.
@@ -140,7 +140,7 @@ def virtual_attention(
         key: ``(B, G, S, d)``.
         value: ``(B, G, S, e)``.
         pairs: the virtual pairs; see :class:`VirtualPairs`.
-        scoring: scaling, mask and all else that makes scores; see :class:`Scoring`.
+        scoring: scaling, mask and the other options; see :class:`Scoring`.
 
     Returns:
         The output ``(B, H, T, e)`` in the dtype of ``value``, and the weights of the context values ``(B, H, T, S)``
@@ -170,7 +170,7 @@ def virtual_attention(
         context, virtual = (softcap * torch.tanh(s / softcap) for s in (context, virtual))
     if bias is not None:
         context = context + bias.to(dtype)
-    # The finite minimum, not -inf: a row that sees nothing must not become NaN when alpha = 1.
+    # The finite minimum instead of -inf, as a row that sees nothing would become NaN when alpha = 1.
     minimum = torch.finfo(dtype).min
     if is_causal:
         visible = torch.ones(context.shape[-2:], dtype=torch.bool, device=context.device).tril()
@@ -203,17 +203,17 @@ def grouped_matmul(left: Tensor, right: Tensor) -> Tensor:
     """``(B, H, T, x)``, ``(B or 1, G, x, y)`` -> ``(B, H, T, y)``; head h of left meets head h // (H / G) of right."""
     batch, heads, length, inner = left.shape
     if torch.compiler.is_exporting() and right.shape[1] != heads:
-        # With a symbolic T, torch.export cannot prove that the heads of a group can be stacked along it.
+        # With a symbolic T, torch.export cannot prove that the reshape below is valid.
         right = right.repeat_interleave(heads // right.shape[1], dim=1)
     groups, size = right.shape[1], right.shape[3]
-    # The heads of one group are stacked along T, so that nothing of `right` is ever repeated.
+    # Stack the heads of a group along T, so that `right` need not be repeated for them.
     folded = left.reshape(batch, groups, heads // groups * length, inner)
     with without_autocast(left.device):
         return (folded @ right).reshape(batch, heads, length, size)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast would compute a float32 product in half precision."""
+    """Turn autocast off, if it is on, as it would compute a float32 product in half precision."""
     enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 

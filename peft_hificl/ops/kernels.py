@@ -1,9 +1,9 @@
-"""The attention kernels of PyTorch that return their log-sum-exp: one table, with forward, backward and limits of each.
+"""A table of PyTorch's attention kernels that return their log-sum-exp, with forward, backward and limits of each.
 
-`scaled_dot_product_attention` keeps the log-sum-exp (LSE) of the scores to itself, so the kernels that it chooses from
-are called by their own names here.  A kernel's backward forms ``P = exp(score - LSE)`` and
-``delta = rowsum(grad_output * output)`` from the LSE and the output that it is handed.  Given those of an attention
-over *more* keys, it returns the exact gradients of its own share of that attention, which is what `merged` builds on.
+`scaled_dot_product_attention` does not return the log-sum-exp (LSE) of the scores, so its kernels are called here by
+their own names.  A kernel's backward computes ``P = exp(score - LSE)`` and ``delta = rowsum(grad_output * output)``
+from the LSE and the output that it is given.  If these belong to an attention over *more* keys, the backward returns
+the exact gradients of its own part of that attention, which is what `merged` relies on.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ class Kernel(NamedTuple):
     """One attention kernel.
 
     Attributes:
-        forward: output (B, H, T, d), LSE (B, H, T) and what the backward needs besides.
-        backward: gradients of query, key and value, from the gradient of an output, that output, its LSE and the state.
-        limits: why the kernel cannot compute a call; None if it can.
-        groups: whether it takes fewer key/value heads than query heads as they are, or has them repeated.
+        forward: computes the output (B, H, T, d), its LSE (B, H, T) and the state, which is what the backward needs
+            besides.
+        backward: computes the gradients of query, key and value from the gradient of an output, that output, its LSE
+            and the state.
+        limits: says why the kernel cannot compute a call; None if it can.
+        groups: whether it accepts fewer key/value heads than query heads; if not, they are repeated for it.
     """
 
     forward: Callable[[Call], tuple[Tensor, Tensor, State]]
@@ -67,11 +69,11 @@ def _cpu_backward(call: Call, grad: Tensor, output: Tensor, lse: Tensor, state: 
 
 
 def _cpu_limits(call: Call) -> str | None:
-    # torch.backends.cuda.flash_sdp_enabled() is this, but torch.compile does not trace it.
+    # The same as torch.backends.cuda.flash_sdp_enabled(), which torch.compile cannot trace.
     return None if torch._C._get_flash_sdp_enabled() else "flash attention is switched off"
 
 
-# -- CUDA: flash, with key/value heads as they are and no mask -------------------------------------------------------
+# -- CUDA: flash, takes grouped key/value heads, but no mask ---------------------------------------------------------
 
 
 def _flash_forward(call: Call) -> tuple[Tensor, Tensor, State]:
@@ -91,7 +93,7 @@ def _flash_backward(call: Call, grad: Tensor, output: Tensor, lse: Tensor, state
 
 
 def _flash_limits(call: Call) -> str | None:
-    # torch.backends.cuda.can_use_flash_attention() knows this too, but torch.compile does not trace it.
+    # Checks what torch.backends.cuda.can_use_flash_attention() does, which torch.compile cannot trace.
     dim, capability = call.query.shape[3], _capability(call.query.device)
     obstacles = {
         "flash attention is switched off": not torch._C._get_flash_sdp_enabled(),
@@ -107,7 +109,7 @@ def _flash_limits(call: Call) -> str | None:
     return next((reason for reason, holds in obstacles.items() if holds), None)
 
 
-# -- CUDA: memory-efficient, with a mask ------------------------------------------------------------------------------
+# -- CUDA: memory-efficient, takes a mask -----------------------------------------------------------------------------
 
 
 def _efficient_forward(call: Call) -> tuple[Tensor, Tensor, State]:
@@ -144,12 +146,12 @@ def _efficient_limits(call: Call) -> str | None:
 
 
 def _layout(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Query, key, value and mask as this kernel wants them: it knows no groups."""
+    """Query, key, value and mask in the layout of this kernel, which does not support grouped heads."""
     query, key, value, mask, _, _ = call
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    if mask is not None:  # rows that start at multiples of 16, one per query
+    if mask is not None:  # each row must start at a multiple of 16 elements
         size = key.shape[2]
         mask = mask.expand(*mask.shape[:-1], size)
         if size % 16 or mask.stride(-1) != 1:

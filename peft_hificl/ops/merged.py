@@ -1,4 +1,4 @@
-"""HiFICL at the cost of attention: the backend's own kernels, run on the context and on the virtual pairs, and merged.
+"""HiFICL by attention kernels: one call for the context, one for the virtual pairs, and a merge of the two outputs.
 
 With the output and the log-sum-exp (LSE) of attention over the context, ``O_SA`` and ``L_SA``, and over the virtual
 pairs, ``O_D`` and ``L_D``,
@@ -7,14 +7,14 @@ pairs, ``O_D`` and ``L_D``,
     alpha = exp(L_SA - L) = sigmoid(L_SA - L_D)
     out   = alpha * O_SA + (1 - alpha) * O_D         or, with alpha = 1,    O_SA + (1 - alpha) * O_D
 
-is the formula of `formula`, exactly: ``Z_SA = exp L_SA`` and ``Z_D = exp L_D``.  Sinks, whose values are zero, join the
-context first: ``L_SA`` grows by their share, and ``O_SA`` shrinks by it.  No score matrix is formed, and the context
-goes to the kernel as it would without an adapter.
+is exactly the formula of `formula`, with ``Z_SA = exp L_SA`` and ``Z_D = exp L_D``.  Sinks are joined to the context
+first: their values are zero, so ``L_SA`` becomes ``log(exp L_SA + exp sink)`` and ``O_SA`` shrinks by the difference.
+No score matrix is formed, and the kernel computes the context as it would without an adapter.
 
-A kernel's own backward forms ``P = exp(score - L)`` and ``delta = rowsum(grad * O)`` from an LSE and an output that it
-is handed.  Both calls are handed the *merged* ones, and so return the exact gradients of their shares.  With alpha = 1
-the weights of the context do not depend on the pairs, but the pairs' weights on the context: it is handed ``L_SA`` and
-``O_SA + alpha (1 - alpha) O_D``, the pairs ``L`` and ``(1 - alpha) O_D``.
+The backward of a kernel computes ``P = exp(score - L)`` and ``delta = rowsum(grad * O)`` from the LSE and the output
+that it is given.  Given the *merged* LSE and output, it returns the exact gradients of its part.  With alpha = 1, the
+context is given ``L_SA`` and ``O_SA + alpha (1 - alpha) O_D``, and the pairs ``L`` and ``(1 - alpha) O_D``: the share
+``1 - alpha`` depends on both LSEs, and these outputs make ``delta`` include its gradient.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ logger = logging.getLogger(__name__)
 
 
 class Path(NamedTuple):
-    """How a call is computed: by a kernel, or (None) by the formula itself, with the score matrix in memory."""
+    """How a call is computed, and why: by the kernel of this name or, if None, by `formula.virtual_attention`."""
 
     kernel: str | None
     reason: str
 
 
 class _Inputs(NamedTuple):
-    """What the path by kernels needs; the first seven may need gradients, the first nine are tensors."""
+    """The inputs of a call that kernels compute.
+
+    The first seven may require gradients; the first nine are tensors (or None), which autograd saves.
+    """
 
     query: Tensor
     key: Tensor
@@ -57,10 +60,10 @@ class _Inputs(NamedTuple):
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring) -> Tensor:
-    """The output of `formula.virtual_attention`, by the fastest way that is exact.
+    """The output of `formula.virtual_attention`, computed in the fastest way that is exact.
 
-    Arguments, shapes and errors are those of `formula.virtual_attention`; `attention_path` tells which way a call
-    takes.  Under autocast the inputs are cast first, as PyTorch does for `scaled_dot_product_attention`.
+    Arguments, shapes and errors are those of `formula.virtual_attention`; `attention_path` tells how a call is
+    computed.  Under autocast the inputs are cast first, as PyTorch does for `scaled_dot_product_attention`.
 
     Returns:
         ``(B, H, T, e)`` in the dtype of the inputs.  For half-precision inputs, scores, LSE and merge are float32, and
@@ -85,7 +88,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, sc
 
 
 def attention_path(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring) -> Path:
-    """Which way `attention` takes for these arguments, and why.
+    """How `attention` computes a call with these arguments, and why.
 
     >>> q, k, v = torch.randn(3, 1, 4, 5, 8)
     >>> pairs = VirtualPairs(torch.randn(1, 4, 2, 8), torch.randn(1, 4, 2, 8))
@@ -98,7 +101,7 @@ def attention_path(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPair
 
 
 def needs_formula(scoring: Scoring) -> str | None:
-    """Why a kernel's output and log-sum-exp of the context do not give the result; None if they do."""
+    """Why the result cannot be computed from a kernel's output and log-sum-exp of the context; None if it can."""
     if scoring.dropout:
         return "attention dropout"
     if scoring.softcap is not None:
@@ -106,14 +109,14 @@ def needs_formula(scoring: Scoring) -> str | None:
     return recorder()
 
 
-_PROXIES = torch._C._TorchDispatchModeKey.PROXY  # make_fx, and what is built on it
+_PROXIES = torch._C._TorchDispatchModeKey.PROXY  # on under make_fx and the tracers built on it
 
 
 def recorder() -> str | None:
-    """Who records this call to run it as other operations; None if it runs as it is written.
+    """What is tracing this call in order to replace its operations by others; None if nothing is.
 
-    Whoever puts other operations in a kernel's place reproduces its output, but not its log-sum-exp: torch's own
-    decomposition of the CPU kernel hands back attention weights instead, and translators for other runtimes zeros.
+    A replacement of a kernel has the same output, but not the same log-sum-exp: torch's own decomposition of the CPU
+    kernel returns attention weights in its place, and translators for other runtimes return zeros.
     """
     if torch.compiler.is_exporting():
         return "an export"
@@ -124,7 +127,7 @@ def recorder() -> str | None:
     return None
 
 
-# Backends of torch.compile that run kernels which are called by name as they are.
+# Backends of torch.compile that leave kernels as they are if they are called by name.
 _BACKENDS = ("inductor", "cudagraphs", "eager", "aot_eager", "aot_eager_decomp_partition")
 
 
@@ -134,20 +137,20 @@ def _compiles_kernels() -> bool:
     try:
         output = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
         backend: Any = torch._dynamo.eval_frame.innermost_backend(output.compiler_fn)  # type: ignore[arg-type]
-        # Under DistributedDataParallel, a splitter of graphs stands before it.
+        # Under DistributedDataParallel, it is wrapped by a splitter of graphs.
         backend = getattr(getattr(backend, "__self__", None), "backend_compile_fn", backend)
         if isinstance(backend, torch._TorchCompileInductorWrapper):
             return True
         known = [torch._dynamo.backends.registry.lookup_backend(name) for name in _BACKENDS]
         return getattr(backend, "compiler_fn", backend) in known
-    except AttributeError:  # it is another thread that compiles, or torch has renamed its own
+    except AttributeError:  # another thread is compiling, or torch has renamed its internals
         return False
 
 
 def _plan(
     query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring
 ) -> tuple[Path, _Inputs | None, Call | None]:
-    """The path; for that by a kernel its inputs, and the call over the virtual pairs."""
+    """The path and, if kernels are used, their inputs and the call over the virtual pairs."""
     reason = needs_formula(scoring)
     if reason is None:
         if any(t is not None and t.requires_grad for t in (scoring.mask, scoring.bias)):
@@ -163,7 +166,7 @@ def _plan(
     if reason is not None:
         return Path(None, reason), None, None
     if query.shape[-1] != value.shape[-1]:
-        # Kernels want one head dimension: zeros change neither the scores nor, cut off again, the output.
+        # Kernels need equal head dimensions.  Padding by zeros does not change the scores; `attention` cuts the output.
         dim = max(query.shape[-1], value.shape[-1])
         query, key, value = _padded(query, dim), _padded(key, dim), _padded(value, dim)
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
@@ -171,7 +174,7 @@ def _plan(
         query, key, value, pairs.keys, pairs.values, pairs.log_weights, scoring.sinks, scoring.mask, scoring.bias,
         scoring.is_causal, scoring.scaling, pairs.scale_self_attention, ("", ""),
     )  # fmt: skip
-    # A limit asks whether there is a mask, not for its values: it is not converted before a kernel is found.
+    # For the limits, it only matters whether there is a mask: it is converted later, if a kernel is found.
     mask = scoring.bias if scoring.mask is None else scoring.mask
     context = Call(query, key, value, mask, scoring.is_causal, scoring.scaling)
     with torch.no_grad():
@@ -194,10 +197,10 @@ def _context_call(inputs: _Inputs) -> Call:
 
 
 def _virtual_call(inputs: _Inputs) -> Call:
-    """Attention of the queries over the virtual pairs, which every query sees."""
+    """Attention of the queries over the virtual pairs, all of which are visible."""
     query, keys, values = inputs.query, inputs.keys, inputs.values
     batch, _, _, dim = query.shape
-    # Asked for one by one: while decoding, an operation that changes nothing costs as much as one that does.
+    # Each step is skipped if it would change nothing, since even that costs time in every decode step.
     if keys.dtype != query.dtype:
         keys, values = keys.to(query.dtype), values.to(query.dtype)
     if keys.shape[-1] != dim or values.shape[-1] != dim:
@@ -365,8 +368,8 @@ def _additive(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> T
     """Mask and bias as one tensor of four dimensions that is added to the scores."""
     if mask is None and bias is None:
         return None
-    # Finite, not -inf: of a row that sees nothing, kernels return the LSE 0 instead of -inf.  Half of the minimum, as
-    # some multiply scores by log2(e) in float32; float16's minimum is far from there.
+    # Finite, as kernels return an LSE of 0 instead of -inf for a row of nothing but -inf.  Half of the minimum, as some
+    # kernels multiply scores by log2(e) in float32, which would overflow; float16's minimum is far from that.
     minimum = torch.finfo(dtype).min / (1 if dtype == torch.float16 else 2)
     if mask is not None and mask.dtype == torch.bool:
         zero = torch.zeros((), dtype=dtype, device=mask.device)
@@ -378,12 +381,15 @@ def _additive(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> T
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """Kernels read the last dimension as contiguous, CUDA's in words of 16 bytes, without asking."""
+    """The tensor, or a copy that kernels can read: they assume, unchecked, that its last dimension is contiguous.
+
+    CUDA's also assume that every row begins at a multiple of 16 bytes.
+    """
     if tensor.stride(-1) != 1:
         return tensor.contiguous()
     if not torch.compiler.is_compiling() and tensor.is_cuda:  # torch.compile does not trace storage_offset()
         word = 16 // tensor.itemsize
-        # A view of a flat buffer may begin anywhere, and after a misaligned read CUDA is of no use to the process.
+        # A view of a flat buffer may begin anywhere, and after a misaligned read the process cannot use CUDA any more.
         if any(place % word for place in (tensor.storage_offset(), *tensor.stride()[:-1])):
             return tensor.clone(memory_format=torch.contiguous_format)
     return tensor

@@ -109,15 +109,14 @@ def source_of(module: str) -> str:
 def preload() -> None:
     """Everything that the tests import but the package under test."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    from tests import conftest, helpers  # noqa: F401  # first: they set more of the environment that torch reads
-
     for name in (
         "accelerate", "functorch.compile", "hypothesis", "onnxruntime", "peft", "safetensors.torch",
         "torch._dynamo.testing", "torch.export", "transformers.exporters", "transformers.integrations.executorch",
     ):  # fmt: skip
         importlib.import_module(name)
-    for build in helpers.BUILDERS.values():
-        build()  # transformers imports its models when they are asked for
+    transformers = importlib.import_module("transformers")
+    for name in ("LlamaForCausalLM", "LlavaForConditionalGeneration", "Qwen2ForCausalLM", "SiglipVisionModel"):
+        getattr(transformers, name)  # it imports its models when they are asked for
     for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "peft_hificl")]:
         del sys.modules[name]
     gc.collect()
