@@ -226,7 +226,9 @@ def test_the_gradient_of_each_alone(which: str) -> None:
 
 
 @pytest.mark.parametrize("log_weights", ["none", "per-head", "per-row", "shared"])
-def test_merging_with_attention_from_elsewhere(log_weights: str) -> None:
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("alpha_one", [False, True], ids=["", "alpha-1"])
+def test_merging_with_attention_from_elsewhere(alpha_one: bool, sinks: bool, log_weights: str) -> None:
     """As with flex_attention, by its output and LSE: values and every gradient, those of log-weights too."""
     torch.manual_seed(12)
     x = tensors(4, 2, 3, 5, 6, 6, 3)
@@ -234,13 +236,16 @@ def test_merging_with_attention_from_elsewhere(log_weights: str) -> None:
     if shape is not None:
         x["log_weights"] = torch.randn(shape, dtype=torch.float64)
         x["log_weights"][..., 1] = -torch.inf  # a pair that is not there
+    if sinks:
+        x["sinks"] = torch.randn(4, dtype=torch.float64)
     y, z = ({name: tensor.clone().requires_grad_() for name, tensor in x.items()} for _ in range(2))
     weights = None if shape is None else y["log_weights"].expand(-1, 4, -1)
-    want, _ = oracle.hificl(**{**y, "log_weights": weights}, scaling=0.3)
+    want, _ = oracle.hificl(**{**y, "log_weights": weights}, scaling=0.3, alpha_one=alpha_one)
     key, value = (z[name].repeat_interleave(2, dim=1) for name in ("key", "value"))
     scores = z["query"] @ key.mT * 0.3
-    pairs = pairs_of(z, log_weights=z.get("log_weights"))
-    got = merged.add_pairs(scores.softmax(-1) @ value, scores.logsumexp(-1), z["query"], pairs, Scoring(0.3))
+    pairs = pairs_of(z, log_weights=z.get("log_weights"))._replace(scale_self_attention=not alpha_one)
+    scoring = Scoring(0.3, sinks=z.get("sinks"))
+    got = merged.add_pairs(scores.softmax(-1) @ value, scores.logsumexp(-1), z["query"], pairs, scoring)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     gradients = (torch.autograd.grad(o.cos().sum(), list(i.values())) for o, i in ((got, z), (want, y)))
     for a, b in zip(*gradients, strict=True):
