@@ -60,7 +60,7 @@ def _flex(
     mask: Any = scoring.mask
     if isinstance(mask, Tensor):
         mask = mask[..., : key.shape[2]]
-    elif query.device.type in _FLEX_GIVES_LSE and scoring.bias is None and not merged.needs_formula(pairs, scoring):
+    elif query.device.type in _FLEX_GIVES_LSE and scoring.bias is None and not merged.needs_formula(scoring):
         return _flex_on_kernel(module, query, key, value, pairs, scoring), None
     elif mask is not None:
         # Turn the BlockMask into a boolean mask (B, H, T, S).
@@ -82,7 +82,7 @@ def _flex_on_kernel(
         query, key, value, training=module.training, block_mask=scoring.mask, enable_gqa=grouped,
         scale=scoring.scaling, return_aux=AuxRequest(lse=True),
     )  # fmt: skip
-    return merged.add_pairs(output, auxiliary.lse, query, pairs, scoring.scaling)
+    return merged.add_pairs(output, auxiliary.lse, query, pairs, scoring)
 
 
 BACKENDS = {

@@ -27,6 +27,7 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "factorize_keys": _SWITCH,
     "factorize_values": _SWITCH,
     "scale_self_attention": _SWITCH,
+    "pair_weights": _SWITCH,
 }
 
 
@@ -34,7 +35,8 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 class HiFICLConfig(PeftConfig):
     """The configuration of a [`HiFICLModel`]: n virtual key-value pairs per attention head, factorised at rank r.
 
-    Parameters per adapted attention with H query heads and head dimension d: ``2 * H * r * (n + d)``.
+    Parameters per adapted attention with H query heads and head dimension d: ``2 * H * r * (n + d)``, and ``H * n``
+    more with `pair_weights`.
 
     Args:
         n (`int`): Virtual key-value pairs per attention head.
@@ -59,6 +61,8 @@ class HiFICLConfig(PeftConfig):
         factorize_values (`bool`): False: `V_D` is learned whole, from zero (the paper's ablation "- LoRA on V").
         scale_self_attention (`bool`): False: alpha = 1, the self-attention is not scaled down (the paper's ablation
             "w/o SA scaling").
+        pair_weights (`bool`): True: each pair of each head also learns a log-weight w, starting at zero, which is added
+            to its score: ``Z_D = sum_i exp(s(k_D,i) + w_i)``.  Not in the paper.  It adds ``H * n`` parameters.
 
     Raises:
         ValueError: a number below 1, or `layers_pattern` without `layers_to_transform`.
@@ -118,6 +122,10 @@ class HiFICLConfig(PeftConfig):
     scale_self_attention: bool = field(
         default=True, metadata={"help": "False: alpha = 1, the self-attention output is not scaled down."}
     )
+    pair_weights: bool = field(
+        default=False,
+        metadata={"help": "True: learn a log-weight per pair and query head, added to its score."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,15 +151,17 @@ class HiFICLConfig(PeftConfig):
                 "indices of the layers to adapt."
             )
 
-    def parameter_shapes(self, heads: int, key_dim: int, value_dim: int) -> dict[str, tuple[int, int, int]]:
+    def parameter_shapes(self, heads: int, key_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of each parameter of this adapter on one attention."""
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for kind, factorize, dim in (("K", self.factorize_keys, key_dim), ("V", self.factorize_values, value_dim)):
             if factorize:
                 shapes[f"hificl_{kind}_A"] = (heads, self.n, self.r)
                 shapes[f"hificl_{kind}_B"] = (heads, self.r, dim)
             else:
                 shapes[f"hificl_{kind}"] = (heads, self.n, dim)
+        if self.pair_weights:
+            shapes["hificl_W"] = (heads, self.n)
         return shapes
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

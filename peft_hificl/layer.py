@@ -47,6 +47,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
 
         K_D = K_A K_B    hificl_K_A (H, n, r), hificl_K_B (H, r, d)    or whole: hificl_K (H, n, d)
         V_D = V_A V_B    hificl_V_A (H, n, r), hificl_V_B (H, r, e)    or whole: hificl_V (H, n, e)
+        w                hificl_W (H, n), log-weights of the pairs, with `pair_weights`
 
     The layer does not wrap the attention module but sits *inside* it (``self_attn.virtual_pairs``).  No module of the
     base model is renamed, so base checkpoints, disk offload and other adapters (such as a LoRA on q_proj) still find
@@ -59,7 +60,8 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         head_shape: query heads, head dimension of keys, head dimension of values.
     """
 
-    adapter_layer_names = ("hificl_K_A", "hificl_K_B", "hificl_V_A", "hificl_V_B", "hificl_K", "hificl_V")
+    hificl_W: Any  # noqa: N815  # a ModuleDict, as the others that are looked up by name
+    adapter_layer_names = ("hificl_K_A", "hificl_K_B", "hificl_V_A", "hificl_V_B", "hificl_K", "hificl_V", "hificl_W")
     other_param_names = ("n", "r", "scale_self_attention", "awaits_weights", "had_gradient")
 
     def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape) -> None:
@@ -108,15 +110,19 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
     def reset_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
         """Initialise an adapter as `HiFICLConfig.init_weights` says.
 
-        A whole K_D starts with the standard deviation that K_A K_B has, a whole V_D at zero.
+        A whole K_D starts with the standard deviation that K_A K_B has, a whole V_D and log-weights at zero.
         """
         root = self.r[adapter_name] ** 0.5
         spread = 1 / root if init_weights == "unit_keys" else 0.01  # of K_B; that of K_A K_B is sqrt(r) times larger
-        stds = {"hificl_K_B": spread, "hificl_V_B": 0.0, "hificl_K": spread * root, "hificl_V": 0.0}
+        stds = {"hificl_K_B": spread, "hificl_V_B": 0.0, "hificl_K": spread * root, "hificl_V": 0.0, "hificl_W": 0.0}
         for name in self.adapter_layer_names:
             if adapter_name in getattr(self, name):
                 std = stds.get(name, 1.0) if init_weights else 1.0
-                nn.init.normal_(getattr(self, name)[adapter_name].weight, std=std)
+                weight = getattr(self, name)[adapter_name].weight
+                if name == "hificl_W" and std == 0:  # nothing is drawn, so that all other factors start as without it
+                    weight.zero_()
+                else:
+                    nn.init.normal_(weight, std=std)
 
     @torch.no_grad()
     def set_pairs(self, adapter_name: str, keys: Tensor, values: Tensor) -> None:
@@ -124,8 +130,10 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
 
         With the singular value decomposition ``X = U S W`` truncated at rank r and a random rotation R,
         ``A = sqrt(n) U R`` and ``B = R' S W / sqrt(n)``.  So the entries of A have variance one, as in the other
-        initialisations, and the rotation spreads the singular values over all rows of B.
+        initialisations, and the rotation spreads the singular values over all rows of B.  Log-weights become zero.
         """
+        if adapter_name in self.hificl_W:
+            self.hificl_W[adapter_name].weight.zero_()
         heads = self.head_shape.heads
         for kind, pairs in (("K", keys), ("V", values)):
             whole = pairs.repeat_interleave(heads // pairs.shape[0], dim=0).float()  # (H, n, d)
@@ -192,7 +200,8 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
                 if product.requires_grad:
                     self.awaits_gradient.add(adapter_name)
                     product.register_hook(lambda grad: self._gradient_came(adapter_name))
-        return VirtualPairs(keys, values, scale_self_attention=self.scale_self_attention[adapter_name])
+        log_weights = self.hificl_W[adapter_name]()[None] if adapter_name in self.hificl_W else None  # (1, H, n)
+        return VirtualPairs(keys, values, log_weights, self.scale_self_attention[adapter_name])
 
     def _gradient_came(self, adapter_name: str) -> None:
         self.awaits_gradient.discard(adapter_name)

@@ -47,7 +47,7 @@ def register_key_renaming() -> None:
     It renames stored keys by patterns, after which HiFICL's end with the adapter's name (``hificl_K_A.default``).  The
     pattern added here appends ``.weight``.  It goes into the "legacy" mapping, which is applied to every model.
     """
-    renaming = WeightRenaming(r"(hificl_[KV]\w*\.[^.]+)$", r"\1.weight")
+    renaming = WeightRenaming(r"(hificl_[KVW]\w*\.[^.]+)$", r"\1.weight")
     mapping = get_checkpoint_conversion_mapping("legacy") or []
     if not any(known.source_patterns == renaming.source_patterns for known in mapping):
         register_checkpoint_conversion_mapping("legacy", [*mapping, renaming], overwrite=True)

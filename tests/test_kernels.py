@@ -274,3 +274,51 @@ def test_an_lse_as_long_as_the_head_dimension(groups: str, kernel: str) -> None:
     torch.manual_seed(2)
     heads, kv = GROUPS[groups]
     check(tensors(heads, kv, 3, 7, 32, 32, 3))
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's kernels in the place of the CPU's, flash first, which takes no mask."""
+    monkeypatch.setattr(kernels, "aten", Aten())
+    flash, efficient = (KERNELS["cuda"][name] for name in ("flash", "efficient"))
+    limits = {"flash": lambda call: "no mask" if call.mask is not None else None, "efficient": lambda call: None}
+    here = {n: k._replace(limits=limits[n]) for n, k in (("flash", flash), ("efficient", efficient))}
+    monkeypatch.setitem(KERNELS, "cpu", here)
+
+
+@pytest.mark.parametrize("alpha_one", [False, True], ids=["", "alpha-1"])
+@pytest.mark.parametrize("masked", ["context", "pairs", "both", "neither"])
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_each_call_takes_the_first_kernel_that_can(
+    groups: str, length: int, masked: str, alpha_one: bool, both: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-weights, sinks and alpha = 1 included: values and gradients."""
+    torch.manual_seed(4)
+    taken: list[str] = []
+    for name, kernel in KERNELS["cpu"].items():
+
+        def counted(call: Call, name: str = name, forward: Callable[..., object] = kernel.forward) -> object:
+            taken.append(name)
+            return forward(call)
+
+        monkeypatch.setitem(KERNELS["cpu"], name, kernel._replace(forward=counted))
+    heads, kv = GROUPS[groups]
+    x = tensors(heads, kv, length, 5, 6, 6, 3)
+    x["sinks"] = torch.randn(heads, dtype=torch.float64)
+    if masked in ("pairs", "both"):
+        x["log_weights"] = torch.randn(1, heads, 3, dtype=torch.float64)
+    mask = mask_of("causal", length, 5, heads) if masked in ("context", "both") else None
+    want_in, y = ({k: v.clone().requires_grad_() for k, v in x.items()} for _ in range(2))
+    want, _ = oracle.hificl(**want_in, scaling=0.3, mask=mask, alpha_one=alpha_one)
+    pairs = VirtualPairs(y["virtual_keys"], y["virtual_values"], y.get("log_weights"), not alpha_one)
+    args = (y["query"], y["key"], y["value"], pairs, Scoring(0.3, mask=mask, sinks=y["sinks"]))
+    got = merged.attention(*args)
+    assert taken == [("flash", "efficient")[mask is not None], ("flash", "efficient")["log_weights" in x]]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+    direction = torch.randn_like(want)
+    grads_want = torch.autograd.grad(want, list(want_in.values()), direction)
+    for name, a, b in zip(x, torch.autograd.grad(got, list(y.values()), direction), grads_want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(merged.attention(*args), want, rtol=0, atol=1e-10)

@@ -195,7 +195,7 @@ def test_half_precision_is_merged_in_float32(dtype: torch.dtype, way: str, monke
     monkeypatch.setitem(KERNELS["cpu"], "flash", KERNELS["cpu"]["flash"]._replace(groups=way != "decoding"))
     if way == "merge":
         scores = x["query"].float() @ x["key"].float().repeat_interleave(2, 1).mT * 0.3
-        got = merged.add_pairs(torch.ones_like(x["query"]), scores[..., 0], x["query"], pairs_of(x), scaling=0.3)
+        got = merged.add_pairs(torch.ones_like(x["query"]), scores[..., 0], x["query"], pairs_of(x), Scoring(0.3))
     else:
         if way == "training":
             x["virtual_keys"].requires_grad_()
@@ -208,7 +208,6 @@ def test_half_precision_is_merged_in_float32(dtype: torch.dtype, way: str, monke
 
 @pytest.mark.parametrize("which", ["query", "key", "value", "virtual_keys", "virtual_values", "log_weights"])
 def test_the_gradient_of_each_alone(which: str) -> None:
-    """Log-weights that are trained take the formula, which alone has their gradient; fixed ones leave the kernel."""
     torch.manual_seed(11)
     x = {**tensors(4, 2, 3, 5, 6, 6, 3), "log_weights": torch.randn(2, 4, 3, dtype=torch.float64)}
     gradients = []
@@ -217,8 +216,7 @@ def test_the_gradient_of_each_alone(which: str) -> None:
         if attend is merged.attention:
             pairs = pairs_of(y, log_weights=y["log_weights"])
             args = (y["query"], y["key"], y["value"], pairs)
-            path = merged.attention_path(*args, Scoring(0.3))
-            assert (path.kernel is None and "trained" in path.reason) if which == "log_weights" else path.kernel
+            assert merged.attention_path(*args, Scoring(0.3)).kernel == "flash"
             out = attend(*args, Scoring(0.3))
         else:
             out, _ = attend(**y, scaling=0.3)
@@ -228,7 +226,9 @@ def test_the_gradient_of_each_alone(which: str) -> None:
 
 
 @pytest.mark.parametrize("log_weights", ["none", "per-head", "per-row", "shared"])
-def test_merging_with_attention_from_elsewhere(log_weights: str) -> None:
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("alpha_one", [False, True], ids=["", "alpha-1"])
+def test_merging_with_attention_from_elsewhere(alpha_one: bool, sinks: bool, log_weights: str) -> None:
     """As with flex_attention, by its output and LSE: values and every gradient, those of log-weights too."""
     torch.manual_seed(12)
     x = tensors(4, 2, 3, 5, 6, 6, 3)
@@ -236,13 +236,16 @@ def test_merging_with_attention_from_elsewhere(log_weights: str) -> None:
     if shape is not None:
         x["log_weights"] = torch.randn(shape, dtype=torch.float64)
         x["log_weights"][..., 1] = -torch.inf  # a pair that is not there
+    if sinks:
+        x["sinks"] = torch.randn(4, dtype=torch.float64)
     y, z = ({name: tensor.clone().requires_grad_() for name, tensor in x.items()} for _ in range(2))
     weights = None if shape is None else y["log_weights"].expand(-1, 4, -1)
-    want, _ = oracle.hificl(**{**y, "log_weights": weights}, scaling=0.3)
+    want, _ = oracle.hificl(**{**y, "log_weights": weights}, scaling=0.3, alpha_one=alpha_one)
     key, value = (z[name].repeat_interleave(2, dim=1) for name in ("key", "value"))
     scores = z["query"] @ key.mT * 0.3
-    pairs = pairs_of(z, log_weights=z.get("log_weights"))
-    got = merged.add_pairs(scores.softmax(-1) @ value, scores.logsumexp(-1), z["query"], pairs, scaling=0.3)
+    pairs = pairs_of(z, log_weights=z.get("log_weights"))._replace(scale_self_attention=not alpha_one)
+    scoring = Scoring(0.3, sinks=z.get("sinks"))
+    got = merged.add_pairs(scores.softmax(-1) @ value, scores.logsumexp(-1), z["query"], pairs, scoring)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     gradients = (torch.autograd.grad(o.cos().sum(), list(i.values())) for o, i in ((got, z), (want, y)))
     for a, b in zip(*gradients, strict=True):
@@ -259,7 +262,7 @@ def test_merging_leaves_a_row_without_pairs_alone(dtype: torch.dtype) -> None:
     output[:, :, 0] = 0
     keys, values = torch.randn(2, 1, 4, 2, 8).to(dtype)
     pairs = select_rows([VirtualPairs(keys, values), None], [1, 0])
-    got = merged.add_pairs(output, lse, query, pairs, scaling=0.3)
+    got = merged.add_pairs(output, lse, query, pairs, Scoring(0.3))
     assert torch.equal(got[0], output[0]) and torch.isfinite(got).all()
     alone = (query[1:, :, :1].double() @ keys.double().mT * 0.3).softmax(-1) @ values.double()
     torch.testing.assert_close(got[1:, :, :1].double(), alone, rtol=0, atol=4 * torch.finfo(dtype).eps)
@@ -276,7 +279,7 @@ def test_merging_half_precision_scores_in_float32() -> None:
         output = (scores.softmax(-1) @ exact["value"]).to(dtype)
         for autocast in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                got = merged.add_pairs(output, scores.logsumexp(-1).float(), x["query"], pairs_of(x), scaling=2e-5)
+                got = merged.add_pairs(output, scores.logsumexp(-1).float(), x["query"], pairs_of(x), Scoring(2e-5))
             want, _ = oracle.hificl(**exact, scaling=2e-5)
             assert got.dtype == dtype and (got.double() - want).abs().max() < torch.finfo(dtype).eps
 
@@ -376,11 +379,10 @@ def test_masks_are_kept_as_they_came() -> None:
 
 Q, K, V = torch.randn(3, 1, 4, 5, 8)
 PAIRS = VirtualPairs(torch.randn(1, 4, 2, 8), torch.randn(1, 4, 2, 8))
-TRAINED = "a mask, bias or log-weight that is trained"
+TRAINED = "a mask or bias that is trained"
 FALLBACKS: dict[str, tuple[dict[str, object], str]] = {
     "dropout": ({"dropout": 0.5}, "attention dropout"),
     "softcap": ({"softcap": 2.0}, "soft-capped scores"),
-    "sinks": ({"sinks": torch.zeros(4)}, "attention sinks"),
     "trained-bias": ({"bias": torch.zeros(1, 4, 5, 5, requires_grad=True)}, TRAINED),
     "trained-mask": ({"mask": torch.zeros(1, 4, 5, 5, requires_grad=True)}, TRAINED),
 }
@@ -406,7 +408,6 @@ def test_other_fallbacks() -> None:
         assert torch.isfinite(merged.attention(*args, Scoring(0.3, **options))).all()
         return path.reason
 
-    assert why(Q, K, V, PAIRS._replace(scale_self_attention=False)) == "scale_self_attention=False (alpha = 1)"
     for which in range(3):
         mixed = [t.double() if i == which else t for i, t in enumerate((Q, K, V))]
         assert why(*mixed, PAIRS) == "query, key and value of different dtypes"
@@ -434,7 +435,7 @@ def test_a_kernel_must_take_the_virtual_pairs_too(monkeypatch: pytest.MonkeyPatc
     bias, mask = torch.randn(1, 4, 5, 5), torch.ones(5, 5, dtype=torch.bool).tril()
     for pairs, options, kernel in (
         (PAIRS, {"is_causal": True}, "maskless"),
-        (weighted, {"is_causal": True}, "any"),
+        (weighted, {"is_causal": True}, "maskless"),
         (PAIRS, {"bias": bias}, "any"),
         (PAIRS, {"mask": mask}, "any"),
         (weighted, {"mask": mask, "bias": bias}, "any"),
@@ -780,3 +781,43 @@ def test_as_many_pairs_or_rows_as_the_larger_head_dimension(batch: int, n: int, 
     assert merged.attention_path(*args, Scoring(0.3)).kernel == "flash"
     want, _ = virtual_attention(*args, Scoring(0.3))
     torch.testing.assert_close(merged.attention(*args, Scoring(0.3)), want, rtol=0, atol=1e-12)
+
+
+# -- log-weights, sinks and alpha = 1 ---------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("alpha_one", [False, True], ids=["", "alpha-1"])
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("weights", ["none", "per-head", "per-row", "shared"])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_weighted_pairs_beside_sinks(
+    groups: str, weights: str, sinks: bool, alpha_one: bool, dtype: torch.dtype
+) -> None:
+    """Values and all gradients, those of log-weights and sinks too, by kernels against the definition in float64."""
+    torch.manual_seed(16)
+    heads, kv = GROUPS[groups]
+    x = tensors(heads, kv, 3, 4, 6, 4, 3)
+    shape = {"per-head": (1, heads, 3), "per-row": (2, heads, 3), "shared": (1, 1, 3)}.get(weights)
+    extra = {} if shape is None else {"log_weights": torch.randn(shape, dtype=torch.float64)}
+    extra |= {"sinks": torch.randn(heads, dtype=torch.float64)} if sinks else {}
+    results = []
+    for of_oracle, kind in ((True, torch.float64), (False, dtype)):
+        y = {name: t.to(kind).requires_grad_() for name, t in {**x, **extra}.items()}
+        mask = mask_of("padded", 3, 4, heads)
+        if of_oracle:
+            each = {name: t.expand(-1, heads, -1) if name == "log_weights" else t for name, t in y.items()}
+            out, _ = oracle.hificl(**each, scaling=0.3, mask=mask, alpha_one=alpha_one)
+        else:
+            pairs = pairs_of(y, log_weights=y.get("log_weights"))._replace(scale_self_attention=not alpha_one)
+            args = (y["query"], y["key"], y["value"], pairs, Scoring(0.3, mask=mask, sinks=y.get("sinks")))
+            assert merged.attention_path(*args).kernel == "flash"
+            out = merged.attention(*args)
+            with torch.no_grad():
+                torch.testing.assert_close(merged.attention(*args), out)
+        direction = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
+        direction[1, :, :1] = 0  # queries that see no key at all: softmax over nothing is not defined
+        out = out.double() * (direction != 0)
+        results.append((out, *torch.autograd.grad((out * direction).sum(), list(y.values()))))
+    for name, want, got in zip(("output", *x, *extra), *results, strict=True):
+        assert relative_error(got, want) < TOLERANCE[dtype], name

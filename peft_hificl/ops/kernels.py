@@ -35,7 +35,8 @@ class Kernel(NamedTuple):
     """One attention kernel.
 
     Attributes:
-        forward: computes the output, its LSE and the state, which is what the backward needs besides.
+        forward: computes the output (B, H, T, d), its LSE (B, H, T) and the state, which is what the backward needs
+            besides.
         backward: computes the gradients of query, key and value from the gradient of an output, that output, its LSE
             and the state.
         limits: says why the kernel cannot compute a call; None if it can.
@@ -116,11 +117,12 @@ def _efficient_forward(call: Call) -> tuple[Tensor, Tensor, State]:
     output, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
         query, key, value, mask, True, 0.0, call.is_causal, scale=call.scaling
     )
-    return output, lse, (seed, offset)
+    return output, lse[:, :, : query.shape[2]], (seed, offset)
 
 
 def _efficient_backward(call: Call, grad: Tensor, output: Tensor, lse: Tensor, state: State) -> Gradients:
     query, key, value, mask = _layout(call)
+    lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)  # as the forward gives it
     grad_query, grad_key, grad_value, _ = aten._scaled_dot_product_efficient_attention_backward(
         grad, query, key, value, mask, output, lse, *state, 0.0, [True, True, True, False], call.is_causal,
         scale=call.scaling,

@@ -5,11 +5,16 @@ pairs, ``O_D`` and ``L_D``,
 
     L     = log(exp L_SA + exp L_D)
     alpha = exp(L_SA - L) = sigmoid(L_SA - L_D)
-    out   = alpha * O_SA + (1 - alpha) * O_D
+    out   = alpha * O_SA + (1 - alpha) * O_D         or, with alpha = 1,    O_SA + (1 - alpha) * O_D
 
-is exactly the formula of `formula`, with ``Z_SA = exp L_SA`` and ``Z_D = exp L_D``.  No score matrix is formed, and the
-kernel computes the context as it would without an adapter.  The backward gives the *merged* output and LSE to the
-kernel's own backward, which then returns the exact gradients of its part (see `kernels`).
+is exactly the formula of `formula`, with ``Z_SA = exp L_SA`` and ``Z_D = exp L_D``.  Sinks are joined to the context
+first: their values are zero, so ``L_SA`` becomes ``log(exp L_SA + exp sink)`` and ``O_SA`` shrinks by the difference.
+No score matrix is formed, and the kernel computes the context as it would without an adapter.
+
+The backward of a kernel computes ``P = exp(score - L)`` and ``delta = rowsum(grad * O)`` from the LSE and the output
+that it is given.  Given the *merged* LSE and output, it returns the exact gradients of its part.  With alpha = 1, the
+context is given ``L_SA`` and ``O_SA + alpha (1 - alpha) O_D``, and the pairs ``L`` and ``(1 - alpha) O_D``: the share
+``1 - alpha`` depends on both LSEs, and these outputs make ``delta`` include its gradient.
 """
 
 from __future__ import annotations
@@ -34,9 +39,9 @@ class Path(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """The inputs of a call that a kernel computes.
+    """The inputs of a call that kernels compute.
 
-    The first five may require gradients; the first eight are tensors (or None), which autograd saves.
+    The first seven may require gradients; the first nine are tensors (or None), which autograd saves.
     """
 
     query: Tensor
@@ -44,12 +49,14 @@ class _Inputs(NamedTuple):
     value: Tensor
     keys: Tensor
     values: Tensor
+    log_weights: Tensor | None
+    sinks: Tensor | None
     mask: Tensor | None
     bias: Tensor | None
-    log_weights: Tensor | None
     is_causal: bool
     scaling: float
-    kernel: str
+    scale_self_attention: bool
+    kernels: tuple[str, str]  # of the context and of the virtual pairs
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring) -> Tensor:
@@ -71,13 +78,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, sc
             logger.debug("HiFICL runs with the score matrix in memory: %s", path.reason)
         return virtual_attention(query, key, value, pairs, scoring)[0]
 
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs[:5]):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:7]):
         output: Tensor = _Differentiable.apply(*inputs)
     else:
-        kernel, context = KERNELS[query.device.type][inputs.kernel], _context_call(inputs)
-        repeats = not kernel.groups and query.shape[1] != key.shape[1]
-        decodes = repeats and query.shape[2] == 1 and not scoring.is_causal
-        output = _decode(kernel, context, virtual) if decodes else _run(kernel, context, virtual).output
+        output = _run(
+            inputs, _context_call(inputs), virtual, folds=query.shape[2] == 1 and not scoring.is_causal
+        ).output
     return output if query.shape[-1] == value.shape[-1] else output[..., : value.shape[-1]]
 
 
@@ -94,16 +100,12 @@ def attention_path(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPair
     return _plan(*autocast(query, key, value), pairs, scoring)[0]
 
 
-def needs_formula(pairs: VirtualPairs, scoring: Scoring) -> str | None:
+def needs_formula(scoring: Scoring) -> str | None:
     """Why the result cannot be computed from a kernel's output and log-sum-exp of the context; None if it can."""
     if scoring.dropout:
         return "attention dropout"
     if scoring.softcap is not None:
         return "soft-capped scores"
-    if scoring.sinks is not None:
-        return "attention sinks"
-    if not pairs.scale_self_attention:
-        return "scale_self_attention=False (alpha = 1)"
     return recorder()
 
 
@@ -148,11 +150,11 @@ def _compiles_kernels() -> bool:
 def _plan(
     query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring
 ) -> tuple[Path, _Inputs | None, Call | None]:
-    """The path and, if a kernel is used, its inputs and the call over the virtual pairs."""
-    reason = needs_formula(pairs, scoring)
+    """The path and, if kernels are used, their inputs and the call over the virtual pairs."""
+    reason = needs_formula(scoring)
     if reason is None:
-        if any(t is not None and t.requires_grad for t in (scoring.mask, scoring.bias, pairs.log_weights)):
-            reason = "a mask, bias or log-weight that is trained"
+        if any(t is not None and t.requires_grad for t in (scoring.mask, scoring.bias)):
+            reason = "a mask or bias that is trained"
         elif torch._C._are_functorch_transforms_active():
             reason = "a torch.func transform"
         elif not query.dtype == key.dtype == value.dtype:
@@ -168,21 +170,24 @@ def _plan(
         dim = max(query.shape[-1], value.shape[-1])
         query, key, value = _padded(query, dim), _padded(key, dim), _padded(value, dim)
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
-    _, mask, is_causal, bias, *_ = scoring
     inputs = _Inputs(
-        query, key, value, pairs.keys, pairs.values, mask, bias, pairs.log_weights, is_causal, scoring.scaling, ""
+        query, key, value, pairs.keys, pairs.values, pairs.log_weights, scoring.sinks, scoring.mask, scoring.bias,
+        scoring.is_causal, scoring.scaling, pairs.scale_self_attention, ("", ""),
     )  # fmt: skip
     # For the limits, it only matters whether there is a mask: it is converted later, if a kernel is found.
-    context = Call(query, key, value, bias if mask is None else mask, is_causal, scoring.scaling)
+    mask = scoring.bias if scoring.mask is None else scoring.mask
+    context = Call(query, key, value, mask, scoring.is_causal, scoring.scaling)
     with torch.no_grad():
         virtual = _virtual_call(inputs)
-    reasons = []
-    for name, kernel in KERNELS.get(query.device.type, {}).items():
-        limit = kernel.limits(context) or kernel.limits(virtual)
-        if limit is None:
-            return Path(name, "it takes these inputs"), inputs._replace(kernel=name), virtual
-        reasons.append(limit)
-    return Path(None, "; ".join(reasons) or f"no kernel for the device {query.device.type}"), None, None
+    chosen = []
+    for call in (context, virtual):
+        reasons = {name: kernel.limits(call) for name, kernel in KERNELS.get(query.device.type, {}).items()}
+        able = [name for name, reason in reasons.items() if reason is None]
+        if not able:
+            reason = "; ".join(filter(None, reasons.values())) or f"no kernel for the device {query.device.type}"
+            return Path(None, reason), None, None
+        chosen.append(able[0])
+    return Path(chosen[0], "it takes these inputs"), inputs._replace(kernels=(chosen[0], chosen[1])), virtual
 
 
 def _context_call(inputs: _Inputs) -> Call:
@@ -207,99 +212,156 @@ def _virtual_call(inputs: _Inputs) -> Call:
     return Call(query, keys, values, _additive(log_weights, None, query.dtype), False, inputs.scaling)
 
 
+class _Seen(NamedTuple):
+    """What the backward of a kernel is handed: an output (B, H, T, d) and an LSE (B, H, T)."""
+
+    output: Tensor
+    lse: Tensor
+
+
 class _Run(NamedTuple):
-    """The results of the two kernel calls."""
+    """What two kernel calls give; the pairs are of the context and of the virtual pairs."""
 
     output: Tensor  # of the attention over both, (B, H, T, d)
-    lses: tuple[Tensor, Tensor]  # of the context and of the virtual pairs
-    states: tuple[State, State]  # what the two backwards need besides
+    seen: tuple[_Seen, _Seen]
+    states: tuple[State, State]  # what the backwards need besides
 
 
-def _run(kernel: Kernel, context: Call, virtual: Call) -> _Run:
-    """Attention over the context and over the virtual pairs, weighted by alpha."""
-    context_output, context_lse, context_state = kernel.forward(context)
-    virtual_output, virtual_lse, virtual_state = kernel.forward(virtual)
-    alpha = torch.sigmoid(context_lse - virtual_lse)
-    if alpha.shape[2] != context_output.shape[2]:
-        alpha = alpha[:, :, : context_output.shape[2]]  # some kernels pad their LSE
-    output = _weighted(context_output, virtual_output, alpha)
-    return _Run(output, (context_lse, virtual_lse), (context_state, virtual_state))
+def _run(inputs: _Inputs, context: Call, virtual: Call, folds: bool = False) -> _Run:
+    """Attention over the context and over the virtual pairs, merged.
+
+    Args:
+        folds: whether the heads of a group may become the queries of one, which leaves no state for a backward.
+    """
+    kernels = [KERNELS[context.query.device.type][name] for name in inputs.kernels]
+    run = _folded if folds and not kernels[0].groups and context.key.shape[1] != context.query.shape[1] else _plain
+    context_output, context_lse, context_state = run(kernels[0], context)
+    virtual_output, virtual_lse, virtual_state = kernels[1].forward(virtual)
+    if inputs.sinks is not None:
+        lse = torch.logaddexp(context_lse, inputs.sinks.to(context_lse.dtype).reshape(1, -1, 1))
+        context_output, context_lse = _times(torch.exp(context_lse - lse), context_output), lse
+    states, dtype = (context_state, virtual_state), context_output.dtype
+    lse = torch.logaddexp(context_lse, virtual_lse)
+    if inputs.scale_self_attention:
+        seen = _Seen(_lerp(virtual_output, context_output, torch.sigmoid(context_lse - virtual_lse)), lse)
+        return _Run(seen.output, (seen, seen), states)
+    share = torch.sigmoid(virtual_lse - context_lse)  # 1 - alpha
+    written = _times(share, virtual_output)
+    of_context = (context_output + _times(1 - share, written)).to(dtype)
+    output = (context_output + written).to(dtype)
+    return _Run(output, (_Seen(of_context, context_lse), _Seen(written.to(dtype), lse)), states)
 
 
-def _decode(kernel: Kernel, context: Call, virtual: Call) -> Tensor:
-    """`_run` for one query per row: the heads of a group become queries, so that keys and values are not repeated."""
-    batch, heads, _, dim = context.query.shape
-    groups = context.key.shape[1]
-    query, mask = context.query.reshape(batch, groups, heads // groups, dim), context.mask
+def _plain(kernel: Kernel, call: Call) -> tuple[Tensor, Tensor, State]:
+    return kernel.forward(call)
+
+
+def _folded(kernel: Kernel, call: Call) -> tuple[Tensor, Tensor, State]:
+    """One query a row: the heads of a group become queries, so that the cache is not repeated for them."""
+    batch, heads, _, dim = call.query.shape
+    groups = call.key.shape[1]
+    query, mask = call.query.reshape(batch, groups, heads // groups, dim), call.mask
     if mask is not None:
         mask = mask.expand(batch, heads, 1, -1).reshape(batch, groups, heads // groups, -1)
-    context_output, context_lse, _ = kernel.forward(context._replace(query=query, mask=mask))
-    virtual_output, virtual_lse, _ = kernel.forward(virtual)
-    context_lse = context_lse[:, :, : heads // groups].reshape(batch, heads, 1)
-    alpha = torch.sigmoid(context_lse - virtual_lse[:, :, :1])
-    return _weighted(context_output.reshape(batch, heads, 1, dim), virtual_output, alpha)
+    output, lse, _ = kernel.forward(call._replace(query=query, mask=mask))
+    return output.reshape(batch, heads, 1, dim), lse.reshape(batch, heads, 1), ()
 
 
-def _weighted(context: Tensor, virtual: Tensor, alpha: Tensor) -> Tensor:
-    """alpha * context + (1 - alpha) * virtual, in the memory of `virtual` where the dtypes allow it."""
-    alpha = alpha.unsqueeze(-1)
-    if alpha.dtype == context.dtype:
-        return virtual.lerp_(context, alpha)  # in place, as a kernel's output is used nowhere else
-    return torch.lerp(virtual.to(alpha.dtype), context.to(alpha.dtype), alpha).to(context.dtype)
+def _times(factor: Tensor, output: Tensor) -> Tensor:
+    """A factor (B, H, T) times an output (B, H, T, d), in the dtype of the factor: it is not rounded before a sum."""
+    return factor.unsqueeze(-1) * output
 
 
-def add_pairs(output: Tensor, lse: Tensor, query: Tensor, pairs: VirtualPairs, scaling: float) -> Tensor:
+def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
+    """(1 - weight) * start + weight * end, in the memory of `start` where the dtypes allow it."""
+    weight = weight.unsqueeze(-1)
+    if weight.dtype == end.dtype:
+        return start.lerp_(end, weight)  # nobody else holds a kernel's output
+    return torch.lerp(start.to(weight.dtype), end.to(weight.dtype), weight).to(start.dtype)
+
+
+def add_pairs(output: Tensor, lse: Tensor, query: Tensor, pairs: VirtualPairs, scoring: Scoring) -> Tensor:
     """Mix virtual pairs into attention that was computed elsewhere, given its output and its log-sum-exp.
 
     Args:
-        output: ``(B, H, T, e)``, attention over the context.
+        output: ``(B, H, T, e)``, attention over the context without sinks.
         lse: ``(B, H, T)``, its LSE, through which gradients flow.
         query: ``(B, H, T, d)``.
-        pairs: the virtual pairs; ``scale_self_attention`` must be True.
-        scaling: factor of every score.
+        pairs: the virtual pairs.
+        scoring: scaling and sinks; neither dropout nor a soft-cap.
 
     Returns:
         ``(B, H, T, e)`` in the dtype of `output`; differentiable in everything that is differentiable.
     """
     dtype = torch.promote_types(lse.dtype, torch.float32)
-    virtual = grouped_matmul(query.to(dtype) * scaling, pairs.keys.to(dtype).mT)  # (B, H, T, n)
+    scores = grouped_matmul(query.to(dtype) * scoring.scaling, pairs.keys.to(dtype).mT)  # (B, H, T, n)
     if pairs.log_weights is not None:
-        # Finite instead of -inf, as a row without pairs would become NaN.
-        virtual = virtual + pairs.log_weights.to(dtype).clamp_min(torch.finfo(dtype).min / 2)[:, :, None]
-    mixed = grouped_matmul(virtual.softmax(dim=-1), pairs.values.to(dtype))
-    alpha = torch.sigmoid(lse.to(dtype) - virtual.logsumexp(dim=-1))[..., None]
-    return torch.lerp(mixed, output.to(dtype), alpha).to(output.dtype)
+        # Finite, not -inf: a row without pairs must not become NaN.
+        scores = scores + pairs.log_weights.to(dtype).clamp_min(torch.finfo(dtype).min / 2)[:, :, None]
+    virtual = grouped_matmul(scores.softmax(dim=-1), pairs.values.to(dtype))
+    context, lse = output.to(dtype), lse.to(dtype)
+    if scoring.sinks is not None:
+        with_sinks = torch.logaddexp(lse, scoring.sinks.to(dtype).reshape(1, -1, 1))
+        context, lse = _times(torch.exp(lse - with_sinks), context), with_sinks
+    share = torch.sigmoid(scores.logsumexp(dim=-1) - lse)[..., None]  # 1 - alpha
+    mixed = torch.lerp(context, virtual, share) if pairs.scale_self_attention else context + share * virtual
+    return mixed.to(output.dtype)
 
 
 class _Differentiable(torch.autograd.Function):
-    """`_run` with the gradients of query, key, value and virtual pairs."""
+    """`_run` with the gradients of query, key, value, virtual pairs, their log-weights and sinks."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         inputs = _Inputs(*arguments)
-        kernel = KERNELS[inputs.query.device.type][inputs.kernel]
-        output, lses, states = _run(kernel, _context_call(inputs), _virtual_call(inputs))
-        # Save the masks unconverted, as all layers share them; the backward converts them again.
-        ctx.save_for_backward(*inputs[:8], output, torch.logaddexp(*lses), *states[0], *states[1])
-        ctx.options = inputs[8:]
+        output, (context, virtual), states = _run(inputs, _context_call(inputs), _virtual_call(inputs))
+        # The masks as they came, shared by all layers; converted again in the backward.
+        ctx.save_for_backward(*inputs[:9], *context, *virtual, *states[0], *states[1])
+        ctx.options, ctx.states = inputs[9:], len(states[0])
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        inputs, (output, lse), state = _Inputs(*saved[:8], *ctx.options), saved[8:10], saved[10:]
-        backward = KERNELS[inputs.query.device.type][inputs.kernel].backward
-        grad, half = _aligned(grad), len(state) // 2
-        grad_query, grad_keys, grad_values = backward(_virtual_call(inputs), grad, output, lse, state[half:])
-        grad_key = grad_value = None
-        if any(ctx.needs_input_grad[:3]):  # not in the first layer of a frozen model
-            context_query, grad_key, grad_value = backward(_context_call(inputs), grad, output, lse, state[:half])
-            grad_query += context_query
-        grad_keys, grad_values = (
+        inputs, state = _Inputs(*saved[:9], *ctx.options), saved[13:]
+        context, virtual = _Seen(*saved[9:11]), _Seen(*saved[11:13])
+        kernels = [KERNELS[inputs.query.device.type][name] for name in inputs.kernels]
+        grad, call = _aligned(grad), _virtual_call(inputs)
+        of_query, of_keys, of_values = kernels[1].backward(call, grad, *virtual, state[ctx.states :])
+        of_keys, of_values = (
             g[..., : like.shape[-1]].to(like.dtype).sum_to_size(like.shape)
-            for g, like in ((grad_keys, inputs.keys), (grad_values, inputs.values))
+            for g, like in ((of_keys, inputs.keys), (of_values, inputs.values))
         )
-        return grad_query, grad_key, grad_value, grad_keys, grad_values, *[None] * 6
+        of_key = of_value = of_log_weights = of_sinks = None
+        if any(ctx.needs_input_grad[:3]):  # not in the first layer of a frozen model
+            more, of_key, of_value = kernels[0].backward(_context_call(inputs), grad, *context, state[: ctx.states])
+            of_query = of_query + more
+        if inputs.log_weights is not None and ctx.needs_input_grad[5]:
+            of_log_weights = _summed(_score_gradient(call, grad, virtual).sum(2), inputs.log_weights)
+        if inputs.sinks is not None and ctx.needs_input_grad[6]:
+            weight = torch.exp(inputs.sinks.to(context.lse.dtype).reshape(1, -1, 1) - context.lse)  # (B, H, T)
+            of_sinks = _summed(-(weight * _delta(grad, context)).sum((0, 2)), inputs.sinks)
+        return of_query, of_key, of_value, of_keys, of_values, of_log_weights, of_sinks, *[None] * 6
+
+
+def _score_gradient(call: Call, grad: Tensor, seen: _Seen) -> Tensor:
+    """The gradient of the scores (B, H, T, n) of a few keys: what kernels form within and keep to themselves."""
+    dtype = torch.promote_types(seen.lse.dtype, torch.float32)
+    scores = grouped_matmul(call.query.to(dtype) * call.scaling, call.key.to(dtype).mT)
+    if call.mask is not None:
+        scores = scores + call.mask.to(dtype)
+    weights = torch.exp(scores - seen.lse.to(dtype)[..., None])
+    return weights * (grouped_matmul(grad.to(dtype), call.value.to(dtype).mT) - _delta(grad, seen)[..., None])
+
+
+def _delta(grad: Tensor, seen: _Seen) -> Tensor:
+    """``rowsum(grad * output)``, (B, H, T)."""
+    return (grad.to(seen.lse.dtype) * seen.output.to(seen.lse.dtype)).sum(-1)
+
+
+def _summed(gradient: Tensor, like: Tensor) -> Tensor:
+    """The gradient of a tensor that was broadcast."""
+    return gradient.sum_to_size(like.shape).to(like.dtype)
 
 
 def _additive(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
