@@ -135,11 +135,12 @@ def check(
     log_weights: Tensor | None = None,
     reference: Callable[..., tuple[Tensor, Tensor]] | None = None,
     change: dict[str, Callable[[Tensor], Tensor]] | None = None,
+    alpha_one: bool = False,
     **options: Any,
 ) -> None:
     """Forward, every gradient and the forward without gradients, on the GPU against float64 on the CPU.
 
-    `change` gives a tensor, or the gradient ("grad") that comes in, another layout in memory.
+    Log-weights and sinks among the inputs are trained, too.  `change` gives a tensor, or the gradient ("grad") that comes in, another layout in memory.
     """
     change = change or {}
     dtype = inputs["query"].dtype
@@ -148,8 +149,10 @@ def check(
     mine = {name: change.get(name, Tensor.clone)(t.to(DEVICE)).requires_grad_() for name, t in inputs.items()}
 
     def run(attend: Callable[..., Any], x: dict[str, Tensor], weights: Tensor | None, options: dict[str, Any]) -> Any:
-        pairs = VirtualPairs(x["virtual_keys"], x["virtual_values"], weights)
-        return attend(x["query"], x["key"], x["value"], pairs, Scoring(scaling, **options))
+        weights = x.get("log_weights", weights)
+        pairs = VirtualPairs(x["virtual_keys"], x["virtual_values"], weights, not alpha_one)
+        scoring = Scoring(scaling, sinks=x.get("sinks"), **options)
+        return attend(x["query"], x["key"], x["value"], pairs, scoring)
 
     if reference is None:
         want, _ = run(virtual_attention, exact, log_weights, moved(options, dtype=torch.float64))
@@ -289,8 +292,18 @@ def test_pairs_of_each_row(pair_heads: int, weights: str, dtype: torch.dtype, wi
         log_weights[0, :, 3:] = -torch.inf
     if weights == "a-row-without":
         log_weights[1] = -torch.inf
-    kernel = chosen(dtype, {}) if weights == "none" else "efficient"
-    check(within, inputs, kernel, log_weights=None if weights == "none" else log_weights, is_causal=True)
+    given = None if weights == "none" else log_weights
+    check(within, inputs, chosen(dtype, {}), log_weights=given, is_causal=True)
+
+
+@pytest.mark.parametrize("alpha_one", [False, True], ids=["", "alpha-1"])
+@pytest.mark.parametrize("mask", ["is_causal", "padded"])
+@dtypes(BF16, FP16, FP32)
+def test_weighted_pairs_beside_sinks(dtype: torch.dtype, mask: str, alpha_one: bool, within: Within) -> None:
+    inputs = draw("gqa", 37, 37, 64, dtype, n=5)
+    inputs |= {"log_weights": torch.randn(1, 4, 5).to(dtype), "sinks": torch.randn(4).to(dtype)}
+    options = mask_of(mask, 37, 37, dtype)
+    check(within, inputs, chosen(dtype, options), alpha_one=alpha_one, **options)
 
 
 @pytest.mark.parametrize("given", ["bool", "minimum", "-inf"])
@@ -579,7 +592,8 @@ def kernel_of(implementation: str, dtype: torch.dtype, padded: bool) -> list[str
         return []
     if implementation == "flex_attention":
         return ["flex"] * LAYERS
-    return ["flash" if dtype in HALF and not padded else "efficient"] * 2 * LAYERS
+    context, pairs = ("flash" if dtype in HALF and not masked else "efficient" for masked in (padded, False))
+    return [context, pairs] * LAYERS
 
 
 @dtypes(BF16, FP16, FP32)

@@ -415,6 +415,9 @@ def test_other_fallbacks() -> None:
             mixed = [t.half() if i == which else t for i, t in enumerate((Q, K, V))]
             assert merged.attention_path(*mixed, PAIRS, Scoring(0.3)).kernel == "flash"
     assert why(Q, K[:, :, :0], V[:, :, :0], PAIRS) == "no keys"
+    more = torch.randn(2, 1, 8, 5, 8)
+    path = merged.attention_path(Q, *more, PAIRS, Scoring(0.3))
+    assert path == (None, "4 query heads for 8 key/value heads")
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert why(Q, K, V, PAIRS) == "flash attention is switched off"
     path = merged.attention_path(*(t.to("meta") for t in (Q, K, V)), PAIRS, Scoring(0.3))
