@@ -140,7 +140,8 @@ def check(
 ) -> None:
     """Forward, every gradient and the forward without gradients, on the GPU against float64 on the CPU.
 
-    Log-weights and sinks among the inputs are trained, too.  `change` gives a tensor, or the gradient ("grad") that comes in, another layout in memory.
+    Log-weights and sinks among the inputs are trained, too.  `change` gives a tensor, or the gradient ("grad") that
+    comes in, another layout in memory.
     """
     change = change or {}
     dtype = inputs["query"].dtype
