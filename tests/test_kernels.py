@@ -19,7 +19,6 @@ from peft_hificl.ops.kernels import KERNELS, Call
 from . import oracle
 from .helpers import GROUPS, mask_of, tensors
 
-RNG = torch.tensor([11, 22]), torch.tensor(33)  # what the forward hands to the backward
 DEVICE = torch.device("cuda", 3)
 
 
@@ -53,6 +52,11 @@ def gradients(p: Tensor, grad: Tensor, output: Tensor, query: Tensor, key: Tenso
     return ds @ key * scale, ds.mT @ query * scale, p.mT @ grad
 
 
+def rng(key: Tensor) -> tuple[Tensor, Tensor]:
+    """What the forward over these keys hands to its own backward."""
+    return torch.tensor(11 * key.shape[2]), torch.tensor(key.shape[2] + 33)
+
+
 class Aten:
     """In the place of `torch.ops.aten`."""
 
@@ -62,14 +66,23 @@ class Aten:
         query = x["query"]
         key, value = (x[name].repeat_interleave(query.shape[1] // x[name].shape[1], 1) for name in ("key", "value"))
         s = scores(query, key, None, x["is_causal"], x["scale"])
-        return s.softmax(-1) @ value, s.logsumexp(-1), None, None, query.shape[2], key.shape[2], *RNG, torch.empty(0)
+        return (
+            s.softmax(-1) @ value,
+            s.logsumexp(-1),
+            None,
+            None,
+            query.shape[2],
+            key.shape[2],
+            *rng(key),
+            torch.empty(0),
+        )
 
     def _scaled_dot_product_flash_attention_backward(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
         x = bound("_scaled_dot_product_flash_attention_backward", args, kwargs)
         query, heads = x["query"], x["key"].shape[1]
         assert (x["cum_seq_q"], x["cum_seq_k"]) == (None, None)
         assert (x["max_q"], x["max_k"]) == (query.shape[2], x["key"].shape[2])
-        assert x["philox_seed"] is RNG[0] and x["philox_offset"] is RNG[1]
+        assert (int(x["philox_seed"]), int(x["philox_offset"])) == tuple(map(int, rng(x["key"])))
         key, value = (x[name].repeat_interleave(query.shape[1] // heads, 1) for name in ("key", "value"))
         p = torch.exp(scores(query, key, None, x["is_causal"], x["scale"]) - x["logsumexp"][..., None])
         of_query, *others = gradients(p, x["grad_out"], x["out"], query, key, value, x["scale"])
@@ -81,12 +94,12 @@ class Aten:
         assert x["compute_log_sumexp"] is True
         s = scores(query, key, x["attn_bias"], x["is_causal"], x["scale"])
         lse = torch.nn.functional.pad(s.logsumexp(-1), (0, -query.shape[2] % 32), value=torch.inf)
-        return s.softmax(-1) @ value, lse, *RNG
+        return s.softmax(-1) @ value, lse, *rng(key)
 
     def _scaled_dot_product_efficient_attention_backward(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
         x = bound("_scaled_dot_product_efficient_attention_backward", args, kwargs)
         query, key, value = self._checked(x)
-        assert x["philox_seed"] is RNG[0] and x["philox_offset"] is RNG[1]
+        assert (int(x["philox_seed"]), int(x["philox_offset"])) == tuple(map(int, rng(x["key"])))
         assert x["logsumexp"].shape[2] % 32 == 0 and x["grad_input_mask"] == [True, True, True, False]
         lse = x["logsumexp"][:, :, : query.shape[2], None]
         p = torch.exp(scores(query, key, x["attn_bias"], x["is_causal"], x["scale"]) - lse)
