@@ -102,6 +102,7 @@ class Aten:
         assert (int(x["philox_seed"]), int(x["philox_offset"])) == tuple(map(int, rng(x["key"])))
         assert x["logsumexp"].shape[2] % 32 == 0 and x["grad_input_mask"] == [True, True, True, False]
         lse = x["logsumexp"][:, :, : query.shape[2], None]
+        assert torch.isposinf(x["logsumexp"][:, :, query.shape[2] :]).all()
         p = torch.exp(scores(query, key, x["attn_bias"], x["is_causal"], x["scale"]) - lse)
         return *gradients(p, x["grad_out_"], x["out"], query, key, value, x["scale"]), torch.empty(0)
 

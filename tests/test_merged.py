@@ -1,4 +1,4 @@
-"""The kernels' path against the definition, when it is taken, and when the pairs are multiplied out again."""
+"""The kernels' path against the definition, when it is taken, and that no change of a frozen adapter is missed."""
 
 from __future__ import annotations
 
@@ -582,7 +582,7 @@ def test_exports() -> None:
     torch.testing.assert_close(got.logits, logits(model, **inputs), rtol=1e-5, atol=1e-5)
 
 
-# -- pairs that are multiplied out once ------------------------------------------------------------------------------
+# -- no pairs of an earlier step -------------------------------------------------------------------------------------
 
 
 def frozen() -> PeftModel:
