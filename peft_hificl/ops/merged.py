@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .formula import Scoring, VirtualPairs, grouped_matmul, virtual_attention
 from .kernels import KERNELS, Call, Kernel, State
@@ -240,7 +241,7 @@ def _run(inputs: _Inputs, context: Call, virtual: Call, folds: bool = False) -> 
     if inputs.sinks is not None:
         lse = torch.logaddexp(context_lse, inputs.sinks.to(context_lse.dtype).reshape(1, -1, 1))
         context_output, context_lse = _times(torch.exp(context_lse - lse), context_output), lse
-    states, dtype = (context_state, virtual_state), context_output.dtype
+    states, dtype = (context_state, virtual_state), virtual_output.dtype
     lse = torch.logaddexp(context_lse, virtual_lse)
     if inputs.scale_self_attention:
         seen = _Seen(_lerp(virtual_output, context_output, torch.sigmoid(context_lse - virtual_lse)), lse)
@@ -275,7 +276,7 @@ def _times(factor: Tensor, output: Tensor) -> Tensor:
 def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
     """(1 - weight) * start + weight * end, in the memory of `start` where the dtypes allow it."""
     weight = weight.unsqueeze(-1)
-    if weight.dtype == end.dtype:
+    if weight.dtype == start.dtype:
         return start.lerp_(end, weight)  # nobody else holds a kernel's output
     return torch.lerp(start.to(weight.dtype), end.to(weight.dtype), weight).to(start.dtype)
 
@@ -316,15 +317,19 @@ class _Differentiable(torch.autograd.Function):
         inputs = _Inputs(*arguments)
         output, (context, virtual), states = _run(inputs, _context_call(inputs), _virtual_call(inputs))
         # The masks as they came, shared by all layers; converted again in the backward.
-        ctx.save_for_backward(*inputs[:9], *context, *virtual, *states[0], *states[1])
+        seen = context if inputs.scale_self_attention else (*context, *virtual)  # if scaled, the two are one
+        ctx.save_for_backward(*inputs[:9], *states[0], *states[1], *seen)
         ctx.options, ctx.states = inputs[9:], len(states[0])
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        inputs, state = _Inputs(*saved[:9], *ctx.options), saved[13:]
-        context, virtual = _Seen(*saved[9:11]), _Seen(*saved[11:13])
+        inputs = _Inputs(*saved[:9], *ctx.options)
+        count = 2 if inputs.scale_self_attention else 4
+        state, seen = saved[9:-count], saved[-count:]
+        context, virtual = _Seen(*seen[:2]), _Seen(*seen[-2:])
         kernels = [KERNELS[inputs.query.device.type][name] for name in inputs.kernels]
         grad, call = _aligned(grad), _virtual_call(inputs)
         of_query, of_keys, of_values = kernels[1].backward(call, grad, *virtual, state[ctx.states :])
