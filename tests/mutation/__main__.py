@@ -88,9 +88,8 @@ Equivalent mutants change nothing that can be observed; `equivalent.json` lists 
 counted in the share of survivors. A result holds as long as the function that the fault is in stays as it is, letter by
 letter; when it is edited, its mutants run anew.
 
-Of `ops`, all mutants have run. `layer`, `model` and `checkpoint` are samples, whose sizes
-are in the table: drawn with `--seed 1`, 60 of `layer` and of `checkpoint` and 30 of `model`, besides a few of the first
-and the last that an earlier sample held.
+The table says how many mutants of each module have run: samples, where not all have, drawn with `--seed 1`, beside
+what earlier runs left of functions that have stayed the same.
 
     make mutation                                                # all mutants of all modules, niced; may be stopped
     python -m tests.mutation ops/merged --sample 100 --seed 1         # a sample of one module
