@@ -52,10 +52,12 @@ TESTS: dict[str, list[str]] = {
     "ops/merged": ["tests/test_merged.py", "tests/test_kernels.py", WHICH_COMPILERS, *WITHOUT_COMPILER],
     "ops/kernels": ["tests/test_kernels.py", "tests/test_merged.py", *WITHOUT_COMPILER],
     "layer": [
+        "tests/test_pair_weights.py",
         "tests/test_adapter_names.py",
         "tests/test_demonstrations.py",
         "tests/test_watch.py",
         "tests/test_peft_api.py",
+        "tests/test_loading.py",
         *OFFLOADED,
         *WITHOUT_ZOO,
     ],
