@@ -1,40 +1,29 @@
-"""Checks of stored adapters: a file is found wrong before a model is touched, never half-loaded."""
+"""Reading stored adapters, and checking them before the model is changed, so that none is ever half-loaded."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .config import HiFICLConfig
+from .config import HiFICLConfig
+from .dry_run import Saved
+from .names import PREFIX, module_of, plain
 
-PREFIX = "hificl_"
-MODULE = "virtual_pairs"  # the name under which an attention module holds its HiFICLLayer
 TOKENS = ".token_adapter.trainable_tokens_delta"  # PEFT's name for the rows that trainable_token_indices trains
-# Heads that PEFT adds to modules_to_save, whether a model has them or not.
+# By task type, the heads that PEFT adds to modules_to_save whether the model has them or not.
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+# What PEFT's wrappers around modules of the base model add to the names of parameters.
 _WRAPPERS = re.compile(r"\.(original_module|modules_to_save(\.\w+(?=\.))?|token_adapter|base_layer)(?=\.|$)")
-
-HeadShape = tuple[int, int, int]  # query heads, head dimension of keys, head dimension of values
-
-
-class Stored(NamedTuple):
-    """What an adapter file holds: the head shape of each adapted module, and the shapes of all other tensors."""
-
-    modules: dict[str, HeadShape]
-    others: dict[str, tuple[int, ...]] | None  # None: shapes that differ are to be ignored
 
 
 def read(path: str | os.PathLike[str], **options: Any) -> dict[str, Tensor]:
@@ -57,120 +46,21 @@ def read(path: str | os.PathLike[str], **options: Any) -> dict[str, Tensor]:
         return dict(load_peft_weights(os.fspath(path), device="cpu", **options))
     except Exception as error:
         if not local and isinstance(error, (OSError, ValueError)):
-            raise  # not on the Hub, or the Hub is out of reach: it says so itself
+            raise  # the message says that it is not on the Hub, or that the Hub is out of reach
         raise ValueError(
             f"The adapter weights in {folder!r} cannot be read ({type(error).__name__}: {error}). The file is "
             "damaged or incomplete: copy or download it again."
         ) from error
 
 
-def uncompiled(name: str) -> str:
-    """The name of a module, parameter or tensor without what torch.compile puts into it."""
-    return name.replace("._orig_mod", "")
-
-
-def plain(name: str) -> str:
-    """The name of a module, parameter or tensor without what torch.compile and a PeftModel put into it."""
-    return uncompiled(name).removeprefix("base_model.model.")
-
-
-def module_of(key: str) -> str | None:
-    """The attention module that a checkpoint key belongs to; None for keys that are not HiFICL's.
-
-    >>> module_of("base_model.model.model.layers.0.self_attn.virtual_pairs.hificl_K_A")
-    'model.layers.0.self_attn'
-    """
-    module, dot, _ = key.rpartition(f".{PREFIX}")
-    return plain(module).removesuffix(f".{MODULE}") if dot else None
-
-
-def stored_shapes(tensors: Mapping[str, Tensor], config: HiFICLConfig) -> Stored:
-    """Check stored tensors against their configuration.
-
-    Raises:
-        ValueError: tensors that are missing, superfluous, misshapen or not finite.
-    """
-    check_finite(tensors)
-    modules: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-    for key, tensor in tensors.items():
-        module = module_of(key)
-        if module is not None:
-            modules[module][key.rpartition(".")[2]] = tuple(tensor.shape)
-    if not modules:
-        raise ValueError(
-            f"The adapter file holds no {PREFIX}* tensors, found {_some(tensors)}: it is not a HiFICL adapter, or its "
-            "configuration belongs to another file."
-        )
-    for field, present in (
-        ("modules_to_save", any(module_of(key) is None for key in tensors)),
-        ("trainable_token_indices", any("trainable_tokens" in key for key in tensors)),
-    ):
-        if getattr(config, field) and not present:
-            raise ValueError(
-                f"The configuration says {field}={getattr(config, field)!r}, but the adapter file holds no tensors for "
-                "it: the two do not belong together."
-            )
-    found = {}
-    for module, shapes in modules.items():
-        expected_names = set(config.parameter_shapes(1, 1, 1))
-        check_names(f"Module {module!r} of the adapter file", expected_names, shapes, "the configuration")
-        for name, shape in shapes.items():
-            if len(shape) != 3:
-                raise ValueError(
-                    f"Tensor {name} of module {module!r} in the adapter file has shape {shape}, expected three "
-                    "dimensions: the file is damaged or not a HiFICL adapter."
-                )
-        keys = shapes["hificl_K_B" if config.factorize_keys else "hificl_K"]
-        values = shapes["hificl_V_B" if config.factorize_values else "hificl_V"]
-        heads, key_dim, value_dim = keys[0], keys[2], values[2]
-        for name, expected in config.parameter_shapes(heads, key_dim, value_dim).items():
-            if shapes[name] != expected:
-                raise ValueError(
-                    f"Tensor {name} of module {module!r} in the adapter file has shape {shapes[name]}, but the "
-                    f"configuration (n={config.n}, r={config.r}) says {expected}: the two do not belong together."
-                )
-        found[module] = (heads, key_dim, value_dim)
-    others = {
-        key.removeprefix("base_model.model."): tuple(tensor.shape)
-        for key, tensor in tensors.items()
-        if module_of(key) is None
-    }
-    return Stored(found, others)
-
-
-def check_fits(stored: Stored, targeted: Mapping[str, HeadShape], model: nn.Module, config: HiFICLConfig) -> None:
-    """Compare what a file holds with what a model has.
-
-    A stage of a pipeline has a part of the modules, and takes that part.
-
-    Raises:
-        ValueError: the adapter was made for another base model.
-    """
-    elsewhere = on_other_stages(stored.modules, model)
-    check_names("The base model", set(stored.modules) - elsewhere, targeted, "the adapter file", what="adapted modules")
-    for module, shape in targeted.items():
-        if stored.modules[module] != shape:
-            raise ValueError(
-                f"Module {module!r} of the base model has {_words(shape)}, but the adapter was made for "
-                f"{_words(stored.modules[module])}: load it onto the base model it was trained on, or, to train a "
-                "fresh adapter on this model, write a new HiFICLConfig instead of loading one."
-            )
-    if stored.others is not None:
-        others = stored.others
-        if elsewhere:
-            here = {_WRAPPERS.sub("", key) for key in model.state_dict()}
-            others = {key: shape for key, shape in others.items() if _WRAPPERS.sub("", key) in here}
-        _check_others(others, model, config)
-
-
 def on_other_stages(modules: Iterable[str], model: nn.Module) -> set[str]:
-    """Those of an adapter's modules that the model, a stage of a pipeline, has left to other stages.
+    """Those of an adapter's modules that are missing here because the model is one stage of a pipeline.
 
-    A stage differs from another model in that its configuration counts more layers than it has: a layer that is within
-    the count, but gone or replaced by something without parameters, is on another stage.
+    A stage still has the configuration of the whole model.  So a layer is on another stage if its number is below
+    `num_hidden_layers` of the configuration, but the model has no such layer, or one without parameters in its place.
 
     Raises:
-        ValueError: the stage gave its layers new numbers, so that their names mean other layers.
+        ValueError: the stage has renumbered its layers, so that the stored names would mean other layers.
     """
     here = {plain(name): module for name, module in model.named_modules()}
     elsewhere, containers = set(), set()
@@ -196,69 +86,67 @@ def on_other_stages(modules: Iterable[str], model: nn.Module) -> set[str]:
     return elsewhere
 
 
-def _check_others(stored: Mapping[str, tuple[int, ...]], model: nn.Module, config: HiFICLConfig) -> None:
-    """Modules saved whole, trained tokens, and embeddings, which PEFT saves too after the vocabulary was resized."""
-    embeddings = []
-    for side in ("input", "output"):
-        with suppress(AttributeError, NotImplementedError):  # not every model has them
-            embeddings.append(getattr(model, f"get_{side}_embeddings")())
-    modules = model.named_modules()
-    names = {_WRAPPERS.sub("", name) for name, module in modules if any(module is e for e in embeddings)}
-    # PEFT's wrappers may stand around a module of the base model, and save it under their own names besides.
-    base = {_WRAPPERS.sub("", key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+def check_fits(stored: Mapping[str, Tensor], saved: Saved, model: nn.Module, config: HiFICLConfig) -> None:
+    """Compare the tensors of a file with those that PEFT would save if the adapter were attached to this model.
 
-    def below(ends: tuple[str, ...]) -> set[str]:
-        tops = tuple(f"{_WRAPPERS.sub('', n)}." for n, _ in model.named_modules() if ends and n.endswith(ends))
-        return {key for key in base if key.startswith(tops)} if tops else set()
+    Names and shapes must be the same, with three exceptions.  If the model is a stage of a pipeline, tensors of other
+    stages are left out.  Embeddings may be in the file or not.  So may the heads of a task: PEFT adds them to
+    `modules_to_save` when it makes a model for that task, but not when transformers attaches the adapter.
 
-    whole = below(tuple(config.modules_to_save or ()))
-    heads = below(tuple(HEADS.get(config.task_type or "", ())))  # the configuration may not name them yet
-    tokens = {key for key in stored if key.endswith(TOKENS) and config.trainable_token_indices is not None}
-    resized = {key for key in stored if _WRAPPERS.sub("", key).rpartition(".")[0] in names} - tokens
-    check_names(
-        "The adapter file", whole, set(stored) - tokens - ((resized | heads) - whole), "the base model",
-        what="tensors beside HiFICL's",
-    )  # fmt: skip
-    for key in set(stored) - tokens:
-        expected = base.get(_WRAPPERS.sub("", key))
-        if stored[key] != expected:
-            raise ValueError(
-                f"Tensor {key!r} of the adapter file has shape {stored[key]}, but the base model asks for {expected}: "
-                "load the adapter onto the base model it was trained on (resize_token_embeddings() first, if that was "
-                "done), or load it with ignore_mismatched_sizes=True to leave such tensors out."
-            )
-    indices = config.trainable_token_indices
-    counts = {len(i) for i in (indices.values() if isinstance(indices, dict) else [indices or []])}
-    for key in tokens:
-        if stored[key][0] not in counts:
-            raise ValueError(
-                f"Tensor {key!r} of the adapter file has {stored[key][0]} rows, but the configuration says "
-                f"trainable_token_indices={indices!r}: the two do not belong together."
-            )
+    Args:
+        stored: the tensors of the file.
+        saved: the result of `dry_run.saved_shapes`.
+        model: the base model.
+        config: the adapter's configuration.
+
+    Raises:
+        ValueError: tensors that are missing, superfluous, misshapen or not finite.
+    """
+    check_finite(stored)
+    shapes = {_comparable(key): tensor.shape for key, tensor in stored.items()}
+    heads = tuple(
+        f"{name}." for name, _ in model.named_modules() if name.endswith(HEADS.get(config.task_type or "", ()))
+    )
+    state = model.state_dict()
+    optional = {_WRAPPERS.sub("", key): tensor.shape for key, tensor in state.items() if key.startswith(heads)}
+    optional |= {_comparable(key): shape for key, shape in saved.embeddings.items()}
+    elsewhere = on_other_stages({module for key in shapes if (module := module_of(key))}, model)
+    if elsewhere:
+        here = {_WRAPPERS.sub("", key) for key in state}
+        shapes = {
+            key: shape
+            for key, shape in shapes.items()
+            if (_WRAPPERS.sub("", key) in here if (module := module_of(key)) is None else module not in elsewhere)
+        }
+    expected = {key: optional[key] for key in shapes if key in optional}
+    expected |= {_comparable(key): shape for key, shape in saved.always.items()}
+    adapter = f"this adapter (n={config.n}, r={config.r}) on {type(model).__name__}"
+    check_names("The adapter file", set(expected), shapes, adapter, what="tensors")
+    check_shapes("the adapter file", shapes, expected, adapter)
+
+
+def _comparable(key: str) -> str:
+    """A key without what a PeftModel adds to it and, if it is HiFICL's, without what torch.compile adds."""
+    return plain(key) if module_of(key) else key.removeprefix("base_model.model.")
 
 
 def check_state_dict(
     state_dict: Mapping[str, Tensor], expected: Mapping[str, torch.Size], dtypes: Mapping[str, torch.dtype]
 ) -> None:
-    """Check a state dict, in the model's own keys, against the parameters it is to fill.
+    """Check a state dict, whose keys are those of the model, against the parameters that it will be copied into.
 
     Args:
-        state_dict: what is to be loaded.
+        state_dict: the tensors to load.
         expected: the shapes of HiFICL's parameters.
         dtypes: the dtypes of all parameters.
 
     Raises:
-        ValueError: tensors that are missing, superfluous, misshapen, not finite, or not within the range of the dtype.
+        ValueError: tensors that are missing, superfluous, misshapen, not finite, or beyond the range of the dtype.
     """
-    found = {key for key in state_dict if f".{PREFIX}" in key}
+    found = {key: tensor.shape for key, tensor in state_dict.items() if f".{PREFIX}" in key}
     check_names("The state dict", set(expected), found, "the adapter in the model")
     check_finite(state_dict)
-    for key in found:
-        if state_dict[key].shape != expected[key]:
-            raise ValueError(
-                f"Tensor {key!r} has shape {tuple(state_dict[key].shape)}, but the adapter in the model has "
-                f"{tuple(expected[key])}: load it with the HiFICLConfig (n, r) and the base model it was trained with."
-            )
+    check_shapes("the state dict", found, expected, "the adapter in the model")
     for key, tensor in state_dict.items():
         dtype = dtypes.get(key, tensor.dtype)
         if dtype == tensor.dtype or not dtype.is_floating_point:
@@ -273,7 +161,7 @@ def check_state_dict(
 
 
 def check_whole(state_dict: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError for a tensor without elements: it would be saved so, in silence."""
+    """Raise a ValueError for a tensor without elements, which would be saved empty without a word."""
     empty = [key for key, tensor in state_dict.items() if tensor.numel() == 0]
     if empty:
         raise ValueError(
@@ -284,7 +172,7 @@ def check_whole(state_dict: Mapping[str, Tensor]) -> None:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError for what is not a tensor of finite numbers."""
+    """Raise a ValueError for what is not a tensor, is not finite, or is HiFICL's and not of floating-point numbers."""
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(
@@ -294,7 +182,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         finite = tensor.is_floating_point() or f".{PREFIX}" not in key
         if finite:
             try:
-                # float8 can be converted, but not tested
+                # isfinite is not implemented for float8.
                 finite = bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())
             except (RuntimeError, NotImplementedError) as error:
                 raise ValueError(f"Tensor {key!r} cannot be read as numbers ({tensor.dtype}): {error}") from error
@@ -319,16 +207,24 @@ def check_names(
         )
 
 
+def check_shapes(
+    holder: str, shapes: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], source: str
+) -> None:
+    for key, shape in shapes.items():
+        if shape != expected[key]:
+            remedy = (
+                "load it with the HiFICLConfig (n, r) and onto the base model that it was trained with; to train a "
+                "fresh adapter, write a new HiFICLConfig instead of loading one."
+                if module_of(key)
+                else "load it onto the base model it was trained on (resize_token_embeddings() first, if that was "
+                "done), or load it with ignore_mismatched_sizes=True to leave such tensors out."
+            )
+            raise ValueError(
+                f"Tensor {key!r} of {holder} has shape {tuple(shape)}, but that of {source} has "
+                f"{tuple(expected[key])}: {remedy}"
+            )
+
+
 def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "nothing"
-
-
-def _words(shape: HeadShape) -> str:
-    heads, key_dim, value_dim = shape
-    dims = (
-        f"head dimension {key_dim}"
-        if key_dim == value_dim
-        else f"head dimensions {key_dim} (keys), {value_dim} (values)"
-    )
-    return f"{heads} query heads of {dims}"

@@ -27,6 +27,7 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "factorize_keys": _SWITCH,
     "factorize_values": _SWITCH,
     "scale_self_attention": _SWITCH,
+    "pair_weights": _SWITCH,
 }
 
 
@@ -34,16 +35,17 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 class HiFICLConfig(PeftConfig):
     """The configuration of a [`HiFICLModel`]: n virtual key-value pairs per attention head, factorised at rank r.
 
-    Parameters per adapted attention with H query heads and head dimension d: ``2 * H * r * (n + d)``.
+    Parameters per adapted attention with H query heads and head dimension d: ``2 * H * r * (n + d)``, and ``H * n``
+    more with `pair_weights`.
 
     Args:
         n (`int`): Virtual key-value pairs per attention head.
         r (`int`): Rank of the factorisation ``K_D = K_A K_B``, ``V_D = V_A V_B``.
         target_modules (`Optional[Union[List[str], str]]`): Attention modules to adapt, as names or a regular
             expression.  None: every self-attention of the text decoder (of the encoder, where there is no decoder),
-            found by structure.  What was found is stored here, and so saved (a configuration that is used again is
-            copied for the other model): as a regular expression that holds for any number of layers, or as
-            names where no expression says the same.
+            found by structure.  What was found replaces the None when the adapter is attached, and is saved: a regular
+            expression that fits any number of layers or, if there is none that fits, the names.  If the same object is
+            then used for another model, whose targets differ, that model gets a copy.
         exclude_modules (`Optional[Union[List[str], str]]`): Modules to leave out, as names or a regular expression.
         layers_to_transform (`Optional[Union[List[int], int]]`): Adapt only the layers with these indices.
         layers_pattern (`Optional[Union[List[str], str]]`): Name of the list of layers that the indices count in.
@@ -53,12 +55,14 @@ class HiFICLConfig(PeftConfig):
         init_weights (`Union[bool, Literal["unit_keys"]]`): True: the paper's initialisation (`K_A`, `V_A` ~ N(0, 1),
             `K_B` ~ 0.01 N(0, 1), `V_B` = 0).  The virtual values are zero then, but the virtual keys take part in the
             softmax: a fresh adapter is NOT the identity.  "unit_keys": `K_B` ~ N(0, 1 / r) instead, so that the
-            virtual keys begin with variance one and not near zero.  False: all factors random.  See also
+            virtual keys begin with variance one instead of near zero.  False: all factors ~ N(0, 1).  See also
             [`initialize_from_demonstrations`].
         factorize_keys (`bool`): False: `K_D` is learned whole (the paper's ablation "- LoRA on K").
         factorize_values (`bool`): False: `V_D` is learned whole, from zero (the paper's ablation "- LoRA on V").
         scale_self_attention (`bool`): False: alpha = 1, the self-attention is not scaled down (the paper's ablation
             "w/o SA scaling").
+        pair_weights (`bool`): True: each pair of each head also learns a log-weight w, starting at zero, which is added
+            to its score: ``Z_D = sum_i exp(s(k_D,i) + w_i)``.  Not in the paper.  It adds ``H * n`` parameters.
 
     Raises:
         ValueError: a number below 1, or `layers_pattern` without `layers_to_transform`.
@@ -118,13 +122,17 @@ class HiFICLConfig(PeftConfig):
     scale_self_attention: bool = field(
         default=True, metadata={"help": "False: alpha = 1, the self-attention output is not scaled down."}
     )
+    pair_weights: bool = field(
+        default=False,
+        metadata={"help": "True: learn a log-weight per pair and query head, added to its score."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["HIFICL"]
         for name, (types, words) in _TYPES.items():
             value = getattr(self, name)
-            # True is an int to Python, but not a number of pairs.
+            # Python counts True as an int, but it is not a number of pairs.
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 raise TypeError(f"HiFICLConfig.{name} must be {words}, found {value!r}.")
         if isinstance(self.init_weights, str) and self.init_weights != "unit_keys":
@@ -142,24 +150,22 @@ class HiFICLConfig(PeftConfig):
                 f"HiFICLConfig.layers_pattern={self.layers_pattern!r} needs layers_to_transform: set it to the "
                 "indices of the layers to adapt."
             )
-        # Set when the adapter is attached: target_modules as they were asked for, and as they were found.  Not a field.
-        self._found_targets: tuple[Any, Any] | None = None
-        # Set when the adapter is attached, for the model card: how PEFT notes the base model's class.
-        self._base_model: dict[str, str] | None = None
 
-    def parameter_shapes(self, heads: int, key_dim: int, value_dim: int) -> dict[str, tuple[int, int, int]]:
+    def parameter_shapes(self, heads: int, key_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of each parameter of this adapter on one attention."""
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for kind, factorize, dim in (("K", self.factorize_keys, key_dim), ("V", self.factorize_values, value_dim)):
             if factorize:
                 shapes[f"hificl_{kind}_A"] = (heads, self.n, self.r)
                 shapes[f"hificl_{kind}_B"] = (heads, self.r, dim)
             else:
                 shapes[f"hificl_{kind}"] = (heads, self.n, dim)
+        if self.pair_weights:
+            shapes["hificl_W"] = (heads, self.n)
         return shapes
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration; a model card that PEFT has written there learns how to load the adapter."""
-        noted = kwargs.pop("auto_mapping_dict", None) or self._base_model
-        super().save_pretrained(save_directory, auto_mapping_dict=noted, **kwargs)
+        """Save the configuration, and add to the model card that PEFT has written there how to load the adapter."""
+        # PEFT saves the configuration last, so everything that the card describes has been written.
+        super().save_pretrained(save_directory, **kwargs)
         model_card.update(save_directory)

@@ -1,6 +1,6 @@
-"""Continuous batching (`generate_batch`) of an adapted model: what it cannot do is refused where it is called.
+"""Continuous batching (`generate_batch`) of an adapted model: unsupported requests are refused when it is called.
 
-transformers runs the model in a thread of its own, and writes what is raised there among the results.
+Later would be too late: transformers runs the model in another thread, and an error there only ends up in the results.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import nn
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager, ContinuousMixin
 
-from . import attention, rows
-from .checkpoint import MODULE
+from . import rows, support
 from .layer import HiFICLLayer
+from .names import MODULE
 
 _NO_ADAPTER_NAMES = (
     "Continuous batching knows no adapter_names: its requests share one row, and run the active adapters. Call it once "
@@ -24,11 +24,11 @@ _NO_ADAPTER_NAMES = (
 
 
 def guard(model: nn.Module) -> None:
-    """Let the models within `model` that carry an adapter check what continuous batching is asked for."""
+    """Let every adapted model within `model` check its arguments when continuous batching is started."""
     for module in model.modules():
         if not isinstance(module, ContinuousMixin) or "generate_batch" in vars(module) or not _adapted(module):
             continue
-        module.destroy_cached_continuous_batching_manager()  # its cache is full of the model without the adapter
+        module.destroy_cached_continuous_batching_manager()  # its cache was computed without the adapter
         module.generate_batch = functools.partial(_generate_batch, module)
         module.init_continuous_batching = functools.partial(_init_continuous_batching, module)
 
@@ -38,7 +38,7 @@ def unguard(model: nn.Module) -> None:
     for module in model.modules():
         own = vars(module).get("generate_batch")
         if isinstance(module, ContinuousMixin) and getattr(own, "func", None) is _generate_batch:
-            module.destroy_cached_continuous_batching_manager()  # its cache is full of the model with the adapter
+            module.destroy_cached_continuous_batching_manager()  # its cache was computed with the adapter
             del module.generate_batch, module.init_continuous_batching
 
 
@@ -57,12 +57,12 @@ def _init_continuous_batching(
 ) -> ContinuousBatchingManager:
     for module in _adapted(model):
         layer = getattr(module, MODULE)
-        if rows.running.modules.get(layer) is not None:  # called by `generate`, which has kept the names back
+        if rows.running.modules.get(layer) is not None:  # called by `generate(adapter_names=[...])`
             raise ValueError(_NO_ADAPTER_NAMES)
         if not layer.disable_adapters:
             implementation = layer.base_config._attn_implementation
             used = "paged|eager" if implementation == "eager" else implementation
-            attention.check_backend(module, attention.dispatch_of(type(module)), used)
+            support.check_backend(module, support.dispatch_of(type(module)), used)
     config = continuous_batching_config
     if config is None:
         defaults = model.generation_config if generation_config is None else generation_config
@@ -73,8 +73,8 @@ def _init_continuous_batching(
             "with the adapter that it was captured with. Leave use_cuda_graph out."
         )
     config = copy.copy(config)
-    config.use_cuda_graph = False  # a padding interval would turn it on
-    config.auto_switch_to_flash = False  # to an implementation that HiFICL does not support
+    config.use_cuda_graph = False  # left None, it would be turned on by a padding interval
+    config.auto_switch_to_flash = False  # it switches to an implementation that HiFICL lacks
     return type(model).init_continuous_batching(model, generation_config, config, *args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Virtual pairs that begin as the keys and values of real demonstrations."""
+"""Initialising virtual pairs with the keys and values of real demonstrations."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from .layer import HiFICLLayer
 def initialize_from_demonstrations(
     model: nn.Module, inputs: Mapping[str, Any], tokens: Sequence[int], adapter_name: str | None = None
 ) -> None:
-    """Let an adapter begin as what a prompt of demonstrations adds to every attention.
+    """Initialise an adapter with the keys and values that a prompt of demonstrations adds to every attention.
 
-    The base model reads the prompt once; virtual pair i of each head becomes the key and value of ``tokens[i]``:
+    The base model runs on the prompt once; virtual pair i of each head becomes the key and value of ``tokens[i]``:
 
-        K_D = K[tokens],  V_D = V[tokens],  each factorised at rank r (truncated SVD, exact for ``r >= n``)
+        K_D = K[tokens],  V_D = V[tokens],  each factorised at rank r (truncated SVD, exact for r >= n)
 
-    A model with rotary embeddings reads the prompt at the positions -T, ..., -1, right before those of the prompts to
-    come, so that all distances are kept.  With ``n = T`` and ``r >= n`` the fresh adapter then answers like the base
-    model with the demonstrations in its prompt; with fewer pairs, like one that remembers these tokens of it.  Pairs
-    stay in sight of every token, also where the model attends within a sliding window.  A model without rotary
-    embeddings reads the prompt where it reads any other, so its demonstrations and the prompts to come overlap.
+    With rotary embeddings, the prompt gets the positions -T, ..., -1, so that it stands right before later prompts,
+    which begin at 0.  With ``n = T`` and ``r >= n`` the fresh adapter then answers like the base model with the
+    demonstrations in its prompt; with fewer pairs, like a base model that sees only these tokens of them.  A sliding
+    window does not hide virtual pairs: every token sees them.  Without rotary embeddings, the prompt gets the usual
+    positions, so the demonstrations and later prompts share theirs.
 
     Args:
         model: the adapted model.
-        inputs: what the model takes for one prompt (a batch of 1) that holds demonstrations and no query.  With
-            ``position_ids`` of your own if the model does not count positions from 0.
-        tokens: as many positions in the prompt as the adapter has pairs; a good choice is one word of each
-            demonstration's answer, spread over the answers where they are long.
-        adapter_name: the active adapter if left out.
+        inputs: the model's inputs for one prompt (a batch of 1) of demonstrations without a query.  Add your own
+            ``position_ids`` if the model does not count positions from 0.
+        tokens: as many positions in the prompt as the adapter has pairs.  A good choice is one word of each
+            demonstration's answer, or several spread over long answers.
+        adapter_name: which adapter; None: the active one.
 
     Raises:
         ValueError: no such adapter, a number of tokens other than n, a token that the prompt does not have, a batch of
@@ -53,11 +53,11 @@ def initialize_from_demonstrations(
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, HiFICLLayer)}
     if adapter_name is None:
-        active = sorted({name for layer in layers.values() for name in layer.active_adapters if name in layer.n})
+        active = sorted({name for layer in layers.values() for name in layer.active_adapters if layer.has(name)})
         if len(active) != 1:
             raise ValueError(f"The model has {active} as active HiFICL adapters: name one with adapter_name=.")
         adapter_name = active[0]
-    adapted = {name: layer for name, layer in layers.items() if adapter_name in layer.n}
+    adapted = {name: layer for name, layer in layers.items() if layer.has(adapter_name)}
     if not adapted:
         raise ValueError(f"There is no HiFICL adapter {adapter_name!r} on this model.")
     pairs = {layer.n[adapter_name] for layer in adapted.values()}
@@ -94,7 +94,7 @@ def initialize_from_demonstrations(
 def _read(
     model: nn.Module, inputs: Mapping[str, Any], layers: Mapping[str, HiFICLLayer]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Keys and values (1, G, T, d) that each adapted attention sees in a forward pass of the base model."""
+    """Run the base model once, and return the keys and values (1, G, T, d) of each adapted attention."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     inputs = dict(inputs)
     mask = inputs.get("attention_mask")
@@ -110,23 +110,26 @@ def _read(
         if rope or any("Rotary" in type(module).__name__ for module in base.modules()):
             shape = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
             inputs["position_ids"] = torch.arange(-shape.shape[1], 0, device=shape.device)[None]
-    # What PEFT's tuners have in common.  `enable_adapters` would also change what requires a gradient.
+    # Every tuner layer of PEFT has this flag.  Its `enable_adapters` would also change `requires_grad`.
     switches: dict[Any, bool]
     switches = {m: m._disable_adapters for m in base.modules() if "_disable_adapters" in vars(m)}
     if any(getattr(module, "merged", False) for module in switches):
         raise ValueError("An adapter is merged into the base weights: unmerge it before demonstrations are read.")
     modes = {module: module.training for module in base.modules()}
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, seen=calls[name]: seen.append(args[1:]))
+        for name, layer in layers.items()
+    ]
     try:
         base.eval()
         for module in switches:
             module._disable_adapters = True
-        for layer in layers.values():
-            layer.recorded = []
-        base(**inputs, use_cache=False)
-        calls = {name: list(layer.recorded or []) for name, layer in layers.items()}
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not see the new hooks
+            base(**inputs, use_cache=False)
     finally:
-        for layer in layers.values():
-            layer.recorded = None
+        for hook in hooks:
+            hook.remove()
         for module, disabled in switches.items():
             module._disable_adapters = disabled
         for module, mode in modes.items():

@@ -1,4 +1,4 @@
-"""The hooks on models whose attentions are adapted: positions from the mask, and the watches."""
+"""Registers the hooks of adapted models: positions from the mask (`positions`), and the warnings of `watch`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .watch import EffectWatch, GradientWatch
 
 
 def refresh(model: nn.Module) -> None:
-    """Give every model, in this model, the hooks that its adapted attentions ask for, and no others."""
+    """Register, on this model and the models within it, the hooks that adapted attentions need now."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     below = {part: set(part.modules()) for part in parts}
     for part in parts:
@@ -36,7 +36,7 @@ def refresh(model: nn.Module) -> None:
 
 
 def _remove(model: nn.Module) -> None:
-    # By what they are, not by the handles that torch gave: a copied model has copies of the hooks and no handles.
+    # By type, not by the handles that torch returned: a copy of a model has copies of the hooks, but no handles.
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key, hook in list(hooks.items()):
             if isinstance(getattr(hook, "__self__", hook), (PositionsFromMask, EffectWatch, GradientWatch)):

@@ -9,19 +9,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .checkpoint import HeadShape
 from .config import HiFICLConfig
-from .functional import VirtualPairs, concatenate_pairs, select_rows, without_autocast
+from .names import HeadShape
 from .offloading import accelerate_hooks
+from .ops.formula import VirtualPairs, concatenate_pairs, select_rows, without_autocast
 from .rows import running
 
 
 class Factor(nn.Module):
     """One parameter of one adapter: ``virtual_pairs.hificl_K_A.default.weight``.
 
-    A module of its own, called for its value, because that is the form in which others look for an adapter's
-    parameters: TRL copies those with ``.default.`` in their name, FSDP wraps childless modules that have a ``weight``,
-    accelerate and DeepSpeed bring offloaded or partitioned weights in for the modules that are called.
+    It is a module, and is called to get its value, because other libraries rely on that form: TRL copies the parameters
+    with ``.default.`` in their name, FSDP wraps childless modules that have a ``weight``, and accelerate and DeepSpeed
+    load offloaded or partitioned weights when the module that owns them is called.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -31,7 +31,7 @@ class Factor(nn.Module):
     def forward(self, left: Tensor | None = None) -> Tensor:
         """The weight, (H, x, y), or its product with `left`, (H, w, x)."""
         if left is None:
-            value = self.weight.clone()  # FSDP frees the memory of the weight itself when this returns
+            value = self.weight.clone()  # FSDP frees the weight's memory when this returns
         else:
             with without_autocast(left.device):
                 value = torch.bmm(left, self.weight)
@@ -47,21 +47,21 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
 
         K_D = K_A K_B    hificl_K_A (H, n, r), hificl_K_B (H, r, d)    or whole: hificl_K (H, n, d)
         V_D = V_A V_B    hificl_V_A (H, n, r), hificl_V_B (H, r, e)    or whole: hificl_V (H, n, e)
+        w                hificl_W (H, n), log-weights of the pairs, with `pair_weights`
 
-    The layer does not wrap the attention module: it is a leaf *inside* it (``self_attn.virtual_pairs``).  No module of
-    the base model is renamed, so base checkpoints, disk offload and other adapters (a LoRA on q_proj, before or after)
-    see the base model as it always was.  The attention function that this package registers finds the layer on the
-    attention module it is handed; see `attention`.
-
-    Calling the layer returns the pairs that an attention call mixes in, or None if it is to run as the base model's.
+    The layer does not wrap the attention module but sits *inside* it (``self_attn.virtual_pairs``).  No module of the
+    base model is renamed, so base checkpoints, disk offload and other adapters (such as a LoRA on q_proj) still find
+    every module under its name.  The attention function that this package registers takes the layer from the
+    attention module that it is called with; see `interface`.
 
     Args:
-        base_config: the configuration object of the attention module as it was; stays the live source of the
-            attention implementation.
+        base_config: the original configuration object of the attention module, from which the attention implementation
+            is read on every call.
         head_shape: query heads, head dimension of keys, head dimension of values.
     """
 
-    adapter_layer_names = ("hificl_K_A", "hificl_K_B", "hificl_V_A", "hificl_V_B", "hificl_K", "hificl_V")
+    hificl_W: Any  # noqa: N815  # a ModuleDict, as the others that are looked up by name
+    adapter_layer_names = ("hificl_K_A", "hificl_K_B", "hificl_V_A", "hificl_V_B", "hificl_K", "hificl_V", "hificl_W")
     other_param_names = ("n", "r", "scale_self_attention", "awaits_weights", "had_gradient")
 
     def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape) -> None:
@@ -77,21 +77,20 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
-        self.cast_input_dtype_enabled = True  # PEFT's helpers look for it; queries meet the adapter in its own dtype
-        self.in_features, self.out_features = head_shape[0] * head_shape[1], head_shape[0] * head_shape[2]
-        self.awaits_weights: dict[str, bool] = {}  # it has no effect before PEFT has read its weights
-        # What `watch` looks at: how often pairs were asked for, whether an adapter has ever had a gradient, and which
-        # gave pairs that have had none since.
+        self.cast_input_dtype_enabled = True  # PEFT's helpers read and set it; it has no effect here
+        heads, key_dim, value_dim = head_shape
+        self.in_features, self.out_features = heads * key_dim, heads * value_dim
+        self.awaits_weights: dict[str, bool] = {}  # True: has no effect until PEFT has loaded its weights
+        # For `watch`: how often this layer was called, which adapters have ever had a gradient, and which adapters have
+        # given pairs to the current forward without having had a gradient yet.
         self.calls = 0
         self.had_gradient: dict[str, bool] = {}
         self.awaits_gradient: set[str] = set()
-        # While demonstrations are read (see there): what the attention, run without an adapter, is called with.
-        self.recorded: list[tuple[Tensor, Tensor]] | None = None
 
     def update_layer(self, adapter_name: str, config: HiFICLConfig, device: torch.device, dtype: torch.dtype) -> None:
-        """Create the parameters of an adapter; its name must be new to this layer.
+        """Create the parameters of an adapter, whose name must be new to this layer.
 
-        Device and dtype are those that the attention computes in; PEFT may cast to float32 afterwards.
+        They get the device and dtype that the attention computes in; PEFT may cast them to float32 afterwards.
         """
         factors = {name: Factor(shape) for name, shape in config.parameter_shapes(*self.head_shape).items()}
         for name, factor in factors.items():
@@ -111,25 +110,31 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
     def reset_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
         """Initialise an adapter as `HiFICLConfig.init_weights` says.
 
-        A whole K_D starts with the spread that K_A K_B has, a whole V_D at zero.
+        A whole K_D starts with the standard deviation that K_A K_B has, a whole V_D and log-weights at zero.
         """
         root = self.r[adapter_name] ** 0.5
-        spread = 1 / root if init_weights == "unit_keys" else 0.01  # of K_B: K_D has sqrt(r) times as much
-        stds = {"hificl_K_B": spread, "hificl_V_B": 0.0, "hificl_K": spread * root, "hificl_V": 0.0}
+        spread = 1 / root if init_weights == "unit_keys" else 0.01  # of K_B; that of K_A K_B is sqrt(r) times larger
+        stds = {"hificl_K_B": spread, "hificl_V_B": 0.0, "hificl_K": spread * root, "hificl_V": 0.0, "hificl_W": 0.0}
         for name in self.adapter_layer_names:
             if adapter_name in getattr(self, name):
                 std = stds.get(name, 1.0) if init_weights else 1.0
-                nn.init.normal_(getattr(self, name)[adapter_name].weight, std=std)
+                weight = getattr(self, name)[adapter_name].weight
+                if name == "hificl_W" and std == 0:  # nothing is drawn, so that all other factors start as without it
+                    weight.zero_()
+                else:
+                    nn.init.normal_(weight, std=std)
 
     @torch.no_grad()
     def set_pairs(self, adapter_name: str, keys: Tensor, values: Tensor) -> None:
-        """Give an adapter these pairs, (H or G, n, d) and (H or G, n, e), or their best approximations of rank r.
+        """Set an adapter to these pairs, (H or G, n, d) and (H or G, n, e), or to their best approximation of rank r.
 
-        With the singular value decomposition ``X = U S W`` cut off at rank r and a random rotation R,
-        ``A = sqrt(n) U R`` and ``B = R' S W / sqrt(n)``: A has the spread of the other initialisations, and no factor
-        of B is all small.
+        With the singular value decomposition ``X = U S W`` truncated at rank r and a random rotation R,
+        ``A = sqrt(n) U R`` and ``B = R' S W / sqrt(n)``.  So the entries of A have variance one, as in the other
+        initialisations, and the rotation spreads the singular values over all rows of B.  Log-weights become zero.
         """
-        heads = self.head_shape[0]
+        if adapter_name in self.hificl_W:
+            self.hificl_W[adapter_name].weight.zero_()
+        heads = self.head_shape.heads
         for kind, pairs in (("K", keys), ("V", values)):
             whole = pairs.repeat_interleave(heads // pairs.shape[0], dim=0).float()  # (H, n, d)
             if adapter_name in getattr(self, f"hificl_{kind}"):
@@ -140,19 +145,24 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             u, s, w = torch.linalg.svd(whole, full_matrices=False)  # (H, n, k), (H, k), (H, k, d)
             k = min(rank, s.shape[1])
             rotation = torch.linalg.qr(torch.randn(heads, k, k, device=whole.device))[0]
-            nn.init.normal_(left)  # what a rank above k leaves over meets zeros
+            nn.init.normal_(left)  # columns beyond k are multiplied by rows of zeros
             right.zero_()
             left[:, :, :k].copy_(n**0.5 * u[:, :, :k] @ rotation)
             right[:, :k].copy_(rotation.mT @ (s[:, :k, None] * w[:, :k]) / n**0.5)
 
-    def forward(self, batch_size: int) -> VirtualPairs | None:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> VirtualPairs | None:
         """The virtual pairs for one attention call: of the active adapters, or of each row's own (see `rows`).
 
         Args:
-            batch_size: rows of the call.
+            query: ``(B, H, T, d)``.
+            key: ``(B, G, S, d)``; not used here, but read by the forward pre-hook of `demonstrations`.
+            value: ``(B, G, S, e)``; as `key`.
+
+        Returns:
+            The pairs, or None if no adapter takes part in this call.
 
         Raises:
-            ValueError: it is not certain which row has which adapter.
+            ValueError: `adapter_names` was given, and it is not certain which row has which adapter.
         """
         if not torch.compiler.is_compiling():
             self.calls += 1
@@ -160,24 +170,28 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             return None
         rows = running.modules.get(self)
         if rows is not None:
-            adapter_names = rows.spread(batch_size)
+            adapter_names = rows.spread(len(query))
             names = sorted(set(adapter_names))
-            choices = [self._pairs(name) if self._has(name) else None for name in names]
+            choices = [self._pairs(name) if self._is_loaded(name) else None for name in names]
             return select_rows(choices, [names.index(name) for name in adapter_names])
         active = self.active_names
         return concatenate_pairs([self._pairs(name) for name in active]) if active else None
 
     @property
     def active_names(self) -> list[str]:
-        """The adapters whose pairs a call mixes in where it does not say otherwise itself."""
-        return [] if self.disable_adapters else [name for name in self.active_adapters if self._has(name)]
+        """The adapters that take part in a call without `adapter_names`."""
+        return [] if self.disable_adapters else [name for name in self.active_adapters if self._is_loaded(name)]
 
     @property
     def is_active(self) -> bool:
         return bool(self.active_names)
 
-    def _has(self, adapter_name: str) -> bool:
-        return adapter_name in self.n and not self.awaits_weights[adapter_name]
+    def has(self, adapter_name: str) -> bool:
+        """Whether this layer has parameters of an adapter."""
+        return adapter_name in self.n
+
+    def _is_loaded(self, adapter_name: str) -> bool:
+        return self.has(adapter_name) and not self.awaits_weights[adapter_name]
 
     def _pairs(self, adapter_name: str) -> VirtualPairs:
         keys, values = self._product("hificl_K", adapter_name), self._product("hificl_V", adapter_name)
@@ -186,11 +200,12 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
                 if product.requires_grad:
                     self.awaits_gradient.add(adapter_name)
                     product.register_hook(lambda grad: self._gradient_came(adapter_name))
-        return VirtualPairs(keys, values, scale_self_attention=self.scale_self_attention[adapter_name])
+        log_weights = self.hificl_W[adapter_name]()[None] if adapter_name in self.hificl_W else None  # (1, H, n)
+        return VirtualPairs(keys, values, log_weights, self.scale_self_attention[adapter_name])
 
     def _gradient_came(self, adapter_name: str) -> None:
         self.awaits_gradient.discard(adapter_name)
-        if adapter_name in self.had_gradient:  # it has not been deleted since
+        if adapter_name in self.had_gradient:  # it may have been deleted since the forward
             self.had_gradient[adapter_name] = True
 
     def _product(self, name: str, adapter_name: str) -> Tensor:
@@ -235,13 +250,25 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         heads, key_dim, value_dim = self.head_shape
         return f"heads={heads}, key_dim={key_dim}, value_dim={value_dim}, n={self.n}, r={self.r}"
 
-    # BaseTunerLayer would look for them on the module it wraps; this layer wraps none.
+    # BaseTunerLayer has properties of these names that read the wrapped module; this layer wraps none.
     weight: Any = None
     bias: Any = None
 
 
+def layers_with(model: nn.Module, adapter_name: str) -> list[HiFICLLayer]:
+    """The layers of a model that have parameters of an adapter."""
+    return [module for module in model.modules() if isinstance(module, HiFICLLayer) and module.has(adapter_name)]
+
+
+def forget_unloaded(model: nn.Module, adapter_name: str) -> None:
+    """Remove what an earlier load has left of an adapter whose weights it could not read: the name is free again."""
+    for layer in layers_with(model, adapter_name):
+        if layer.awaits_weights[adapter_name]:
+            layer.delete_adapter(adapter_name)
+
+
 def _refuse_gradient(gradient: Tensor) -> NoReturn:
-    """The weights that accelerate has brought in for one forward take their gradients along when they go."""
+    """accelerate removes the weights after each forward, and their gradients would be lost with them."""
     raise RuntimeError(
         "This HiFICL adapter is offloaded by accelerate, so its gradients would be lost: offload the base model first "
         "and attach the adapter afterwards, which stays in memory and can be trained."

@@ -1,8 +1,9 @@
-"""Which call is about to load the adapter that is being attached.
+"""Finds out whether the adapter that is being attached is about to be loaded, and from where.
 
-PEFT and transformers attach an adapter first, read its weights afterwards, and tell neither its configuration nor its
-tuner that they will.  An error in between would leave a random adapter on the model, and what a file says of its shapes
-would come too late.  The one thing that knows is the call itself, on the stack.
+PEFT and transformers attach an adapter first and read its weights afterwards.  If reading failed, or the weights did
+not fit, a random adapter would be left on the model.  So the weights must be checked before the adapter is attached,
+but neither the tuner nor the configuration is told that a load is going on.  Only the call that loads knows: this file
+looks for it on the stack.
 """
 
 from __future__ import annotations
@@ -21,15 +22,21 @@ _TRANSFORMERS = ("transformers.integrations.peft", "PeftAdapterMixin.load_adapte
 
 
 class Load(NamedTuple):
-    """What a call that loads an adapter is about to load."""
+    """What a call that loads an adapter is about to load.
+
+    Attributes:
+        tensors: the stored tensors.
+        ignore_mismatched_sizes: whether tensors of other shapes, unless they are HiFICL's, are to be skipped.
+        by_peft: True: PEFT loads, and passes the tensors to the tuner later; False: transformers loads by itself.
+    """
 
     tensors: dict[str, Tensor]
     ignore_mismatched_sizes: bool
-    by_peft: bool  # PEFT hands the tuner what it has read; transformers does not
+    by_peft: bool
 
 
 def in_progress(config: HiFICLConfig) -> Load | None:
-    """The load that attaches an adapter of this very configuration object, its weights read; None if there is none.
+    """The load for which this very configuration object is being attached, with its weights read; None if none is.
 
     Raises:
         ValueError: there are no weights, or they cannot be read.

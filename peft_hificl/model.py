@@ -11,14 +11,27 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from . import attention, checkpoint, continuous_batching, hooks, loading, offloading, preflight, rows, targets
+from . import (
+    checkpoint,
+    continuous_batching,
+    hooks,
+    interface,
+    loading,
+    offloading,
+    preflight,
+    rows,
+    support,
+    targets,
+)
 from .config import HiFICLConfig
-from .layer import CANNOT_MERGE, HiFICLLayer
+from .layer import CANNOT_MERGE, HiFICLLayer, forget_unloaded, layers_with
+from .names import MODULE, PREFIX, module_of, plain, uncompiled
+from .undo import Undo
 
 
 class HiFICLModel(BaseTuner):
@@ -26,15 +39,15 @@ class HiFICLModel(BaseTuner):
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model to adapt.
-        config ([`HiFICLConfig`]): The configuration of the adapter.
+        peft_config ([`HiFICLConfig`]): The configuration of the adapter.
         adapter_name (`str`): The name of the adapter, `"default"` if PEFT is not told otherwise.
-        low_cpu_mem_usage (`bool`): Create the adapter's weights on the meta device, to be loaded.
+        low_cpu_mem_usage (`bool`): Create the adapter's weights on the meta device, as they are loaded next.
 
     Raises:
         ValueError: nothing to adapt, an adapter name that is taken, or a stored adapter of another base model.
         TypeError: a target that is not attention, or an attention that HiFICL cannot adapt.
 
-    The model is checked before it is changed: after an error it is as it was.
+    Everything is checked before the model is changed, and after an error the model is as it was before.
 
     Example:
 
@@ -48,7 +61,7 @@ class HiFICLModel(BaseTuner):
         trainable params: 3,072 || all params: 65,216 || trainable%: 4.7105
     """
 
-    prefix = checkpoint.PREFIX
+    prefix = PREFIX
     tuner_layer_cls = HiFICLLayer
     target_module_mapping: dict[str, list[str]] = {}  # targets are found by structure
 
@@ -60,12 +73,12 @@ class HiFICLModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        self._unloaded: dict[str, _Undo] = {}  # adapters whose weights PEFT is about to read
+        self._unloaded: dict[str, Undo] = {}  # adapters whose weights PEFT is about to read
         before = getattr(model, "peft_config", None)
         others = dict(before or {})
         try:
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
-        except BaseException:  # PEFT gives the model the configuration before it attaches the adapter
+        except BaseException:  # PEFT stores the configuration on the model before it attaches the adapter
             if before is None:
                 vars(model).pop("peft_config", None)
                 if getattr(model, "_hf_peft_config_loaded", False):  # set by transformers before it calls PEFT
@@ -85,30 +98,17 @@ class HiFICLModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        self._unloaded.clear()  # what a load that failed would have gone back to is no longer how the model was
-        named = list(self.targeted_module_names)
-        config = self.peft_config[adapter_name]
-        before = asked = config.target_modules
-        try:
-            preflight.check_kind(model)
-            load = loading.in_progress(config)
-            if config._found_targets is not None and config.target_modules == config._found_targets[1]:
-                # It has served already: what was found there must not be said of this model, nor the other way round.
-                asked = config._found_targets[0]
-                searched = copy.copy(config)
-                searched.target_modules = asked
-                self._prepare_adapter_config(searched, self.get_model_config(model))
-                if searched.target_modules != config.target_modules:
-                    config = self.peft_config[adapter_name] = searched
-            self._prepare_adapter_config(config, self.get_model_config(model))
+        self._unloaded.clear()  # the model changes here, so an earlier load can no longer be undone
+        with self._configured(adapter_name, model) as (config, load):
             state_dict = self._in_names_of(model, state_dict)
-            names = {key.rpartition(f".{checkpoint.PREFIX}")[0] for key in state_dict or ()} or {
+            names = {key.rpartition(f".{PREFIX}")[0] for key in state_dict or ()} or {
                 name for name in self._own_names(model) if name and self._check_target_module_exists(config, name)
             }
             preflight.check(model, adapter_name, config, names, load)
-            _forget_unloaded(model, adapter_name)
-            undo = _Undo(model, adapter_name)
-            try:
+            if load is not None and names:
+                preflight.check_load(self, adapter_name, config, load, state_dict)
+            forget_unloaded(model, adapter_name)
+            with Undo(model, adapter_name) as undo:  # PEFT makes some of its own checks after the change
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
                 hooks.refresh(model)
                 rows.install(model)
@@ -116,26 +116,49 @@ class HiFICLModel(BaseTuner):
                 offloading.note_in_device_map(model)
                 if load is not None:
                     self._prepare_load(model, adapter_name, load, undo)
-            except BaseException:  # PEFT has checks of its own, some of them after the change
-                undo()
-                raise
+
+    @contextmanager
+    def _configured(self, adapter_name: str, model: nn.Module) -> Iterator[tuple[HiFICLConfig, loading.Load | None]]:
+        """Fill in the targets and base class of an adapter's configuration, and restore it if attaching fails.
+
+        The configuration in `peft_config` must be the very object that the user passed, because PEFT goes on to change
+        that one (a model for sequence classification adds its head to `modules_to_save`).  There is one exception: if
+        the object is already in use for another model, and this model's targets differ from those found there, this
+        model gets a copy, so that each configuration holds the targets of its own model.
+        """
+        config, named = self.peft_config[adapter_name], list(self.targeted_module_names)
+        noted = config.target_modules, config.auto_mapping
+        try:
+            preflight.check_kind(model)
+            load = loading.in_progress(config)
+            if isinstance(config.target_modules, (targets.FoundPattern, targets.FoundNames)):
+                searched = copy.copy(config)
+                searched.target_modules = None
+                self._prepare_adapter_config(searched, self.get_model_config(model))
+                if searched.target_modules != config.target_modules:
+                    config = self.peft_config[adapter_name] = searched
+            self._prepare_adapter_config(config, self.get_model_config(model))
+            if type(model).__module__.startswith("transformers."):  # PEFT fills it in only if there is no task type
+                kind = type(model)
+                config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+            found = isinstance(config.target_modules, targets.FoundNames)
+            yield config, load
+            if found:  # of 20 names or more, PEFT may have made a plain set of shorter ones
+                config.target_modules = targets.FoundNames(config.target_modules)
         except BaseException:
             self.targeted_module_names = named
             self.peft_config.pop(adapter_name, None)
-            config.target_modules = before
+            config.target_modules, config.auto_mapping = noted
             raise
-        config._found_targets = (asked, config.target_modules)
-        if type(model).__module__.startswith("transformers."):
-            config._base_model = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
-    def _prepare_load(self, model: nn.Module, adapter_name: str, load: loading.Load, undo: _Undo) -> None:
-        if load.by_peft:  # which reads the weights next; should that fail, the adapter must have no effect
+    def _prepare_load(self, model: nn.Module, adapter_name: str, load: loading.Load, undo: Undo) -> None:
+        if load.by_peft:  # if PEFT fails to read the weights next, the adapter must have no effect
             self._unloaded[adapter_name] = undo
-            for layer in _layers_with(model, adapter_name):
+            for layer in layers_with(model, adapter_name):
                 layer.awaits_weights[adapter_name] = True
         else:
-            # transformers reads them again, with no word to the tuner: should that fail, or find no names for them,
-            # what is attached is what was stored.
+            # transformers reads the weights again, without the tuner.  In case that fails, or finds no parameters of
+            # their names, they are loaded here already.
             model.load_state_dict(self._in_keys_of(model, adapter_name, load.tensors), strict=False)
 
     @staticmethod
@@ -143,18 +166,16 @@ class HiFICLModel(BaseTuner):
         return [name for name, module in model.named_modules() if not isinstance(module, OptimizedModule)]
 
     def _in_names_of(self, model: nn.Module, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-        """The keys of a state dict, with the attention's name before ``.hificl_``: there PEFT looks for the targets."""
+        """A state dict whose keys have the attention's live name before ``.hificl_``, where PEFT reads the targets."""
         if state_dict is None:
             return None
-        live = {checkpoint.plain(name): name for name in self._own_names(model)}
-        attentions = {key: live.get(name, name) for key in state_dict if (name := checkpoint.module_of(key))}
-        return {
-            f"{name}{key[key.rindex(f'.{checkpoint.PREFIX}') :]}": state_dict[key] for key, name in attentions.items()
-        }
+        live = {plain(name): name for name in self._own_names(model)}
+        attentions = {key: live.get(name, name) for key in state_dict if (name := module_of(key))}
+        return {f"{name}{key[key.rindex(f'.{PREFIX}') :]}": state_dict[key] for key, name in attentions.items()}
 
     @staticmethod
     def _check_target_module_exists(config: HiFICLConfig, key: str) -> Any:
-        return check_target_module_exists(config, checkpoint.plain(key))
+        return check_target_module_exists(config, plain(key))
 
     def _prepare_adapter_config(self, peft_config: HiFICLConfig, model_config: dict[str, Any]) -> HiFICLConfig:
         if peft_config.target_modules is None:
@@ -171,12 +192,13 @@ class HiFICLModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        # Matched by a wide pattern when a second adapter is added; the attention within has the same name.
+        # A pattern may match the layer of an earlier adapter too, and torch.compile's wrapper of an attention, which is
+        # itself matched under the same plain name.
         if isinstance(target, (HiFICLLayer, OptimizedModule)):
             return
-        layer = getattr(target, checkpoint.MODULE, None)
+        layer = getattr(target, MODULE, None)
         if layer is None:
-            layer = attention.attach(target, attention.head_shape_of(target))
+            layer = interface.attach(target, support.head_shape_of(target))
         layer.update_layer(adapter_name, peft_config, *offloading.device_and_dtype(target))
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
@@ -210,15 +232,15 @@ class HiFICLModel(BaseTuner):
         if merge:
             self._check_merge_allowed()
         for module in list(self.model.modules()):
-            if isinstance(getattr(module, checkpoint.MODULE, None), HiFICLLayer):
-                attention.detach(module)
+            if isinstance(getattr(module, MODULE, None), HiFICLLayer):
+                interface.detach(module)
         hooks.refresh(self.model)
         continuous_batching.unguard(self.model)
         offloading.note_in_device_map(self.model)
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # Called when PEFT's wrappers around whole modules and embeddings go; there is no weight to hand over.
+        # Called when PEFT's wrappers of modules_to_save and trained tokens are removed; no weight has to be moved.
         setattr(parent, child_name, new_module)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -227,7 +249,7 @@ class HiFICLModel(BaseTuner):
             loaded = {n for m in self.modules() if isinstance(m, HiFICLLayer) for n in m.n if not m.awaits_weights[n]}
             others = sorted(loaded - {adapter_name})
             active = [name for name in self.active_adapters if name != adapter_name] or others[:1]
-            if active:  # each layer would choose among its own, which need not be the same on all of them
+            if active:  # otherwise each layer would choose by itself, and layers may differ in their adapters
                 warnings.warn(f"{adapter_name} was active; active from now on: {', '.join(active)}.", stacklevel=3)
                 self.set_adapter(active)
         self._unloaded.clear()
@@ -246,10 +268,10 @@ class HiFICLModel(BaseTuner):
     ) -> dict[str, Tensor]:
         _check_loaded(model, [adapter_name])
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        # PEFT looks for the names of the layers, and FSDP1 and checkpoint_wrapper put their own into those of modules,
-        # but not into keys: it would find nothing to save.
-        found |= {key: tensor for key, tensor in state_dict.items() if checkpoint.module_of(key) is not None}
-        if not dist.is_initialized() or dist.get_rank() == 0:  # the one that saves; the others may have nothing to save
+        # PEFT selects keys that begin with the name of a layer.  FSDP1 and checkpoint_wrapper add to the names of
+        # modules, but not to keys, so PEFT finds none there.
+        found |= {key: tensor for key, tensor in state_dict.items() if module_of(key) is not None}
+        if not dist.is_initialized() or dist.get_rank() == 0:  # only rank 0 saves; other ranks may hold nothing
             ends = f".modules_to_save.{adapter_name}.", f"{checkpoint.TOKENS}.{adapter_name}"
             beside = {key: tensor for key, tensor in state_dict.items() if any(end in key for end in ends)}
             checkpoint.check_whole({**found, **beside})
@@ -257,9 +279,9 @@ class HiFICLModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """``hificl_K_A.default.weight`` of a model is ``hificl_K_A`` in a file."""
+        """``hificl_K_A.default.weight`` in a model becomes ``hificl_K_A`` in a file."""
         key = super()._remove_adapter_name_from_key(key, adapter_name)
-        return checkpoint.uncompiled(key).removesuffix(".weight") if checkpoint.module_of(key) is not None else key
+        return uncompiled(key).removesuffix(".weight") if module_of(key) is not None else key
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -274,39 +296,35 @@ class HiFICLModel(BaseTuner):
                 undo()
                 tuner.peft_config.pop(adapter_name, None)
             raise
-        for layer in _layers_with(model, adapter_name):
+        for layer in layers_with(model, adapter_name):
             layer.awaits_weights[adapter_name] = False
         return remapped
 
     @classmethod
     def _in_keys_of(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A stored state dict in the keys of the model, found to fit it."""
+        """A stored state dict with the keys of the model, checked to fit its parameters."""
         live = model.state_dict()
         own = {
             key: tensor
             for key, tensor in live.items()
-            if checkpoint.module_of(key) and key.rpartition(f".{checkpoint.MODULE}.")[2].split(".")[1] == adapter_name
+            if module_of(key) and key.rpartition(f".{MODULE}.")[2].split(".")[1] == adapter_name
         }
-        names = {checkpoint.plain(key): key for key in live}
-        names |= {checkpoint.plain(cls._remove_adapter_name_from_key(key, adapter_name)): key for key in own}
+        names = {plain(key): key for key in live}
+        names |= {plain(cls._remove_adapter_name_from_key(key, adapter_name)): key for key in own}
         for name, module in model.named_modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT has renamed those that were there before it asks us
+            if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT may have renamed their keys before it calls this
                 for stored, key in module.adapter_state_dict_load_map(adapter_name).items():
-                    names[checkpoint.plain(f"{name}.{stored}")] = f"{name}.{key}"
+                    names[plain(f"{name}.{stored}")] = f"{name}.{key}"
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        modules = {module for key in state_dict if (module := checkpoint.module_of(key))}
+        modules = {module for key in state_dict if (module := module_of(key))}
         elsewhere = checkpoint.on_other_stages(modules, base)
         remapped = {
-            names.get(checkpoint.plain(key), key): tensor
-            for key, tensor in state_dict.items()
-            if checkpoint.module_of(key) not in elsewhere
+            names.get(plain(key), key): tensor for key, tensor in state_dict.items() if module_of(key) not in elsewhere
         }
         dtypes = {key: tensor.dtype for key, tensor in live.items()}
         for key, tensor in own.items():
-            if tensor.is_meta:  # it takes the dtype of the base model when it has been loaded
-                dtypes[key] = offloading.device_and_dtype(
-                    model.get_submodule(key.rpartition(f".{checkpoint.MODULE}.")[0])
-                )[1]
+            if tensor.is_meta:  # once loaded, it has the dtype that the attention computes in
+                dtypes[key] = offloading.device_and_dtype(model.get_submodule(key.rpartition(f".{MODULE}.")[0]))[1]
         checkpoint.check_state_dict(remapped, {key: tensor.shape for key, tensor in own.items()}, dtypes)
         return remapped
 
@@ -316,13 +334,13 @@ class HiFICLModel(BaseTuner):
         """Run the base model."""
         if (known := rows.running.modules.get(self)) is None:
             return super().forward(*args, **kwargs)
-        # A PeftModel of a task type has given the names, but kept the ids of the prompts back.
+        # A PeftModel with a task type calls `_enable_peft_forward_hooks` without the inputs; they are known here.
         with self._enable_peft_forward_hooks(*args, **kwargs, adapter_names=known.names):
             return super().forward(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names=[...]`, one per row, to every layer for the duration of one forward or generate."""
+        """Tell every layer, for one forward or generate, the adapters of its rows (`adapter_names=[...]`)."""
         names, outer = kwargs.get("adapter_names"), rows.running.modules
         if names is None and not outer:
             yield
@@ -346,63 +364,20 @@ class HiFICLModel(BaseTuner):
                 f"{', '.join(sorted(self.peft_config))} and __base__."
             )
         _check_loaded(self.model, set(names))
-        rows.install(self.model)  # PEFT wraps the heads of some tasks after the adapter has been attached
+        rows.install(self.model)  # PEFT wraps the heads of some tasks after attaching the adapter
         text, media = rows.of_call(self.model, list(names), args, kwargs)
         prompts = targets.text_modules(self.model)
         return {self: text} | {
-            module: (text if module in prompts else media)._replace(module=name.removesuffix(f".{checkpoint.MODULE}"))
+            module: (text if module in prompts else media)._replace(module=name.removesuffix(f".{MODULE}"))
             for name, module in self.model.named_modules()
             if isinstance(module, (HiFICLLayer, AuxiliaryTrainingWrapper))
         }
 
 
-def _layers_with(model: nn.Module, adapter_name: str) -> list[HiFICLLayer]:
-    return [module for module in model.modules() if isinstance(module, HiFICLLayer) and adapter_name in module.n]
-
-
 def _check_loaded(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
-        if any(layer.awaits_weights[name] for layer in _layers_with(model, name)):
+        if any(layer.awaits_weights[name] for layer in layers_with(model, name)):
             raise ValueError(
                 f"The weights of adapter {name!r} were never loaded, as reading them failed: call load_adapter again, "
                 f"or delete_adapter({name!r})."
             )
-
-
-def _forget_unloaded(model: nn.Module, adapter_name: str) -> None:
-    """An adapter of this name whose weights could not be read, earlier, makes room."""
-    for layer in _layers_with(model, adapter_name):
-        if layer.awaits_weights[adapter_name]:
-            layer.delete_adapter(adapter_name)
-
-
-class _Undo:
-    """Makes a model again what it was before an adapter was attached to it."""
-
-    def __init__(self, model: nn.Module, adapter_name: str) -> None:
-        self.model, self.adapter_name = model, adapter_name
-        self.modules = set(model.modules())
-        self.requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        tuned = (m for m in self.modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
-        self.active = {module: module._active_adapter for module in tuned}
-
-    def __call__(self) -> None:
-        for parent in self.modules:
-            for name, child in list(parent.named_children()):
-                if child not in self.modules and isinstance(child, HiFICLLayer):
-                    attention.detach(parent)
-                elif child not in self.modules and isinstance(child, AuxiliaryTrainingWrapper):
-                    setattr(parent, name, child.original_module)
-        for module, names in self.active.items():
-            module._active_adapter = names
-            if isinstance(module, HiFICLLayer):
-                module.delete_adapter(self.adapter_name)
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                module.delete_adapter(self.adapter_name, names)
-                module._active_adapter = names
-        hooks.refresh(self.model)
-        if not any(isinstance(module, HiFICLLayer) for module in self.model.modules()):
-            continuous_batching.unguard(self.model)
-        offloading.note_in_device_map(self.model)
-        for parameter, value in self.requires_grad.items():
-            parameter.requires_grad = value

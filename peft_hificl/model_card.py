@@ -25,10 +25,10 @@ _AUTO_CLASSES = {
 
 
 def update(save_directory: str) -> None:
-    """Tell in the card beside an adapter that was just saved (or above it, if it has a name) how to load it.
+    """Add to the card of an adapter that was just saved how to load it.
 
-    Loading needs `import peft_hificl`, which nothing in PEFT's own card says.  A README that is not a PEFT card, or is
-    not UTF-8, is left alone.
+    The card is in the adapter's folder or, if the adapter has a name, in the folder above.  PEFT's own card does not
+    say that loading needs `import peft_hificl`.  A README that is not a PEFT card, or not UTF-8, is left alone.
     """
     folder = Path(save_directory)
     for path in (folder / CARD, folder.parent / CARD):
@@ -43,10 +43,10 @@ def update(save_directory: str) -> None:
 
 
 def _with_card_kept(save: Callable[[RepoCard, Path | str], None]) -> Callable[[RepoCard, Path | str], None]:
-    """Keep the usage of HiFICL adapters in a card that is written beside them when they have been saved already.
+    """Wrap `RepoCard.save`, so that a card written after the adapters were saved has their usage sections too.
 
-    transformers' `push_to_hub`, `Trainer.create_model_card` and trl's trainers do that, each with a card of its own,
-    and PEFT when an adapter is saved again.
+    transformers' `push_to_hub`, `Trainer.create_model_card` and trl's trainers write such cards, and so does PEFT when
+    an adapter is saved again.
     """
 
     @functools.wraps(save)
@@ -64,7 +64,7 @@ def _with_card_kept(save: Callable[[RepoCard, Path | str], None]) -> Callable[[R
 
 
 def _stored_adapters(folder: Path) -> dict[str, dict[str, Any]]:
-    """The configurations of the HiFICL adapters that a card in this folder speaks of, by the path from there."""
+    """The configurations of the HiFICL adapters that a card in this folder describes, by their path from there."""
     found = {}
     for path in sorted([*folder.glob("adapter_config.json"), *folder.glob("*/adapter_config.json")]):
         if path.parent != folder and (path.parent / CARD).exists():
@@ -79,7 +79,7 @@ def _stored_adapters(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _with_usage(card: str, adapters: dict[str, dict[str, Any]]) -> str:
-    """A section of each adapter takes the place of the one that the card has, or goes to the end."""
+    """The card with a usage section for each adapter, in place of its old section or at the end."""
     newline = "\r\n" if "\r\n" in card else "\n"
     for adapter, config in adapters.items():
         begin, end = (f"{MARK} {edge} of the usage of {adapter} -->" for edge in ("begin", "end"))
@@ -93,8 +93,8 @@ def _with_usage(card: str, adapters: dict[str, dict[str, Any]]) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it, and whatever stops this process, finds the old text or the new one."""
-    path = path.resolve()  # a link stays one
+    """Replace a file in one step: nobody reads half of the text, even if this process is stopped."""
+    path = path.resolve()  # if it is a link, replace its target
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_bytes(text.encode())
@@ -137,6 +137,6 @@ model = PeftModel.from_pretrained(base, "."{subfolder})  # ".": this folder, or 
 
 
 def keep_usage() -> None:
-    """Wrap `RepoCard.save`: the one place that all cards pass which are written after an adapter has been saved."""
+    """Install the wrapper of `RepoCard.save`, through which every library writes its cards."""
     if not getattr(RepoCard.save, "keeps_hificl_usage", False):
         RepoCard.save = _with_card_kept(RepoCard.save)  # type: ignore[method-assign, assignment]

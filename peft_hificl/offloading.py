@@ -1,4 +1,4 @@
-"""Where an attention computes, and what accelerate has to know of the adapters on a base model that it offloads."""
+"""The device and dtype that an attention computes in, and adapters on a base model that accelerate offloads."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint
 from .config import HiFICLConfig
+from .names import MODULE
 
 
 def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """What an attention module computes in, as its own weights say, which may be quantised or kept elsewhere."""
-    adapters: list[torch.Tensor] = list(getattr(module, checkpoint.MODULE, nn.Module()).parameters())
+    """The device and dtype that an attention module computes in, even if its weights are quantised or offloaded."""
+    adapters: list[torch.Tensor] = list(getattr(module, MODULE, nn.Module()).parameters())
     tensors: list[torch.Tensor] = [p for p in module.parameters() if not any(p is own for own in adapters)]
-    if not tensors:  # of a base that FSDP has flattened, or whose quantised weights are buffers
+    if not tensors:  # FSDP has flattened the parameters, or the quantised weights are buffers
         tensors = [*module.buffers(), *adapters]
     floating = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.dtype.itemsize > 1]
     tensor = next(iter([*floating, *tensors]), torch.empty(0))
@@ -32,13 +32,19 @@ def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def accelerate_hooks(module: nn.Module) -> list[Any]:
-    """What accelerate does before and after each forward of this module, to offload it for one."""
+    """The hooks by which accelerate acts before and after each forward of this module, for instance to offload it."""
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
 def check(model: nn.Module, config: HiFICLConfig, names: set[str]) -> None:
-    """accelerate brings offloaded weights in by hooks, under the names that they had when it attached these."""
+    """Refuse adapters that would have no place on an offloaded base model.
+
+    accelerate loads offloaded weights in hooks, under the names that they had when it registered the hooks.
+
+    Raises:
+        ValueError: weights on disk without hooks, or a target or copied module whose weights a hook would not find.
+    """
     modules = dict(model.named_modules())
     hooks = [(name, hook) for name, module in modules.items() for hook in accelerate_hooks(module)]
     on_disk = "disk" in (getattr(model, "hf_device_map", None) or {}).values()
@@ -66,22 +72,26 @@ def check(model: nn.Module, config: HiFICLConfig, names: set[str]) -> None:
     for name, _ in offloaded:
         if any(f"{name}.".startswith(f"{whole}.") for whole in copied):
             raise ValueError(
-                f"Module {name!r} is offloaded by accelerate: PEFT's copy of it (modules_to_save, "
-                "trainable_token_indices) would compute with the base model's weights, whatever it learns or loads. "
-                "Load the adapter before offloading, leave the module out, or keep it in memory (device_map)."
+                f"Module {name!r} is offloaded by accelerate: PEFT's copy of it would compute with the base model's "
+                "weights, whatever it learns or loads (modules_to_save), or not at all (trainable_token_indices). "
+                "Leave the module out, or keep it in memory (device_map); modules_to_save may also be loaded before "
+                "the model is offloaded."
             )
 
 
 def note_in_device_map(model: nn.Module) -> None:
-    """Adapters stay where an offloaded attention runs; transformers' load_adapter asks the map where to load them."""
+    """Enter adapters into `hf_device_map`, where transformers' load_adapter looks up the device to load them to.
+
+    An adapter on an offloaded attention is not offloaded itself: it stays on the device that the attention runs on.
+    """
     device_map = getattr(model, "hf_device_map", None)
     if device_map is None:
         return
-    for name in [name for name in device_map if name.endswith(f".{checkpoint.MODULE}")]:
+    for name in [name for name in device_map if name.endswith(f".{MODULE}")]:
         del device_map[name]
     for name, module in model.named_modules():
-        if hasattr(module, checkpoint.MODULE):
+        if hasattr(module, MODULE):
             hooks = [hook for submodule in module.modules() for hook in accelerate_hooks(submodule)]
             devices = [hook.execution_device for hook in hooks if getattr(hook, "offload", False)]
             if devices:
-                device_map[f"{name}.{checkpoint.MODULE}"] = devices[0]
+                device_map[f"{name}.{MODULE}"] = devices[0]

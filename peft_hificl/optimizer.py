@@ -11,21 +11,21 @@ from .layer import HiFICLLayer
 
 
 def parameter_groups(model: nn.Module, lr: float, key_lr_ratio: float = 0.3) -> list[dict[str, Any]]:
-    """Groups for any torch optimizer: virtual keys learn at ``key_lr_ratio * lr``, all else that is trained at ``lr``.
+    """Groups for any torch optimizer: rate ``key_lr_ratio * lr`` for virtual keys, ``lr`` for all other parameters.
 
-    In `out = alpha SA + sum_i beta_i V_D,i` values enter linearly and keys through the exponential of their scores.
-    The ratio was chosen on validation data of the small base in ``benchmarks`` (docs/benchmark.md); the paper has one
-    rate, ``key_lr_ratio=1``.
+    In `out = alpha SA + sum_i beta_i V_D,i`, values enter linearly, keys through the exponential of their scores.  The
+    ratio was chosen on validation data of the small base in ``benchmarks`` (docs/benchmark-history.md); the paper has
+    one rate, ``key_lr_ratio=1``.
 
     Args:
         model: the adapted model.  Not tested under FSDP; parameters that it has flattened cannot be told apart.
-        lr: rate of the virtual values, and of whatever else requires a gradient.  What wants a smaller rate than
-            values, as a LoRA or a module of ``modules_to_save`` may, belongs into a group of your own.
-        key_lr_ratio: rate of the virtual keys (``hificl_K_A``, ``hificl_K_B``, or ``hificl_K``), of ``lr``.
+        lr: rate of the virtual values and of all other parameters that require a gradient.  A LoRA or a module of
+            ``modules_to_save`` may need a smaller rate than virtual values; put it into a group of your own.
+        key_lr_ratio: rate of the virtual keys (``hificl_K_A``, ``hificl_K_B``, or ``hificl_K``), as a fraction of
+            ``lr``.
 
     Returns:
-        One group or two, as ``torch.optim.AdamW(parameter_groups(model, lr=3e-2))`` takes them; empty ones are left
-        out.
+        One or two groups, for ``torch.optim.AdamW(parameter_groups(model, lr=3e-2))``; empty groups are left out.
 
     Raises:
         ValueError: a rate or ratio that is not positive and finite, or no HiFICL adapter that requires a gradient.

@@ -24,17 +24,17 @@ _writers: WeakKeyDictionary[PagedAttentionCache, dict[HiFICLLayer, list[str]]] =
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def check(cache: PagedAttentionCache, layer: HiFICLLayer, keywords: dict[str, Any]) -> None:
-    """Make sure, before a cache is written to, that an attention call meets no keys and values of another adapter.
+    """Make sure, before a cache is written to, that an attention call reads no keys and values of another adapter.
 
-    A cache may outlive the adapter that it began with, and finds the blocks of a common prefix by their tokens alone.
-    So that no block of another adapter is found after a switch, an edit of weights or `unload()`, a cache that an
-    adapted model writes to no longer looks for common blocks.  (The sequences of one request still share their prompt.)
+    A cache may stay in use after an adapter was switched, edited or unloaded, and it shares blocks between requests
+    whose prompts begin with the same tokens, whichever adapter computed them.  So sharing is turned off for a cache
+    that an adapted model writes to.  (The sequences of one request still share their prompt.)
 
     Args:
-        keywords: those of the attention call.
+        keywords: the keyword arguments of the attention call.
 
     Raises:
-        ValueError: there are, in requests that another adapter began.
+        ValueError: a request that is still running began with another adapter.
     """
     layers = _writers.setdefault(cache, {})
     before = layers.get(layer)
@@ -55,14 +55,14 @@ def check(cache: PagedAttentionCache, layer: HiFICLLayer, keywords: dict[str, An
 
 
 def _has_past(keywords: dict[str, Any]) -> bool:
-    """Whether some request has keys from earlier calls: more keys than queries."""
+    """Whether some request has more keys than queries, and so has keys from earlier calls."""
     keys = keywords["cu_seq_lens_k"]  # by kind of layer
     keys = keys.values() if isinstance(keys, dict) else [keys]
     return any(int(ends.max()) > int(keywords["cu_seq_lens_q"].max()) for ends in keys)
 
 
 def _has_common_blocks(cache: PagedAttentionCache) -> bool:
-    """Whether a request may go on with blocks of another.  (A warm-up has a past too, but of its own.)"""
+    """Whether a request could reuse blocks of another one.  (A warm-up request has earlier keys too, but its own.)"""
     allocators = getattr(cache, "cache_allocators", None)  # since transformers 5.18
     if allocators is None:
         return bool(cache.use_prefix_sharing)
@@ -73,7 +73,7 @@ def _has_common_blocks(cache: PagedAttentionCache) -> bool:
 def update(
     cache: PagedAttentionCache, layer: HiFICLLayer, index: int, key: Tensor, value: Tensor, keywords: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Write the keys and values (1, G, T, d) of a layer to a cache; returns those of all requests, (1, G, S, d)."""
+    """Write the keys and values (1, G, T, d) of a layer to a cache, and return those of all requests, (1, G, S, d)."""
     check(cache, layer, keywords)
     new = {"key_states": key, "value_states": value, "layer_idx": index}
     if _TAKES_KEYWORDS:

@@ -1,9 +1,10 @@
-"""Positions of left-padded rows: taken from the mask where the caller gives none.
+"""Positions of left-padded rows: taken from the mask if the caller gives none.
 
-A virtual key has no position, but the queries that it meets are rotated by theirs, so its scores depend on where a
-token stands.  Without ``position_ids``, transformers counts the columns of a batch, padding included.  Rotary attention
-over the context sees distances alone and does not mind; an adapter would have another effect on a padded row than on
-the row alone.  So a model with adapted attention counts from the first token that the mask shows, as `generate` does.
+A virtual key has no position, but queries are rotated by theirs, so its score depends on the position of the query.
+Without ``position_ids``, transformers numbers the columns of a batch, padding included.  That does not change rotary
+attention over the context, which depends on distances alone, but an adapter would act differently on a padded row than
+on the same row without padding.  So an adapted model counts positions from the first token that the mask shows, as
+`generate` does.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _FIRST_POSITION = {"paligemma": 1}  # where it is not 0
 class PositionsFromMask:
     """A forward pre-hook that gives a model the ``position_ids`` that its ``attention_mask`` (B, S) implies.
 
-    Token t of row b stands at ``max(c + t - p_b, 0)``, with c tokens in the cache and p_b columns of the mask before
-    the first visible one.  Columns that are masked elsewhere keep their place, so all distances stay those of the
-    base model.  Nothing is changed where the caller gives ``position_ids``, no mask or one of another form, nor while
-    no adapter is active.
+    Token t of row b gets the position ``max(c + t - p_b, 0)``, with c tokens in the cache and p_b columns of the mask
+    before the first visible one.  Masked columns after that one are counted too, so all distances stay those of the
+    base model.  Nothing is changed if the caller gives ``position_ids``, no mask or a mask of another form, or if no
+    adapter is active.
     """
 
     def __init__(self, model: PreTrainedModel, layers: list[HiFICLLayer]) -> None:
@@ -57,10 +58,11 @@ class PositionsFromMask:
 
 
 def counts_positions(model: PreTrainedModel, is_owner: bool) -> bool:
-    """Whether a model, which owns adapted attentions itself or holds the one that does, may count positions for them.
+    """Whether to register `PositionsFromMask` on a model.
 
-    Some outer models do so already (Gemma 3, Fuyu), so they are to be given positions, too.  Where positions have
-    several dimensions (M-RoPE), the outer models compute them from the mask and the images themselves.
+    It is registered on the model that owns the adapted attentions (`is_owner`), and on the models around it, as some of
+    these compute positions themselves if none are given (Gemma 3, Fuyu).  Outer models whose positions have several
+    dimensions (M-RoPE) are left alone: they compute them from the mask and the images.
     """
     takes = set(inspect.signature(type(model).forward).parameters)
     if not {"attention_mask", "position_ids"} <= takes:

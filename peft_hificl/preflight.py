@@ -1,28 +1,29 @@
-"""What is checked before an adapter changes the first module of a model; after an error the model is as it was."""
+"""The checks that run before an adapter is attached: an error that they raise leaves the model unchanged."""
 
 from __future__ import annotations
 
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from . import attention, checkpoint, offloading
+from . import checkpoint, dry_run, offloading, support
 from .config import HiFICLConfig
 from .layer import HiFICLLayer
 from .loading import Load
+from .names import MODULE, module_of
 
 
 def check(model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[str], load: Load | None) -> None:
-    """Run every check below.
+    """Run the checks below, except `check_kind` and `check_load`, which the tuner calls before and after.
 
     Args:
         model: the base model.
         adapter_name: the adapter's name.
         config: its configuration, with targets found.
-        names: the modules that it is to adapt.
-        load: what is about to be loaded into it.
+        names: the names of its target modules.
+        load: the load that attaches it, if there is one.
 
     Raises:
         ValueError: a name, a base model or a stored adapter that does not fit.
@@ -31,18 +32,14 @@ def check(model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[
     check_name(model, adapter_name)
     check_placement(model)
     offloading.check(model, config, names)
-    shapes = check_targets(model, config, names)
-    stored = None if load is None else checkpoint.stored_shapes(load.tensors, config)
-    if stored is None or not checkpoint.on_other_stages(stored.modules, model):
+    check_targets(model, config, names)
+    modules = set() if load is None else {module for key in load.tensors if (module := module_of(key))}
+    if not checkpoint.on_other_stages(modules, model):
         check_modules_beside(model, config)
-    if stored is not None and load is not None and shapes:
-        if load.ignore_mismatched_sizes:
-            stored = stored._replace(others=None)
-        checkpoint.check_fits(stored, shapes, model, config)
 
 
 def check_kind(model: nn.Module) -> None:
-    """The base model must be one, and not compiled."""
+    """The model must be a plain base model: not wrapped by PEFT, and not compiled as a whole."""
     if isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
         raise ValueError(
             f"The model is a {type(model).__name__} already. Call its add_adapter(name, config) to give it another "
@@ -57,17 +54,17 @@ def check_kind(model: nn.Module) -> None:
 
 
 def check_name(model: nn.Module, adapter_name: str) -> None:
-    """The name must be new, and fit into the names of parameters."""
+    """The name must not be taken, and must be usable within the names of parameters."""
     if not adapter_name or "." in adapter_name:
         raise ValueError(f"An adapter cannot be named {adapter_name!r}: choose a plain word, without dots.")
     # PEFT would mistake the first two for parts of parameter names; the others cannot be keys of a ModuleDict.
-    if adapter_name in (checkpoint.MODULE, "weight") or hasattr(nn.ModuleDict(), adapter_name):
+    if adapter_name in (MODULE, "weight") or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
             f"An adapter cannot be named {adapter_name!r}, as torch or PEFT use that name: choose another."
         )
     for name, module in model.named_modules():
-        # One whose weights were never loaded makes room.
-        if isinstance(module, HiFICLLayer) and adapter_name in module.n and not module.awaits_weights[adapter_name]:
+        # An adapter whose weights were never loaded does not count: it is removed.
+        if isinstance(module, HiFICLLayer) and module.has(adapter_name) and not module.awaits_weights[adapter_name]:
             raise ValueError(
                 f"An adapter named {adapter_name!r} is already attached to {name.rpartition('.')[0]!r}: choose another "
                 "adapter_name, or delete_adapter() it first."
@@ -75,7 +72,7 @@ def check_name(model: nn.Module, adapter_name: str) -> None:
 
 
 def check_placement(model: nn.Module) -> None:
-    """The base model must be whole, and where an adapter can follow it."""
+    """The base model must not be sharded by tensor parallelism, nor traced by prepare_pippy."""
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError(
             "The base model is sharded by tensor parallelism, which HiFICL does not support: load it without tp_plan "
@@ -88,24 +85,32 @@ def check_placement(model: nn.Module) -> None:
         )
 
 
-def check_targets(model: nn.Module, config: HiFICLConfig, names: set[str]) -> dict[str, checkpoint.HeadShape]:
-    """Every target must be an attention that can be adapted; the head shape of each."""
+def check_targets(model: nn.Module, config: HiFICLConfig, names: set[str]) -> None:
+    """Every target must be an attention that can be adapted."""
     if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         raise ValueError(
             f"target_modules={config.target_modules!r} means linear layers, but HiFICL adapts attention modules: "
             "leave target_modules=None to have them found."
         )
-    shapes = {}
     for name, module in model.named_modules():
-        if name in names and checkpoint.MODULE not in name.split("."):
-            reason = attention.why_unsupported(module)
+        if name in names and MODULE not in name.split("."):
+            reason = support.why_unsupported(module)
             if reason:
                 raise TypeError(
                     f"HiFICL cannot adapt module {name!r} of type {type(module).__name__}: {reason}. Choose attention "
                     "modules as target_modules, or leave target_modules=None to have them found."
                 )
-            shapes[checkpoint.plain(name)] = attention.head_shape_of(module)
-    return shapes
+
+
+def check_load(
+    tuner: BaseTuner, adapter_name: str, config: HiFICLConfig, load: Load, state_dict: dict[str, Tensor] | None
+) -> None:
+    """The tensors to load must be those that PEFT would save of the adapter after attaching it."""
+    stored, saved = load.tensors, dry_run.saved_shapes(tuner, adapter_name, config, state_dict)
+    if load.ignore_mismatched_sizes:  # then compare HiFICL's tensors alone
+        stored = {key: tensor for key, tensor in stored.items() if module_of(key)}
+        saved = dry_run.Saved({key: shape for key, shape in saved.always.items() if module_of(key)}, {})
+    checkpoint.check_fits(stored, saved, tuner.model, config)
 
 
 def check_modules_beside(model: nn.Module, config: HiFICLConfig) -> None:

@@ -1,4 +1,4 @@
-"""Makes HiFICL a method of PEFT: the one file that knows PEFT's registry."""
+"""Registers HiFICL with PEFT, and its parameter names with transformers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ NAME = "HIFICL"
 def add_peft_type() -> None:
     """Add the member ``HIFICL`` to `peft.PeftType`, unless PEFT has one already.
 
-    `register_peft_method` refuses a method whose name the enum lacks, and PEFT has no public way to extend it.  The
-    standard library's own member machinery makes a true member: it can be looked up by name and value, iterated,
-    pickled, copied and written to JSON.
+    `register_peft_method` refuses a name that is not in the enum, and PEFT has no public way to extend the enum.  The
+    member is made by the standard library's own enum code, so it behaves like any other: it can be looked up by name
+    and value, iterated, pickled, copied and written to JSON.
     """
     if NAME not in PeftType.__members__:
         member = enum._proto_member(NAME)  # type: ignore[attr-defined]
@@ -28,7 +28,7 @@ def add_peft_type() -> None:
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Register HiFICL's classes with PEFT.  Classes that PEFT itself may have under this name are never replaced."""
+    """Register HiFICL's classes with PEFT, unless PEFT already has a method of this name, which then stays."""
     known = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType[NAME])
     if known is None:
         register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)
@@ -42,12 +42,12 @@ def register(config_cls: type, model_cls: type) -> None:
 
 
 def register_key_renaming() -> None:
-    """Let transformers' own `load_adapter` find ``hificl_K_A.default.weight`` for the stored key ``hificl_K_A``.
+    """Let transformers' own `load_adapter` find the parameter ``hificl_K_A.default.weight`` for the key ``hificl_K_A``.
 
-    It renames keys by patterns, after which the adapter's name is the end of ours.  The "legacy" mapping is the one
-    that transformers applies to every model.
+    It renames stored keys by patterns, after which HiFICL's end with the adapter's name (``hificl_K_A.default``).  The
+    pattern added here appends ``.weight``.  It goes into the "legacy" mapping, which is applied to every model.
     """
-    renaming = WeightRenaming(r"(hificl_[KV]\w*\.[^.]+)$", r"\1.weight")
+    renaming = WeightRenaming(r"(hificl_[KVW]\w*\.[^.]+)$", r"\1.weight")
     mapping = get_checkpoint_conversion_mapping("legacy") or []
     if not any(known.source_patterns == renaming.source_patterns for known in mapping):
         register_checkpoint_conversion_mapping("legacy", [*mapping, renaming], overwrite=True)

@@ -1,9 +1,9 @@
-"""One adapter per row of a batch: what `adapter_names` of a call means in each module that the call runs.
+"""One adapter per row of a batch: what `adapter_names` of a call means for each module that the call runs.
 
-A PeftModel's ``forward`` and ``generate`` keep ``adapter_names`` from the base model, whose modules could not all pass
-it on.  So it travels beside the call: `Running.modules`, private to the thread, says for every module that has
-adapters which adapter each row of its batch is to have.  Nothing of it is stored on the model, and nothing is
-registered on a module for the length of a call, since another thread may be running it.
+A PeftModel's ``forward`` and ``generate`` do not pass ``adapter_names`` on to the base model, most of whose modules do
+not accept it.  Instead, `Running.modules` holds, for the length of the call and for this thread alone, which adapter
+each row has in every module with adapters.  Nothing is stored or registered on the model, as another thread may be
+running it at the same time.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from transformers import GenerationConfig, PreTrainedModel
 
 # Fields of a configuration that hold the placeholder token ids of images, videos and sounds.
 _PLACEHOLDER = re.compile(r"(image|video|audio|speech)_(token|patch)_(id|index)")
-# Inputs that describe the text: they differ between prompts, whatever their images are.
+# Inputs that describe the text, which differ between prompts even if their images are alike.
 _OF_TEXT = re.compile(r"decoder_|attention_mask|position_ids|cache_position|labels|negative_prompt")
 
 
 class Rows(NamedTuple):
-    """The adapters of the rows that one module meets in a call.
+    """Which adapter each row of one module's batch has in a call.
 
     Attributes:
         names: an adapter, or ``"__base__"``, per prompt.
-        times: for how many consecutive rows of a batch each name may stand; empty: for any number.
+        times: how many consecutive rows a prompt may have; empty: any number.
         module: the name of the module.
-        refusal: why its rows cannot be told apart; empty if they can.
+        refusal: why it is not certain which prompt a row belongs to; empty if it is.
     """
 
     names: list[str]
@@ -43,7 +43,7 @@ class Rows(NamedTuple):
         """One name per row of a batch.
 
         Raises:
-            ValueError: the names do not fit the batch, or the rows cannot be told apart.
+            ValueError: the names do not fit the batch, or it is not certain which prompt a row belongs to.
         """
         times, rest = divmod(batch_size, len(self.names))
         if self.times and (rest or times not in self.times):
@@ -59,19 +59,20 @@ class Rows(NamedTuple):
 
 
 class Running(threading.local):
-    """The call with `adapter_names` that this thread is in; other threads have their own."""
+    """The rows of the call with `adapter_names` that this thread is in; each thread has its own."""
 
     def __init__(self) -> None:
-        self.modules: Mapping[nn.Module, Rows] = {}  # replaced, never changed; empty: there is none
+        self.modules: Mapping[nn.Module, Rows] = {}  # replaced as a whole, never edited; empty: no such call
 
 
 running = Running()
 
 
 def hand_down(module: AuxiliaryTrainingWrapper, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-    """A forward pre-hook of PEFT's wrappers around whole modules and embeddings, which take the names as a keyword."""
+    """A forward pre-hook of PEFT's wrappers (`modules_to_save`, trained tokens): passes them `adapter_names`."""
     rows = running.modules.get(module)
-    if rows is None or kwargs is None:  # None: another thread is registering the hook, and has names; this one has none
+    # Without kwargs, another thread is just registering the hook for a call of its own.
+    if rows is None or kwargs is None:
         return None
     batch = args[0] if args else next(iter(kwargs.values()))
     own = module._get_available_adapters()
@@ -80,20 +81,20 @@ def hand_down(module: AuxiliaryTrainingWrapper, args: tuple[Any, ...], kwargs: d
 
 
 def install(model: nn.Module) -> None:
-    """Let the wrappers of a model know their rows from now on."""
+    """Register `hand_down` on PEFT's wrappers in a model, if it is not there yet."""
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and hand_down not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(hand_down, with_kwargs=True)
 
 
 def of_call(model: nn.Module, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Rows, Rows]:
-    """What the names of a call, one per prompt, mean for modules that work on the prompts, and on images or sounds.
+    """The rows of modules that run on the prompts, and of modules that run on their images or sounds.
 
     Args:
         model: the base model.
         names: an adapter, or ``"__base__"``, per prompt.
-        args: what its forward or generate is called with, as far as that is known.
-        kwargs: as `args`.
+        args: the arguments of its forward or generate, as far as they are known.
+        kwargs: its keyword arguments, as far as they are known.
 
     Raises:
         ValueError: the call has another number of prompts.
@@ -112,7 +113,7 @@ def of_call(model: nn.Module, names: list[str], args: tuple[Any, ...], kwargs: d
             if len(batch) != len(names):
                 raise ValueError(_wrong_number(names, len(batch)))
             break
-    # `generate` repeats each prompt, but not inside an encoder.
+    # `generate` repeats the rows of a prompt in a decoder, but not in an encoder: both numbers are allowed.
     text = Rows(names, times=(1, max(_setting(name, model, args, kwargs) for name in _REPEATING)))
     return text, text if places is None else _of_media(names, places, inputs)
 
@@ -121,21 +122,21 @@ _REPEATING = ("num_beams", "num_return_sequences")
 
 
 def _setting(name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """A setting of `generate`, from where it takes it: a keyword, the configuration given to it, the model's own."""
+    """A setting of `generate`: from the keyword, else the given GenerationConfig, else the model's own."""
     given = next((value for value in (*args, *kwargs.values()) if isinstance(value, GenerationConfig)), None)
     own = getattr(model, "generation_config", None)
     return kwargs.get(name) or getattr(given, name, None) or getattr(own, name, None) or 1
 
 
 def _placeholders(model: nn.Module) -> set[int]:
-    """The ids that stand in a prompt for what its images, videos and sounds become."""
+    """The token ids that stand for images, videos and sounds in a prompt."""
     configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
     found = [value for config in configs for name, value in vars(config).items() if _PLACEHOLDER.fullmatch(name)]
     return {value for value in found if value is not None}
 
 
 def _of_media(names: list[str], places: list[Tensor], inputs: dict[str, Any]) -> Rows:
-    """The rows of what works on images, videos and sounds, where a prompt may hold any number of them."""
+    """The rows of modules that run on images, videos and sounds, of which a prompt may have any number."""
     rows = Rows(names, times=())
     if len(set(names)) == 1:
         return rows._replace(names=names[:1])
@@ -148,7 +149,7 @@ def _of_media(names: list[str], places: list[Tensor], inputs: dict[str, Any]) ->
     if any(count != counts[0] for count in counts):
         numbers = ", ".join(str(sum(count)) for count in counts)
         return rows._replace(refusal=f"the prompts have {numbers} placeholders, and not all the same number")
-    for name, value in inputs.items():  # equally many placeholders are equally many images if these are alike
+    for name, value in inputs.items():  # equally many placeholders are equally many images only if sizes are equal
         described = isinstance(value, Tensor) and not value.is_floating_point() and value.shape[:2] != places[0].shape
         if described and not _OF_TEXT.match(name) and bool((value != value[:1]).any()):
             return rows._replace(refusal=f"they differ in {name}")

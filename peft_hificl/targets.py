@@ -1,4 +1,4 @@
-"""Which modules of a model HiFICL adapts by default: the self-attentions of its text decoder, found by structure."""
+"""Finds the modules that HiFICL adapts by default: the self-attentions of the text decoder."""
 
 from __future__ import annotations
 
@@ -9,33 +9,42 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import attention, checkpoint
+from . import checkpoint, support
 from .config import HiFICLConfig
+from .names import plain
 
-# Classes and names by which transformers' models tell apart what is not self-attention over text.
+# Names of classes and modules in transformers that are not self-attention over text.
 _TOWER = re.compile(r"Vision|Visual|Image|Video|Audio|QFormer")
 _OTHER_KIND = re.compile(r"Cross|Perceiver|Resampler|Pooler|Pooling")
 _CROSS_NAME = re.compile(r"cross|enc(oder)?_?dec|encoder_attn", re.IGNORECASE)
 
 
-def default_targets(model: nn.Module, config: HiFICLConfig) -> str | set[str]:
+class FoundPattern(str):
+    """A regular expression in `target_modules` that was found in a model, not given by the user."""
+
+
+class FoundNames(set[str]):
+    """Names in `target_modules` that were found in a model, not given by the user."""
+
+
+def default_targets(model: nn.Module, config: HiFICLConfig) -> FoundPattern | FoundNames:
     """What `target_modules=None` stands for in a model: a regular expression for its self-attentions, or their names.
 
-    The expression does not count the layers, so that a configuration used again means all of them in a deeper model.
+    The expression accepts any layer number, so that the same configuration covers all layers of a deeper model.
 
     Raises:
         ValueError: there is none that HiFICL can adapt, or `exclude_modules` and `layers_to_transform` leave none.
     """
-    # A compiled module has the name of the module that it wraps, which comes after it.
-    modules = {checkpoint.plain(name): module for name, module in model.named_modules()}
-    found = [checkpoint.plain(name) for name in find_self_attention(model)]
-    # exclude_modules and layers_to_transform are PEFT's to apply, to names that match by their end.
+    # A compiled module has the same plain name as the module that it wraps; the dict keeps the latter, which is last.
+    modules = {plain(name): module for name, module in model.named_modules()}
+    found = [plain(name) for name in find_self_attention(model)]
+    # PEFT applies exclude_modules and layers_to_transform, if it is given the last parts of the names as targets.
     by_end = dataclasses.replace(config, target_modules=list({name.rpartition(".")[2] for name in found}))
     names = {name for name in found if check_target_module_exists(by_end, name)}
     kinds = {type(modules[name]) for name in found}
-    for name, module in modules.items():  # never some of the layers in silence
+    for name, module in modules.items():  # refuse to adapt only some of the layers
         if type(module) in kinds and name not in found and check_target_module_exists(by_end, name):
-            reason = attention.why_unsupported(module)
+            reason = support.why_unsupported(module)
             if reason:
                 raise ValueError(f"HiFICL can adapt {found[0]!r} and its like, but not {name!r}: {reason}.")
     if not names:
@@ -46,15 +55,15 @@ def default_targets(model: nn.Module, config: HiFICLConfig) -> str | set[str]:
         )
     pattern = "|".join(sorted({re.sub(r"(?<=\.)\d+(?=\\|$)", r"\\d+", re.escape(name)) for name in names}))
     matched = {name for name in modules if re.fullmatch(pattern, name)}
-    return pattern if matched == names and config.layers_to_transform is None else names
+    return FoundPattern(pattern) if matched == names and config.layers_to_transform is None else FoundNames(names)
 
 
 def find_self_attention(model: nn.Module) -> list[str]:
     """Names of every self-attention of the model's text decoder (of its encoder, where it has no decoder).
 
     Vision and audio towers, perceivers and cross-attentions are left out, and so are layers of hybrid models that are
-    not attention (state-space or linear-attention layers).  In a model that is a tower and no more, they are the
-    tower's.
+    not attention (state-space or linear-attention layers).  If the model is nothing but a tower, the self-attentions
+    of the tower are found.
 
     Raises:
         ValueError: there is none that HiFICL can adapt; the message says why.
@@ -73,7 +82,7 @@ def find_self_attention(model: nn.Module) -> list[str]:
     found = _adaptable(part)
     if not found:
         likely = {
-            attention.why_unsupported(module): name
+            support.why_unsupported(module): name
             for name, module in part.items()
             if "attention" in type(module).__name__.lower()
         }
@@ -93,11 +102,11 @@ def find_self_attention(model: nn.Module) -> list[str]:
 
 
 def _adaptable(modules: dict[str, nn.Module]) -> list[str]:
-    return [name for name, module in modules.items() if attention.why_unsupported(module) is None]
+    return [name for name, module in modules.items() if support.why_unsupported(module) is None]
 
 
 def _text_decoder(model: nn.Module) -> nn.Module:
-    """The innermost decoder: what wraps a language model may name an encoder-decoder whole (BLIP-2 over T5)."""
+    """The innermost decoder: BLIP-2 over T5, for one, calls a whole encoder-decoder its decoder."""
     while isinstance(model, PreTrainedModel):
         decoder = model.get_decoder()
         # Some encoders call their output layer `decoder` (ModernBERT).
@@ -108,14 +117,14 @@ def _text_decoder(model: nn.Module) -> nn.Module:
 
 
 def _embeds_tokens(model: PreTrainedModel) -> bool:
-    """Whether there is text in the model at all; the configuration of a tower may speak of its companions too."""
+    """Whether the model has token embeddings.  A tower has none, but its configuration may state a vocabulary."""
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     return vocabulary is not None and any(embedding.num_embeddings >= vocabulary for embedding in embeddings)
 
 
 def _towers(model: nn.Module) -> set[nn.Module]:
-    """Encoders of images, videos and sounds; a model within the model may have towers of its own."""
+    """Encoders of images, videos and sounds, in the model and in the models within it."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     found = [(part, part.get_encoder(kind)) for part in parts for kind in ("image", "video", "audio")]
     return {tower for part, tower in found if tower is not part and tower is not None}

@@ -1,8 +1,8 @@
-"""Reports of adapters without effect and without gradient, each given once.
+"""Warnings, each given once, about adapters that have no effect or get no gradient.
 
-Two things happen outside of this package and would go unnoticed: the `forward` of an attention, or of something
-around it, is replaced after the adapter was attached, so that the adapter is never asked for its pairs; or a kernel of
-the base model (dynamic quantisation of activations, for one) passes no gradient on, so that training changes nothing.
+Two faults outside of this package would go unnoticed otherwise.  The `forward` of an attention, or of a module around
+it, may be replaced after the adapter was attached, so that the adapter is never called.  And a kernel of the base model
+(such as dynamic quantisation of activations) may pass no gradient on, so that training changes nothing.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import dispatch_of
 from .layer import HiFICLLayer
+from .support import dispatch_of
 
 Layers = dict[str, HiFICLLayer]  # by name
 
 
 class EffectWatch:
-    """A pair of hooks around the forward of a model that owns adapted attentions: has each asked for its pairs?"""
+    """Two hooks around the forward of a model that owns adapted attentions: was each adapter called?"""
 
-    # By thread and watch: how often each layer had been asked when a forward began.  Forwards may nest.
+    # Per thread and watch, a stack (forwards may nest): how often each layer had been called when a forward began.
     _begun = threading.local()
 
     def __init__(self, layers: Layers, depth: int | None) -> None:
@@ -52,7 +52,7 @@ class EffectWatch:
             for (name, layer), count in zip(self.layers.items(), counts, strict=True)
             if layer.calls == count and layer.is_active
         ]
-        # Assisted generation may leave the last layers out, and sets their number down for as long.
+        # Assisted generation may skip the last layers; it lowers num_hidden_layers meanwhile.
         whole = self.depth == getattr(module.config, "num_hidden_layers", None)
         if missed and whole and not any(map(_is_compiled, module.modules())):
             self.reported = True
@@ -65,7 +65,7 @@ class EffectWatch:
             )
 
     def _check_forwards(self, module: nn.Module) -> None:
-        """Refuse the attentions whose forward transformers' exporters exchange for one of their own, while they trace.
+        """Refuse to export attentions whose forward transformers' exporters have replaced while they trace.
 
         Raises:
             TypeError: the adapter would be missing in what is exported.
@@ -82,7 +82,7 @@ class EffectWatch:
 
 
 class GradientWatch:
-    """Hooks on the outermost model and its results: has each adapter in training had a gradient after a backward?"""
+    """Hooks on the outermost model and its outputs: after a backward, has each adapter in training had a gradient?"""
 
     def __init__(self, layers: Layers) -> None:
         self.layers = layers
@@ -104,7 +104,7 @@ class GradientWatch:
                     tensor.register_hook(lambda grad: self._check_later(waiting))
 
     def _check_later(self, waiting: Layers) -> None:
-        """The gradient is on its way down: look when the backward has ended."""
+        """Called when the backward reaches an output of the model: check when the backward has ended."""
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._check(waiting))
 
     def _check(self, waiting: Layers) -> None:
@@ -121,12 +121,12 @@ class GradientWatch:
 
 
 def _drops_layers(module: nn.Module) -> bool:
-    """LayerDrop leaves layers out at random."""
+    """Whether LayerDrop skips layers at random."""
     config: Any = module.config
     return module.training and any(name.endswith("layerdrop") and value for name, value in vars(config).items())
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """A compiled region does not count its calls."""
+    """Whether a module is compiled, in which case calls of layers within are not counted."""
     forward = vars(module).get("forward")
     return module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")

@@ -16,12 +16,12 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from peft_hificl import HiFICLConfig, HiFICLLayer, VirtualPairs, attention, concatenate_pairs, select_rows
-from peft_hificl.functional import virtual_attention
+from peft_hificl import HiFICLConfig, HiFICLLayer, VirtualPairs, concatenate_pairs, select_rows, support
+from peft_hificl.ops.formula import Scoring, virtual_attention
 
 from . import architectures, oracle
 from .architectures import Family
-from .conftest import IMAGE, VOCAB, build, inputs_for, logits
+from .helpers import IMAGE, VOCAB, build, inputs_for, logits
 
 Inputs = dict[str, Tensor]
 
@@ -144,7 +144,7 @@ def test_pairs_per_row_in_the_second_set_of_a_union() -> None:
         concatenate_pairs([shared, select_rows(own, [1, 0])]),  # type: ignore[list-item]
         concatenate_pairs([select_rows(own, [1, 0]), shared]),  # type: ignore[list-item]
     ):
-        got, _ = virtual_attention(query, key, value, union, scaling=0.3)
+        got, _ = virtual_attention(query, key, value, union, Scoring(0.3))
         for i, choice in enumerate((own[1], own[0])):
             keys, values = (torch.cat(both, dim=2) for both in zip(shared[:2], choice[:2], strict=True))
             want, _ = oracle.hificl(*(t[i : i + 1] for t in (query, key, value)), keys, values, 0.3)
@@ -154,7 +154,7 @@ def test_pairs_per_row_in_the_second_set_of_a_union() -> None:
     plain = equal._replace(log_weights=None)
     union = concatenate_pairs([shared, plain])
     assert union.log_weights is None
-    got, _ = virtual_attention(query, key, value, union, scaling=0.3)
+    got, _ = virtual_attention(query, key, value, union, Scoring(0.3))
     for i in (0, 1):
         keys, values = (
             torch.cat([one, each[i : i + 1]], dim=2) for one, each in zip(shared[:2], plain[:2], strict=True)
@@ -191,6 +191,13 @@ def test_names_that_do_not_fit_are_refused(task: str | None) -> None:
             model.generate(inputs=inputs["input_ids"], adapter_names=names, max_new_tokens=2)
     with pytest.raises(ValueError, match="training mode"):
         model.train()(**inputs, adapter_names=["a", "a"])
+
+
+def test_adapters_that_disagree_about_alpha_share_no_batch() -> None:
+    model, inputs = with_two(build("gqa")), inputs_for("gqa")
+    model.add_adapter("c", config(scale_self_attention=False))
+    with pytest.raises(ValueError, match="scale_self_attention"):
+        model(**inputs, adapter_names=["a", "c"])
 
 
 def test_a_model_without_ids_refuses_a_wrong_number_too() -> None:
@@ -298,7 +305,7 @@ TOWERS = r".*layers\.\d+\.self_attn"  # and the text decoder
 
 
 def all_attentions(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if attention.why_unsupported(module) is None]
+    return [name for name, module in model.named_modules() if support.why_unsupported(module) is None]
 
 
 @torch.no_grad()
@@ -547,7 +554,9 @@ def test_threads_do_not_meet() -> None:
         assert len(got[i]) == 5 and all(torch.equal(result, expected) for result in got[i])
 
 
-@pytest.mark.parametrize("how", ["whole", "base", "base-fullgraph"])
+@pytest.mark.parametrize(
+    "how", ["whole", *(pytest.param(how, marks=pytest.mark.slow) for how in ("base", "base-fullgraph"))]
+)
 def test_a_compiled_model_sees_names_that_come_and_go(how: str) -> None:
     torch._dynamo.reset()
     model, inputs = with_two(build("gqa"), modules_to_save=["lm_head"]), inputs_for("gqa")

@@ -15,31 +15,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from transformers import AttentionInterface
 
-from peft_hificl import HiFICLConfig, attention
+from peft_hificl import HiFICLConfig, backends, interface, support
 
 from . import oracle
-from .conftest import VOCAB, build, inputs_for, llama, logits
-from .test_peft_api import adapted, config, hificl_layers
-
-
-def gpt_oss() -> tf.PreTrainedModel:  # attention sinks, sliding and full layers
-    return tf.GptOssForCausalLM(
-        tf.GptOssConfig(
-            vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=4,
-            initializer_range=0.2, pad_token_id=0, attn_implementation="eager",
-        )
-    )  # fmt: skip
-
-
-def gemma2() -> tf.PreTrainedModel:  # soft-cap, sliding and full layers, head_dim != hidden / heads
-    return tf.Gemma2ForCausalLM(
-        tf.Gemma2Config(
-            vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=1, head_dim=16, attn_logit_softcapping=0.5, sliding_window=4, initializer_range=0.2,
-            pad_token_id=0, attn_implementation="eager",
-        )
-    )  # fmt: skip
+from .helpers import VOCAB, adapted, build, config, gemma2, gpt_oss, hificl_layers, inputs_for, llama, logits, pairs_for
 
 
 def t5() -> tf.PreTrainedModel:  # position bias
@@ -70,7 +49,7 @@ def test_every_call_inside_a_model_equals_the_definition(case: str, monkeypatch:
     """What the model hands to its attention, recomputed head by head from the formula, in float64."""
     torch.manual_seed(0)
     base = ODD[case]().eval()
-    if case == "position-bias" and attention.why_unsupported(base.decoder.block[0].layer[0].SelfAttention):
+    if case == "position-bias" and support.why_unsupported(base.decoder.block[0].layer[0].SelfAttention):
         pytest.skip("T5 does not dispatch in this transformers")
     model = get_peft_model(base, config())
     calls = 0
@@ -78,10 +57,10 @@ def test_every_call_inside_a_model_equals_the_definition(case: str, monkeypatch:
     def recorded(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: object):
         nonlocal calls
         calls += 1
-        output, weights = attention.hificl_attention_forward(module, q, k, v, mask, **kwargs)
+        output, weights = interface.hificl_attention_forward(module, q, k, v, mask, **kwargs)
         if mask is None and q.shape[2] > 1 and getattr(module, "is_causal", True):
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()[None, None]
-        pairs = module.virtual_pairs(len(q))
+        pairs = pairs_for(module.virtual_pairs, len(q))
         scaling = kwargs["scaling"]
         want, alpha = oracle.hificl(
             *(t.double() for t in (q, k, v, pairs.keys, pairs.values)),
@@ -133,11 +112,21 @@ def test_the_implementation_is_never_the_base_models_business() -> None:
     assert base.model.layers[0].self_attn.config is base.config
 
 
+def test_a_later_change_of_the_configuration_is_not_seen() -> None:
+    """The implementation apart, which is looked up in the model's own."""
+    base = build("gqa")
+    attention = base.model.layers[0].self_attn
+    assert attention.config is base.config
+    get_peft_model(base, config())
+    base.config.hidden_size += 1
+    assert attention.config.hidden_size == base.config.hidden_size - 1
+
+
 def test_an_unsupported_implementation_is_refused_with_the_list() -> None:
     model, inputs = adapted("gqa"), inputs_for("gqa")
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match="flash_attention_2.*eager, sdpa, flex_attention"):
-        attention.hificl_attention_forward(
+        interface.hificl_attention_forward(
             model.base_model.model.model.layers[0].self_attn, *torch.randn(3, 1, 4, 5, 16), None
         )
     base = build("gqa")
@@ -152,7 +141,7 @@ def test_an_unsupported_implementation_is_refused_with_the_list() -> None:
 def test_an_unknown_cache_is_refused() -> None:
     module = adapted("gqa").get_base_model().model.layers[0].self_attn
     with pytest.raises(ValueError, match="does not know the cache.*LlamaAttention.*object"):
-        attention.hificl_attention_forward(module, *torch.randn(3, 1, 4, 5, 16), None, cache=object())
+        interface.hificl_attention_forward(module, *torch.randn(3, 1, 4, 5, 16), None, cache=object())
 
 
 def test_row_by_row_adapters_need_a_peft_model() -> None:
@@ -176,9 +165,9 @@ def test_a_forward_that_was_replaced_is_refused() -> None:
         assert get_peft_model(base, config(**choice)).unload() is base
     add_hook_to_module(module, ModelHook())
     module._old_forward = types.MethodType(type(module).forward, module)
-    assert "forward has been replaced" not in str(attention.why_unsupported(module))  # accelerate's own
+    assert "forward has been replaced" not in str(support.why_unsupported(module))  # accelerate's own
     module.forward = types.MethodType(lambda self, hidden_states, **kwargs: (hidden_states, None), module)
-    assert "forward has been replaced" in str(attention.why_unsupported(module))
+    assert "forward has been replaced" in str(support.why_unsupported(module))
     original = type(module).forward
 
     def ignores_it(self: nn.Module, hidden_states: Tensor, **kwargs: object) -> tuple[Tensor, None]:
@@ -201,13 +190,13 @@ def test_without_adapters_the_module_runs_as_the_base_models() -> None:
     module = model.model.layers[0].self_attn
     query, key, value = torch.randn(3, 1, 4, 5, 16)
     model.delete_adapter("a")
-    got, _ = attention.hificl_attention_forward(module, query, key, value, None, is_causal=False)
+    got, _ = interface.hificl_attention_forward(module, query, key, value, None, is_causal=False)
     want = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     torch.testing.assert_close(got, want.transpose(1, 2))
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(AttentionInterface._global_mapping, "flash_attention_2", lambda *args, **kwargs: ("flash", None))
-        assert attention.hificl_attention_forward(module, query, key, value, None) == ("flash", None)
+        assert interface.hificl_attention_forward(module, query, key, value, None) == ("flash", None)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
@@ -218,13 +207,13 @@ def test_a_cache_longer_than_what_is_visible(implementation: str) -> None:
     module = model.get_base_model().model.layers[0].self_attn
     query, key, value = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
     bias = torch.randn(1, 4, 3, 5)
-    pairs = module.virtual_pairs(1)
+    pairs = pairs_for(module.virtual_pairs)
     if implementation == "sdpa":  # causal from the first key on, as sdpa's is_causal
         mask, visible = None, torch.ones(3, 5, dtype=torch.bool).tril()
     else:  # a mask for a longer cache than this one
         mask, visible = torch.zeros(1, 1, 3, 9), None
         mask[..., 5:] = -1.0
-    got, _ = attention.hificl_attention_forward(module, query, key, value, mask, position_bias=bias)
+    got, _ = interface.hificl_attention_forward(module, query, key, value, mask, position_bias=bias)
     want, _ = oracle.hificl(query, key, value, pairs.keys, pairs.values, scaling=0.25, mask=visible, bias=bias)
     torch.testing.assert_close(got, want.transpose(1, 2), rtol=1e-4, atol=1e-5)
 
@@ -268,10 +257,10 @@ def test_flex_attention_merges_by_its_log_sum_exp(heads: tuple[int, int], monkey
 
     want, gradients = step()  # sdpa
     model.get_base_model().set_attn_implementation("flex_attention")
-    monkeypatch.setattr(attention, "_FLEX_GIVES_LSE", {"cpu"})
-    monkeypatch.setattr(attention, "compile_friendly_flex_attention", eager_kernel)
+    monkeypatch.setattr(backends, "_FLEX_GIVES_LSE", {"cpu"})
+    monkeypatch.setattr(backends, "compile_friendly_flex_attention", eager_kernel)
     torch.testing.assert_close(logits(model, **inputs)[real], want, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(attention, "compile_friendly_flex_attention", stand_in)
+    monkeypatch.setattr(backends, "compile_friendly_flex_attention", stand_in)
     got, others = step()
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     for a, b in zip(others, gradients, strict=True):
@@ -299,8 +288,8 @@ def test_flex_attention_under_autocast_gets_one_dtype(monkeypatch: pytest.Monkey
     model, inputs = adapted("gqa"), inputs_for("gqa")
     want = logits(model, **inputs)
     model.get_base_model().set_attn_implementation("flex_attention")
-    monkeypatch.setattr(attention, "_FLEX_GIVES_LSE", {"cpu"})
-    monkeypatch.setattr(attention, "compile_friendly_flex_attention", kernel)
+    monkeypatch.setattr(backends, "_FLEX_GIVES_LSE", {"cpu"})
+    monkeypatch.setattr(backends, "compile_friendly_flex_attention", kernel)
     with torch.autocast("cpu", torch.bfloat16):
         got = logits(model, **inputs)
     assert seen == [{torch.bfloat16}] * 2
@@ -310,10 +299,10 @@ def test_flex_attention_under_autocast_gets_one_dtype(monkeypatch: pytest.Monkey
 def test_dropout_is_the_modules_business() -> None:
     module = adapted("gqa").get_base_model().model.layers[0].self_attn
     args = torch.randn(3, 1, 4, 5, 16)
-    plain = attention.hificl_attention_forward(module, *args, None)[0]
-    assert torch.equal(attention.hificl_attention_forward(module, *args, None, dropout=0.5)[0], plain)
+    plain = interface.hificl_attention_forward(module, *args, None)[0]
+    assert torch.equal(interface.hificl_attention_forward(module, *args, None, dropout=0.5)[0], plain)
     module.train()
-    assert not torch.equal(attention.hificl_attention_forward(module, *args, None, dropout=0.5)[0], plain)
+    assert not torch.equal(interface.hificl_attention_forward(module, *args, None, dropout=0.5)[0], plain)
 
 
 def test_a_4_bit_base_gives_its_compute_dtype() -> None:
@@ -378,10 +367,10 @@ def test_a_scaling_left_out_is_that_of_the_keys_dimension(implementation: str) -
     model.get_base_model().set_attn_implementation(implementation)
     module = model.get_base_model().model.layers[0].self_attn
     query, key, value = torch.randn(2, 4, 5, 16), torch.randn(2, 4, 5, 16), torch.randn(2, 4, 5, 12)
-    pairs = module.virtual_pairs(2)
+    pairs = pairs_for(module.virtual_pairs, 2)
     assert pairs.keys.shape[-1] == 16 and pairs.values.shape[-1] == 12
     for scaling in (None, 0.7):
-        got, _ = attention.hificl_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=False)
+        got, _ = interface.hificl_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=False)
         want, _ = oracle.hificl(query, key, value, pairs.keys, pairs.values, scaling=scaling or 16**-0.5)
         torch.testing.assert_close(got, want.transpose(1, 2), rtol=1e-4, atol=1e-5)
 
@@ -476,10 +465,10 @@ def test_half_precision_base_with_float32_adapter(kind: str, dtype: torch.dtype)
 def test_autocast_and_moving_the_model() -> None:
     model, inputs = adapted("gqa"), inputs_for("gqa")
     want = logits(model, **inputs)
-    pairs = hificl_layers(model)[0](2)
+    pairs = pairs_for(hificl_layers(model)[0], 2)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(logits(model, **inputs).float(), want, rtol=0.2, atol=0.5)
-        assert torch.equal(hificl_layers(model)[0](2).keys, pairs.keys)
+        assert torch.equal(pairs_for(hificl_layers(model)[0], 2).keys, pairs.keys)
     model.double()
     torch.testing.assert_close(logits(model, **inputs), want.double(), rtol=1e-4, atol=1e-4)
     model.add_adapter("late", config(), autocast_adapter_dtype=False)
@@ -581,3 +570,17 @@ def test_meta_base_counts_parameters() -> None:
     trainable, _ = model.get_nb_trainable_parameters()
     assert trainable == 2 * 2 * 4 * 8 * (8 + 16)
     assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_heads_that_do_not_divide_are_an_error_as_in_the_base(implementation: str) -> None:
+    """A configuration that states too few query heads: the CPU's kernel, asked for it, ends the process."""
+    base = tf.Qwen2ForCausalLM(
+        tf.Qwen2Config(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=32, attn_implementation=implementation,
+        )
+    ).eval()  # fmt: skip
+    for model in (base, get_peft_model(base, config())):
+        with pytest.raises(RuntimeError):
+            model(**inputs_for("gqa"))

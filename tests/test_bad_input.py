@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,28 +24,9 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_hificl import HiFICLConfig, HiFICLLayer
+from peft_hificl import HiFICLConfig, HiFICLLayer, checkpoint
 
-from .conftest import VOCAB, build, inputs_for, llama, logits
-from .test_peft_api import adapted, config, hificl_layers
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Structure, parameters, configuration objects, trainability and output are the same afterwards."""
-
-    def state() -> tuple[object, ...]:
-        return (
-            [(name, type(m), id(getattr(m, "config", None))) for name, m in model.named_modules()],
-            [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
-            sorted(getattr(model, "peft_config", {})),
-        )
-
-    before, output = state(), logits(model, **inputs_for("gqa"))
-    yield
-    assert state() == before
-    assert torch.equal(logits(model, **inputs_for("gqa")), output)
-
+from .helpers import VOCAB, adapted, build, config, hificl_layers, inputs_for, llama, logits, unchanged
 
 # -- the configuration -----------------------------------------------------------------------------------------------
 
@@ -162,7 +142,7 @@ def test_adapters_cannot_be_weighted_yet() -> None:
 def test_attention_that_depends_on_the_implementations_name_is_refused() -> None:
     """It would leave out its sparse mask if it saw a name that it does not know."""
     modeling = pytest.importorskip("transformers.models.deepseek_v32.modeling_deepseek_v32")
-    from peft_hificl.attention import dispatch_of
+    from peft_hificl.support import dispatch_of
 
     with pytest.raises(TypeError, match="depending on the attention implementation's name"):
         dispatch_of(modeling.DeepseekV32Attention)
@@ -269,10 +249,10 @@ def too_large(tensors: Tensors) -> None:
 
 DAMAGES: dict[Callable[[Tensors], None], str] = {
     drop_one: r"lacks '\S*hificl_V_B",
-    drop_a_layer: r"lacks|base model has unexpected 'model.layers.1.self_attn'",
-    drop_all: r"holds no hificl_\* tensors|lacks",
+    drop_a_layer: r"lacks '\S*model.layers.1.self_attn",
+    drop_all: r"lacks",
     add_one: r"has unexpected '.*hificl_K'",
-    add_a_layer: r"lacks 'model.layers.2.self_attn'|has unexpected",
+    add_a_layer: r"has unexpected '\S*model.layers.2.self_attn",
     transpose: r"hificl_K_A.* has shape \(4, 2, 3\).*\(4, 3, 2\)",
     flatten: r"hificl_K_B.* has shape \(128,\)",
     scalar: r"hificl_V_B.* has shape \(\)",
@@ -327,10 +307,13 @@ def test_files_that_do_not_fit(damage: Callable[[Tensors], None], route: str, sa
 
 
 OTHER_BASES = {
-    "heads": (lambda: llama_like(num_attention_heads=8), r"has 8 query heads.*was made for 4 query heads"),
-    "head-dim": (lambda: llama_like(head_dim=8), r"head dimension 8.*head dimension 16"),
-    "more-layers": (lambda: llama_like(num_hidden_layers=3), r"unexpected 'model.layers.2.self_attn'"),
-    "fewer-layers": (lambda: llama_like(num_hidden_layers=1), r"lacks 'model.layers.1.self_attn'"),
+    "heads": (
+        lambda: llama_like(num_attention_heads=8),
+        r"hificl_K_A.* has shape \(4, 3, 2\).*LlamaForCausalLM has \(8, 3, 2\)",
+    ),
+    "head-dim": (lambda: llama_like(head_dim=8), r"hificl_K_B.* has shape \(4, 2, 16\).* has \(4, 2, 8\)"),
+    "more-layers": (lambda: llama_like(num_hidden_layers=3), r"lacks 'model.layers.2.self_attn"),
+    "fewer-layers": (lambda: llama_like(num_hidden_layers=1), r"has unexpected 'model.layers.1.self_attn"),
     "another-family": (
         lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_head=4, n_layer=2)),
         r"not found in the base model",
@@ -367,7 +350,10 @@ OTHER_DAMAGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "misshapen": (lambda t: t.update({HEAD: t[HEAD][:7]}), r"'lm_head.weight'.*\(7, 32\).*\(99, 32\)"),
     "nan": (lambda t: t[HEAD].fill_(float("nan")), "lm_head.weight' holds values that are not finite"),
     "foreign": (lambda t: t.update({"base_model.model.nose": torch.zeros(3)}), "unexpected 'nose'"),
-    "tokens": (lambda t: t.update({TOKENS: t[TOKENS][:1]}), r"trainable_tokens_delta'.* 1 rows.*\[7, 9\]"),
+    "tokens": (
+        lambda t: t.update({TOKENS: t[TOKENS][:1]}),
+        r"trainable_tokens_delta'.* has shape \(1, 32\).* has \(2, 32\)",
+    ),
     "overflow": (lambda t: t.update({HEAD: t[HEAD].double() * 1e300}), r"lm_head\S* \(torch.float64\) holds .*e\+29"),
 }
 
@@ -607,7 +593,7 @@ def test_a_subfolder_is_where_the_files_are_checked(route: str, saved: Path, tmp
         load()
     tensors = load_file(saved / "adapter_model.safetensors")  # of n = 3
     save_file(tensors, within / "adapter_model.safetensors", metadata={"format": "pt"})
-    with unchanged(model), pytest.raises(ValueError, match=r"configuration \(n=4, r=2\)"):
+    with unchanged(model), pytest.raises(ValueError, match=r"adapter \(n=4, r=2\)"):
         load()
 
 
@@ -617,7 +603,7 @@ def test_n_and_r_that_are_not_the_files(saved: Path, tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({**stored, "n": 10**12}))
     for load in (PeftModel.from_pretrained, lambda model, folder: model.load_adapter(folder)):
         base = build("gqa")
-        with unchanged(base), pytest.raises(ValueError, match=r"the configuration \(n=1000000000000, r=2\)"):
+        with unchanged(base), pytest.raises(ValueError, match=r"this adapter \(n=1000000000000, r=2\)"):
             load(base, folder)
 
 
@@ -697,3 +683,94 @@ def test_fuzzed_files_never_leave_half_an_adapter(part: int, saved: Path, tmp_pa
         except AssertionError as error:
             raise AssertionError(f"part {part}, case {case}, {path.name}: {path.read_bytes()[:900]!r}") from error
     assert loaded < 50
+
+
+# -- what no other test would notice ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factorize_keys", [True, False], ids=["", "whole-K"])
+@pytest.mark.parametrize("factorize_values", [True, False], ids=["", "whole-V"])
+def test_shapes_of_a_file_of_other_heads(factorize_keys: bool, factorize_values: bool, tmp_path: Path) -> None:
+    cfg = config(factorize_keys=factorize_keys, factorize_values=factorize_values, target_modules=["self_attn"])
+    shapes, here = cfg.parameter_shapes(4, 6, 5), cfg.parameter_shapes(4, 16, 16)
+    tensors = {
+        f"model.layers.{i}.self_attn.virtual_pairs.{n}": torch.zeros(s) for i in (0, 1) for n, s in shapes.items()
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    cfg.save_pretrained(tmp_path)
+    name = "hificl_K_B" if factorize_keys else "hificl_K"
+    message = rf"{name}' of the adapter file has shape {shapes[name]}, but that of .* has {here[name]}: load it"
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        PeftModel.from_pretrained(build("gqa"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            {"modules_to_save": ["lm_head"]},
+            r"The adapter file lacks 'lm_head.weight': its",
+        ),
+        (
+            {"trainable_token_indices": [7, 9]},
+            r"The adapter file lacks '\S*trainable_tokens_delta': its",
+        ),
+    ],
+    ids=["modules_to_save", "trainable_token_indices"],
+)
+def test_a_file_that_lacks_all_of_what_the_configuration_promises(
+    extra: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    adapted("gqa", **extra).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    pairs = {key: tensor for key, tensor in tensors.items() if "hificl_" in key}
+    assert len(pairs) < len(tensors)
+    save_file(pairs, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(build("gqa"), tmp_path)
+
+
+def test_whose_names_are_not_whose(tmp_path: Path) -> None:
+    """The whole sentence."""
+    model = with_a_head(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first = next(key for key in tensors if "V_B" in key)
+    without = {key: tensor for key, tensor in tensors.items() if key != first}
+    layer = {key.replace(".layers.1.", ".layers.7."): tensor for key, tensor in tensors.items()}
+    end = r" Use the files and the base model that belong together"
+    whose = r"its tensors are not those of this adapter \(n=3, r=2\) on LlamaForCausalLM"
+    for stored, message in (
+        (without, rf"The adapter file lacks '\S*self_attn\S*hificl_V_B': {whose} \(9 expected, 8 found\)\.{end}"),
+        (layer, r"The adapter file lacks '\S*layers.1\S*'.* and 1 more and has unexpected '\S*layers.7\S*'.* 1 more: "
+         rf"{whose} \(9 expected, 9 found\)\.{end}"),
+        ({key: tensor for key, tensor in tensors.items() if key != HEAD} | {"nose": torch.zeros(1)},
+         rf"The adapter file lacks 'lm_head.weight' and has unexpected 'nose': {whose} \(9 expected, 9 found\)\.{end}"),
+    ):  # fmt: skip
+        save_file(stored, path)
+        with pytest.raises(ValueError, match=message):
+            PeftModel.from_pretrained(build("gqa"), tmp_path)
+    model = adapted("gqa")
+    state = get_peft_model_state_dict(model)
+    del state[first]
+    message = (
+        r"The state dict lacks '\S*V_B\S*': its HiFICL tensors are not those of the adapter in the model \(8 expected"
+    )
+    with pytest.raises(ValueError, match=message):
+        set_peft_model_state_dict(model, state)
+
+
+def test_a_file_is_read_into_memory_not_onto_an_accelerator(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft.utils.save_and_load.infer_device", lambda: "meta")
+    assert {tensor.device.type for tensor in checkpoint.read(saved).values()} == {"cpu"}
+
+
+def test_numbers_that_torch_cannot_read() -> None:
+    packed = torch.zeros(2, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    with pytest.raises(ValueError, match=r"'x' cannot be read as numbers \(torch.float4_e2m1fn_x2\)"):
+        checkpoint.check_finite({"x": packed})
+
+
+def test_tensors_of_a_dtype_that_torch_cannot_test_fit_parameters_of_the_same() -> None:
+    eight_bits = torch.ones(2).to(torch.float8_e4m3fn)
+    checkpoint.check_state_dict({"lm_head.weight": eight_bits}, {}, {"lm_head.weight": eight_bits.dtype})

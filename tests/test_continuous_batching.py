@@ -22,9 +22,7 @@ from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager, continuous_api
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .conftest import VOCAB, build, llama, logits
-from .test_attention import gemma2, gpt_oss
-from .test_peft_api import adapted, config, hificl_layers
+from .helpers import VOCAB, adapted, build, config, gemma2, gpt_oss, hificl_layers, llama, logits
 
 PROMPT = list(range(5, 22))
 PROMPTS = [PROMPT, [9, 10], [*PROMPT[:13], 40], [*PROMPT, 41, 42]]  # the first and the last share four blocks
@@ -301,6 +299,22 @@ def test_a_switch_while_requests_are_running_ends_them(change: Callable[[PeftMod
     assert_same(batch(model), [alone(model, prompt) for prompt in PROMPTS])
 
 
+def test_weights_edited_while_requests_are_running() -> None:
+    """They go on with the keys and values that they have, and do not begin again."""
+    model = adapted("gqa")
+    before = alone(model, PROMPT)[0]
+    with Manager(model) as ask:
+        ask.manager.add_request(PROMPT, max_new_tokens=200, streaming=True)
+        assert ask.manager.get_result(timeout=20).error is None
+        with ask.manager.pause():
+            edit_data(model)
+        result = ask.manager.get_result(timeout=20)
+        while not result.is_finished():
+            result = ask.manager.get_result(timeout=20)
+        assert result.error is None and len(result.generated_tokens) == 200
+        assert result.generated_tokens[0] == before[0] != alone(model, PROMPT)[0][0]
+
+
 # -- what is refused, in the thread of the caller ----------------------------------------------------------------------
 
 
@@ -358,6 +372,22 @@ def test_adapter_names_are_refused_wherever_they_are_given() -> None:
         model.init_continuous_batching(GREEDY, settings(), adapter_names=["__base__"])
     with Manager(model) as ask:
         assert "adapter_names" in ask.fails(PROMPT, adapter_names=["__base__"]).error
+
+
+def test_a_model_around_the_adapted_one_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds errors in the results, and passes over `adapter_names`."""
+    base = build("gqa")
+    get_peft_model(base.model, config())
+    wanted = [alone(base, prompt) for prompt in PROMPTS]
+    assert wanted[0][0] != alone(build("gqa"), PROMPT)[0]
+    assert_same(batch(base), wanted)
+    given = {"inputs": PROMPTS, "generation_config": GREEDY, "continuous_batching_config": settings()}
+    named = base.generate_batch(**given, adapter_names=["__base__"] * 4)
+    assert [result.generated_tokens for result in named.values()] == [tokens for tokens, _ in wanted]
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", functools.partial(own))
+    results = base.generate_batch(**given).values()
+    assert results and all("has taken the place" in result.error for result in results)
 
 
 def test_flash_attention_is_not_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from transformers import (
 
 from peft_hificl import HiFICLConfig, HiFICLLayer, initialize_from_demonstrations
 
-from .conftest import build
+from . import architectures
+from .helpers import build, pairs_for
 
 DEMONSTRATIONS = torch.tensor([[5, 6, 7, 8, 9]])
 QUERY = torch.tensor([[3, 4, 11]])
@@ -131,6 +132,26 @@ def test_rotary_embeddings_are_found_without_a_configuration_of_them():
     assert not torch.allclose(read["found"], read["from 0"], rtol=1e-2)
 
 
+def test_demonstrations_lie_too_far_off_where_positions_begin_at_1():
+    """PaliGemma's prompts begin at 1, and what comes right before them ends at 0, not at -1."""
+    entry = next(family for family in architectures.FAMILIES if family.name == "paligemma")
+    torch.manual_seed(0)
+    model = get_peft_model(architectures.build(entry), HiFICLConfig(n=2, r=2)).eval()
+    read = {}
+    for name, more in {
+        "found": {},
+        "one too far": {"position_ids": torch.arange(-5, 0)[None]},
+        "before the prompt": {"position_ids": torch.arange(-4, 1)[None]},
+    }.items():
+        initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS, **more}, [1, 4])
+        read[name] = pairs_of(model, "default")[1].keys
+    torch.testing.assert_close(read["found"], read["one too far"])
+    assert not torch.allclose(read["found"], read["before the prompt"], rtol=1e-2)
+    with model.disable_adapter(), torch.no_grad():
+        prompt, first = model(input_ids=QUERY).logits, torch.arange(1, 4)[None]
+        torch.testing.assert_close(prompt, model(input_ids=QUERY, position_ids=first).logits)
+
+
 def test_a_lower_rank_keeps_the_best_approximation():
     model = adapted("gqa", n=5, r=5)
     initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, range(5))
@@ -150,7 +171,7 @@ def test_the_chosen_tokens_and_no_others_matter_and_nothing_else_changes():
     initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [1, -1])
     first = [layer._pairs("default") for layer in layers(model)]
     assert model.training
-    assert all(layer.recorded is None for layer in layers(model))
+    assert not any(layer._forward_pre_hooks for layer in layers(model))
     initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [1, 4])
     for layer, before in zip(layers(model), first, strict=True):
         torch.testing.assert_close(layer._pairs("default").keys, before.keys)
@@ -174,7 +195,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tokens, inputs, name, 
     with pytest.raises(ValueError, match=message):
         initialize_from_demonstrations(model, {"input_ids": inputs}, tokens, adapter_name=name)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert all(layer.recorded is None for layer in layers(model))
+    assert not any(layer._forward_pre_hooks for layer in layers(model))
 
 
 def pairs_of(model, adapter):
@@ -200,6 +221,21 @@ def test_other_adapters_have_no_part_in_what_is_read(other):
         torch.testing.assert_close(mine.values, theirs.values)
     assert gradients == {name: p.requires_grad for name, p in model.named_parameters()}
     assert not any(getattr(module, "_disable_adapters", False) for module in model.modules())
+
+
+def test_layers_that_were_compiled_before_are_read():
+    """torch.compile does not look for hooks that are registered after it has compiled a call."""
+    model, other = adapted("gqa", n=2, r=2), adapted("gqa", n=2, r=2)
+    for layer in model.get_base_model().model.layers:
+        layer.compile(backend="eager")
+    read = {"input_ids": DEMONSTRATIONS, "position_ids": torch.arange(-5, 0)[None], "use_cache": False}
+    with torch.no_grad(), model.disable_adapter():
+        model.get_base_model()(**read)
+    for each in (model, other):
+        torch.manual_seed(1)
+        initialize_from_demonstrations(each, {"input_ids": DEMONSTRATIONS}, tokens=[1, 3])
+    for layer, like in zip(layers(model), layers(other), strict=True):
+        torch.testing.assert_close(list(layer.parameters()), list(like.parameters()))
 
 
 def test_each_module_keeps_its_mode():
@@ -296,3 +332,20 @@ def test_an_error_in_a_late_layer_leaves_the_early_ones_as_they_were(error, monk
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}, [0, 2, 4])
     assert not all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_a_rank_above_the_pairs_own_leaves_over_can_learn(device):
+    """Factors that had come to nothing begin anew."""
+    layer = layers(adapted("gqa", n=2, r=64))[0].to(device)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    keys, values = torch.randn(2, 2, 2, 16, device=device)
+    layer.set_pairs("default", keys, values)
+    for found, pairs, kind in zip(pairs_for(layer)[:2], (keys, values), "KV", strict=True):
+        assert found.shape == (1, 4, 2, 16) and found.device.type == device
+        if device == "cpu":
+            torch.testing.assert_close(found[0], pairs.repeat_interleave(2, dim=0), rtol=1e-4, atol=1e-5)
+            left, right = (getattr(layer, f"hificl_{kind}_{factor}")["default"].weight for factor in "AB")
+            assert left[:, :, 2:].std().item() == pytest.approx(1, rel=0.2) and not right[:, 2:].any()

@@ -27,11 +27,11 @@ from transformers.integrations.executorch import (
     convert_and_export_with_cache,
 )
 
-from peft_hificl import VirtualPairs, fused
+from peft_hificl import Scoring, VirtualPairs
+from peft_hificl.ops import merged
 
 from . import architectures, oracle
-from .test_functional import GROUPS, tensors
-from .test_peft_api import config
+from .helpers import GROUPS, config, tensors
 
 VOCAB = 99
 SLOW = pytest.mark.slow
@@ -142,7 +142,7 @@ def check(got: Tensor, expected: Tensor, mask: Tensor | None = None, atol: float
 
 class Attention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return fused.attention(query, key, value, VirtualPairs(keys, values), scaling=0.3, is_causal=True)
+        return merged.attention(query, key, value, VirtualPairs(keys, values), Scoring(0.3, is_causal=True))
 
 
 def others_backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -222,13 +222,13 @@ def test_gradients_under_a_backend_of_others() -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "aot_eager_decomp_partition", "inductor", "other", "thread"])
 def test_which_compilers_run_kernels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[bool] = []
-    asked = fused._compiles_kernels
+    asked = merged._compiles_kernels
 
     def told() -> bool:
         answers.append(asked())
         return answers[-1]
 
-    monkeypatch.setattr(fused, "_compiles_kernels", torch.compiler.assume_constant_result(told))
+    monkeypatch.setattr(merged, "_compiles_kernels", torch.compiler.assume_constant_result(told))
     torch._dynamo.reset()
     x = tuple(t.float() for t in tensors(4, 2, 5, 5, 8, 8, 3).values())
     if backend == "thread":  # one thread compiles, which torch keeps as one flag for all; another only runs
@@ -276,7 +276,7 @@ def test_kinds_of_adapters(kind: str, implementation: str) -> None:
     check(lowered(module, args)(*args), expected, *args[1:2])
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=SLOW)], ids=["", "strict"])
 @pytest.mark.parametrize("heads", ["mha", "gqa"])
 def test_symbolic_shapes(heads: str, strict: bool) -> None:
     """Named dimensions, of which torch.export wants to prove all that it uses."""
@@ -305,7 +305,7 @@ def test_decoding_is_lowered() -> None:
             check(got, expected)
 
 
-@pytest.mark.parametrize("heads", ["gqa", "many", *(pytest.param(h, marks=SLOW) for h in ("mha", "many-gqa"))])
+@pytest.mark.parametrize("heads", ["gqa", *(pytest.param(h, marks=SLOW) for h in ("many", "mha", "many-gqa"))])
 def test_onnxruntime(heads: str, tmp_path: Path) -> None:
     module, free = Logits(adapted(heads)), Dim.DYNAMIC
     run = to_onnx(module, prompt(padded=True), tmp_path, dynamic_shapes=({0: free, 1: free},) * 3)
@@ -348,6 +348,13 @@ def test_kinds_of_adapters_in_onnxruntime(kind: str, tmp_path: Path) -> None:
 
 
 @SLOW
+def test_the_torchscript_exporter(tmp_path: Path) -> None:
+    module, (ids, mask, positions) = Logits(adapted()), prompt(padded=True)
+    run = to_onnx(module, (ids, mask, positions), tmp_path, dynamo=False)
+    check(run(ids, mask, positions)[0], want(module, ids, mask, positions), mask)
+
+
+@SLOW
 def test_a_package_compiled_ahead_of_time(tmp_path: Path) -> None:
     module, args = Logits(adapted()), prompt(padded=True)
     free = Dim.DYNAMIC
@@ -368,6 +375,7 @@ def decoded(program: torch.export.ExportedProgram, ids: Tensor) -> Tensor:
     return torch.cat([step(input_ids=ids[:, p], cache_position=p) for p in positions], dim=1)
 
 
+@SLOW
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_recipes_for_executorch(implementation: str) -> None:
     model = adapted().get_base_model()
@@ -399,7 +407,7 @@ EXPORTERS = {
 
 
 @pytest.mark.parametrize("scale", [True, False], ids=["", "alpha-one"])
-@pytest.mark.parametrize("name", ["dynamo", "strict", *(pytest.param(n, marks=SLOW) for n in ("onnx", "fused"))])
+@pytest.mark.parametrize("name", ["dynamo", *(pytest.param(n, marks=SLOW) for n in ("strict", "onnx", "fused"))])
 def test_transformers_exporters(name: str, scale: bool) -> None:
     exporter, configuration, options = EXPORTERS[name]
     module = Logits(adapted(scale_self_attention=scale))

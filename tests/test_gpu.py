@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 
-from peft_hificl import HiFICLConfig, VirtualPairs, attention, fused, kernels, virtual_attention
+from peft_hificl import HiFICLConfig, Scoring, VirtualPairs, backends, virtual_attention
+from peft_hificl.ops import kernels, merged
 
 from . import oracle
-from .conftest import VOCAB
+from .helpers import VOCAB
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -134,11 +135,13 @@ def check(
     log_weights: Tensor | None = None,
     reference: Callable[..., tuple[Tensor, Tensor]] | None = None,
     change: dict[str, Callable[[Tensor], Tensor]] | None = None,
+    alpha_one: bool = False,
     **options: Any,
 ) -> None:
     """Forward, every gradient and the forward without gradients, on the GPU against float64 on the CPU.
 
-    `change` gives a tensor, or the gradient ("grad") that comes in, another layout in memory.
+    Log-weights and sinks among the inputs are trained, too.  `change` gives a tensor, or the gradient ("grad") that
+    comes in, another layout in memory.
     """
     change = change or {}
     dtype = inputs["query"].dtype
@@ -147,17 +150,19 @@ def check(
     mine = {name: change.get(name, Tensor.clone)(t.to(DEVICE)).requires_grad_() for name, t in inputs.items()}
 
     def run(attend: Callable[..., Any], x: dict[str, Tensor], weights: Tensor | None, options: dict[str, Any]) -> Any:
-        pairs = VirtualPairs(x["virtual_keys"], x["virtual_values"], weights)
-        return attend(x["query"], x["key"], x["value"], pairs, scaling=scaling, **options)
+        weights = x.get("log_weights", weights)
+        pairs = VirtualPairs(x["virtual_keys"], x["virtual_values"], weights, not alpha_one)
+        scoring = Scoring(scaling, sinks=x.get("sinks"), **options)
+        return attend(x["query"], x["key"], x["value"], pairs, scoring)
 
     if reference is None:
         want, _ = run(virtual_attention, exact, log_weights, moved(options, dtype=torch.float64))
     else:
         want, _ = reference(**exact, scaling=scaling, **moved(options, dtype=torch.float64))
     given = (None if log_weights is None else log_weights.to(DEVICE), on_device(options))
-    path = run(fused.attention_path, mine, *given)
+    path = run(merged.attention_path, mine, *given)
     assert path.kernel == kernel, path
-    got = run(fused.attention, mine, *given)
+    got = run(merged.attention, mine, *given)
     assert got.dtype == dtype and got.device.type == DEVICE.type
     within("output", got, want, dtype, FORWARD[dtype])
     direction = torch.randn(want.shape).to(dtype)
@@ -167,7 +172,7 @@ def check(
         assert a.dtype == dtype
         within(name, a, b, dtype, BACKWARD[dtype])
     with torch.no_grad():
-        within("without gradients", run(fused.attention, mine, *given), want, dtype, FORWARD[dtype])
+        within("without gradients", run(merged.attention, mine, *given), want, dtype, FORWARD[dtype])
 
 
 def chosen(dtype: torch.dtype, options: dict[str, Any]) -> str:
@@ -288,8 +293,18 @@ def test_pairs_of_each_row(pair_heads: int, weights: str, dtype: torch.dtype, wi
         log_weights[0, :, 3:] = -torch.inf
     if weights == "a-row-without":
         log_weights[1] = -torch.inf
-    kernel = chosen(dtype, {}) if weights == "none" else "efficient"
-    check(within, inputs, kernel, log_weights=None if weights == "none" else log_weights, is_causal=True)
+    given = None if weights == "none" else log_weights
+    check(within, inputs, chosen(dtype, {}), log_weights=given, is_causal=True)
+
+
+@pytest.mark.parametrize("alpha_one", [False, True], ids=["", "alpha-1"])
+@pytest.mark.parametrize("mask", ["is_causal", "padded"])
+@dtypes(BF16, FP16, FP32)
+def test_weighted_pairs_beside_sinks(dtype: torch.dtype, mask: str, alpha_one: bool, within: Within) -> None:
+    inputs = draw("gqa", 37, 37, 64, dtype, n=5)
+    inputs |= {"log_weights": torch.randn(1, 4, 5).to(dtype), "sinks": torch.randn(4).to(dtype)}
+    options = mask_of(mask, 37, 37, dtype)
+    check(within, inputs, chosen(dtype, options), alpha_one=alpha_one, **options)
 
 
 @pytest.mark.parametrize("given", ["bool", "minimum", "-inf"])
@@ -302,7 +317,7 @@ def test_a_row_that_sees_nothing_sees_the_pairs(dtype: torch.dtype, given: str, 
     check(within, inputs, "efficient", mask=mask if given == "bool" else torch.where(mask, 0.0, lowest).to(dtype))
     x = {name: t.to(DEVICE) for name, t in inputs.items()}
     pairs = VirtualPairs(x["virtual_keys"], x["virtual_values"])
-    got = fused.attention(x["query"], x["key"], x["value"], pairs, scaling=0.125, mask=mask.to(DEVICE))
+    got = merged.attention(x["query"], x["key"], x["value"], pairs, Scoring(0.125, mask=mask.to(DEVICE)))
     alone = (inputs["query"].double() @ inputs["virtual_keys"].double().mT * 0.125).softmax(-1)
     alone = alone @ inputs["virtual_values"].double()
     within("the pairs alone", got[:, :, :20], alone[:, :, :20], dtype, FORWARD[dtype])
@@ -318,9 +333,9 @@ def test_scores_beyond_the_range_of_half_precision(dtype: torch.dtype, within: W
     exact = {name: t.double().cpu().requires_grad_() for name, t in x.items()}
     x = {name: t.requires_grad_() for name, t in x.items()}
     results = []
-    for y, attend in ((x, fused.attention), (exact, lambda *a, **k: virtual_attention(*a, **k)[0])):
+    for y, attend in ((x, merged.attention), (exact, lambda *a, **k: virtual_attention(*a, **k)[0])):
         pairs = VirtualPairs(y["virtual_keys"], y["virtual_values"])
-        out = attend(y["query"], y["key"], y["value"], pairs, scaling=2e-5)
+        out = attend(y["query"], y["key"], y["value"], pairs, Scoring(2e-5))
         results.append((out, *torch.autograd.grad(out.sum(), list(y.values()))))
     assert results[0][0].dtype == dtype
     for name, got, want in zip(("output", *x), *results, strict=True):
@@ -389,19 +404,19 @@ def test_autocast_is_that_of_pytorchs_own_attention(dtype: torch.dtype, within: 
         (y["query"], y["key"], y["value"], VirtualPairs(y["virtual_keys"], y["virtual_values"])) for y in (x, exact)
     )
     with torch.autocast(DEVICE.type, dtype):
-        assert fused.attention_path(*args, scaling=0.125, is_causal=True).kernel == "flash"
-        got = fused.attention(*args, scaling=0.125, is_causal=True)
+        assert merged.attention_path(*args, Scoring(0.125, is_causal=True)).kernel == "flash"
+        got = merged.attention(*args, Scoring(0.125, is_causal=True))
         assert got.dtype == torch.nn.functional.scaled_dot_product_attention(*args[:3]).dtype == dtype
-    within("output", got, virtual_attention(*wanted, scaling=0.125, is_causal=True)[0], dtype, FORWARD[dtype])
+    within("output", got, virtual_attention(*wanted, Scoring(0.125, is_causal=True))[0], dtype, FORWARD[dtype])
 
 
 def test_paths_and_their_reasons() -> None:
     x = {name: t.to(DEVICE) for name, t in draw("gqa", 6, 6, 64, BF16).items()}
     args = (x["query"], x["key"], x["value"], VirtualPairs(x["virtual_keys"], x["virtual_values"]))
 
-    def path(**options: Any) -> fused.Path:
+    def path(**options: Any) -> merged.Path:
         given = options.pop("args", args)
-        return fused.attention_path(*given, scaling=0.125, **options)
+        return merged.attention_path(*given, Scoring(0.125, **options))
 
     assert path().kernel == "flash"
     assert path(mask=torch.ones(6, 6, dtype=torch.bool, device=DEVICE)).kernel == "efficient"
@@ -419,13 +434,13 @@ def test_double_precision_and_dropout_take_the_formula(dtype: torch.dtype, withi
     x = {name: t.to(DEVICE) for name, t in inputs.items()}
     args = (x["query"], x["key"], x["value"], VirtualPairs(x["virtual_keys"], x["virtual_values"]))
     torch.manual_seed(0)
-    dropped = fused.attention(*args, scaling=0.125, dropout=0.5)
+    dropped = merged.attention(*args, Scoring(0.125, dropout=0.5))
     torch.manual_seed(0)
-    assert torch.equal(dropped, virtual_attention(*args, scaling=0.125, dropout=0.5)[0])
+    assert torch.equal(dropped, virtual_attention(*args, Scoring(0.125, dropout=0.5))[0])
     double = [t.double() for t in args[:3]]
     pairs = VirtualPairs(*(t.double() for t in args[3][:2]))
-    on_cpu = virtual_attention(*(t.cpu() for t in double), VirtualPairs(*(t.cpu() for t in pairs[:2])), scaling=0.125)
-    within("float64", fused.attention(*double, pairs, scaling=0.125), on_cpu[0], torch.float64, 32)
+    on_cpu = virtual_attention(*(t.cpu() for t in double), VirtualPairs(*(t.cpu() for t in pairs[:2])), Scoring(0.125))
+    within("float64", merged.attention(*double, pairs, Scoring(0.125)), on_cpu[0], torch.float64, 32)
 
 
 @pytest.mark.parametrize("mask", ["is_causal", "padded"])
@@ -436,7 +451,7 @@ def test_a_cuda_graph_of_forward_and_backward(dtype: torch.dtype, mask: str) -> 
 
     def step() -> list[Tensor]:
         pairs = VirtualPairs(leaves["virtual_keys"], leaves["virtual_values"])
-        out = fused.attention(leaves["query"], leaves["key"], leaves["value"], pairs, scaling=0.125, **options)
+        out = merged.attention(leaves["query"], leaves["key"], leaves["value"], pairs, Scoring(0.125, **options))
         return [out, *torch.autograd.grad(out.sum(), list(leaves.values()))]
 
     stream = torch.cuda.Stream()
@@ -482,10 +497,10 @@ def test_flex_attention_gives_output_and_lse(
         mine = {name: t.to(DEVICE).requires_grad_() for name, t in inputs.items()}
         pairs = VirtualPairs(exact["virtual_keys"], exact["virtual_values"], log_weights)
         context = (exact["query"], exact["key"], exact["value"])
-        want, _ = virtual_attention(*context, pairs, scaling=0.1, mask=mask.cpu())
+        want, _ = virtual_attention(*context, pairs, Scoring(0.1, mask=mask.cpu()))
         pairs = VirtualPairs(mine["virtual_keys"], mine["virtual_values"], log_weights.to(DEVICE))
         context = (mine["query"], mine["key"], mine["value"])
-        got = attention._merged_flex_attention(module, *context, pairs, block_mask, 0.1)
+        got = backends._flex_on_kernel(module, *context, pairs, Scoring(0.1, mask=block_mask))
         assert got.dtype == dtype
         within(f"output {length}", got, want, dtype, FORWARD[dtype])
         direction = torch.randn(want.shape).to(dtype)
@@ -562,13 +577,13 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return kernel.forward(call)
 
         monkeypatch.setitem(kernels.KERNELS[DEVICE.type], name, kernel._replace(forward=counted))
-    merged = attention._merged_flex_attention
+    on_kernel = backends._flex_on_kernel
 
     def flex(*args: Any) -> Tensor:
         names.append("flex")
-        return merged(*args)
+        return on_kernel(*args)
 
-    monkeypatch.setattr(attention, "_merged_flex_attention", flex)
+    monkeypatch.setattr(backends, "_flex_on_kernel", flex)
     return names
 
 
@@ -578,7 +593,8 @@ def kernel_of(implementation: str, dtype: torch.dtype, padded: bool) -> list[str
         return []
     if implementation == "flex_attention":
         return ["flex"] * LAYERS
-    return ["flash" if dtype in HALF and not padded else "efficient"] * 2 * LAYERS
+    context, pairs = ("flash" if dtype in HALF and not masked else "efficient" for masked in (padded, False))
+    return [context, pairs] * LAYERS
 
 
 @dtypes(BF16, FP16, FP32)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_hificl import VirtualPairs, fused, kernels
-from peft_hificl.kernels import KERNELS, Call
+from peft_hificl import Scoring, VirtualPairs
+from peft_hificl.ops import kernels, merged
+from peft_hificl.ops.kernels import KERNELS, Call
 
 from . import oracle
-from .test_functional import GROUPS, mask_of, tensors
+from .helpers import GROUPS, mask_of, tensors
 
-RNG = torch.tensor([11, 22]), torch.tensor(33)  # what the forward hands to the backward
 DEVICE = torch.device("cuda", 3)
 
 
@@ -52,6 +52,11 @@ def gradients(p: Tensor, grad: Tensor, output: Tensor, query: Tensor, key: Tenso
     return ds @ key * scale, ds.mT @ query * scale, p.mT @ grad
 
 
+def rng(key: Tensor) -> tuple[Tensor, Tensor]:
+    """What the forward over these keys hands to its own backward."""
+    return torch.tensor(11 * key.shape[2]), torch.tensor(key.shape[2] + 33)
+
+
 class Aten:
     """In the place of `torch.ops.aten`."""
 
@@ -61,14 +66,23 @@ class Aten:
         query = x["query"]
         key, value = (x[name].repeat_interleave(query.shape[1] // x[name].shape[1], 1) for name in ("key", "value"))
         s = scores(query, key, None, x["is_causal"], x["scale"])
-        return s.softmax(-1) @ value, s.logsumexp(-1), None, None, query.shape[2], key.shape[2], *RNG, torch.empty(0)
+        return (
+            s.softmax(-1) @ value,
+            s.logsumexp(-1),
+            None,
+            None,
+            query.shape[2],
+            key.shape[2],
+            *rng(key),
+            torch.empty(0),
+        )
 
     def _scaled_dot_product_flash_attention_backward(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
         x = bound("_scaled_dot_product_flash_attention_backward", args, kwargs)
         query, heads = x["query"], x["key"].shape[1]
         assert (x["cum_seq_q"], x["cum_seq_k"]) == (None, None)
         assert (x["max_q"], x["max_k"]) == (query.shape[2], x["key"].shape[2])
-        assert x["philox_seed"] is RNG[0] and x["philox_offset"] is RNG[1]
+        assert (int(x["philox_seed"]), int(x["philox_offset"])) == tuple(map(int, rng(x["key"])))
         key, value = (x[name].repeat_interleave(query.shape[1] // heads, 1) for name in ("key", "value"))
         p = torch.exp(scores(query, key, None, x["is_causal"], x["scale"]) - x["logsumexp"][..., None])
         of_query, *others = gradients(p, x["grad_out"], x["out"], query, key, value, x["scale"])
@@ -80,14 +94,15 @@ class Aten:
         assert x["compute_log_sumexp"] is True
         s = scores(query, key, x["attn_bias"], x["is_causal"], x["scale"])
         lse = torch.nn.functional.pad(s.logsumexp(-1), (0, -query.shape[2] % 32), value=torch.inf)
-        return s.softmax(-1) @ value, lse, *RNG
+        return s.softmax(-1) @ value, lse, *rng(key)
 
     def _scaled_dot_product_efficient_attention_backward(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
         x = bound("_scaled_dot_product_efficient_attention_backward", args, kwargs)
         query, key, value = self._checked(x)
-        assert x["philox_seed"] is RNG[0] and x["philox_offset"] is RNG[1]
+        assert (int(x["philox_seed"]), int(x["philox_offset"])) == tuple(map(int, rng(x["key"])))
         assert x["logsumexp"].shape[2] % 32 == 0 and x["grad_input_mask"] == [True, True, True, False]
         lse = x["logsumexp"][:, :, : query.shape[2], None]
+        assert torch.isposinf(x["logsumexp"][:, :, query.shape[2] :]).all()
         p = torch.exp(scores(query, key, x["attn_bias"], x["is_causal"], x["scale"]) - lse)
         return *gradients(p, x["grad_out_"], x["out"], query, key, value, x["scale"]), torch.empty(0)
 
@@ -119,14 +134,14 @@ def check(inputs: dict[str, Tensor], log_weights: Tensor | None = None, **option
     want, _ = oracle.hificl(**want_in, scaling=0.3, log_weights=log_weights, **given)
     pairs = VirtualPairs(x["virtual_keys"], x["virtual_values"], log_weights)
     args = (x["query"], x["key"], x["value"], pairs)
-    got = fused.attention(*args, scaling=0.3, **options)
+    got = merged.attention(*args, Scoring(0.3, **options))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
     direction = torch.randn_like(want)
     grads_want = torch.autograd.grad(want, list(want_in.values()), direction)
     for a, b in zip(torch.autograd.grad(got, list(x.values()), direction), grads_want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     with torch.no_grad():
-        torch.testing.assert_close(fused.attention(*args, scaling=0.3, **options), want, rtol=0, atol=1e-10)
+        torch.testing.assert_close(merged.attention(*args, Scoring(0.3, **options)), want, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("case", ["plain", "is_causal", "decode", "more-keys"])
@@ -212,3 +227,112 @@ def test_the_limits_ask_the_device_of_the_call(monkeypatch: pytest.MonkeyPatch) 
 def test_flash_comes_first() -> None:
     assert list(KERNELS["cuda"]) == ["flash", "efficient"]
     assert [kernel.groups for kernel in KERNELS["cuda"].values()] == [True, False]
+
+
+def test_reasons_are_whole_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `attention_path` and the log give them."""
+    few, asked = torch.empty(1, 4, 3, 64, dtype=torch.bfloat16, device="meta"), {(8, 6): [], (7, 5): []}
+    for capability, reasons in asked.items():
+        flash, efficient = (on(monkeypatch, capability, name) for name in ("flash", "efficient"))
+        reasons += [flash(call()), efficient(call())]
+    flash, efficient = (on(monkeypatch, (8, 6), name) for name in ("flash", "efficient"))
+    found = [
+        flash(call(mask=few)),
+        flash(call(4)),
+        flash(call(200)),
+        flash(call(key=few)),
+        flash(call(64, torch.float32)),
+    ]
+    assert asked[8, 6] == [None, None]
+    assert asked[7, 5] == [
+        "flash attention wants a device of capability 8.0",
+        "memory-efficient attention has no bfloat16 on this device",
+    ]
+    assert found == [
+        "flash attention takes no mask",
+        "flash attention wants a head dimension up to 256 that is a multiple of 8",
+        "flash attention has no backward for this head dimension on this device",
+        "flash attention wants causal attention to be square",
+        "flash attention wants float16 or bfloat16",
+    ]
+    assert efficient(call(64, torch.float64)) == "memory-efficient attention does not take float64"
+    assert efficient(call(4)) == "memory-efficient attention wants rows of a multiple of 16 bytes"
+    for name in ("flash", "mem_efficient"):
+        monkeypatch.setattr(torch._C, f"_get_{name}_sdp_enabled", lambda: False)
+    assert flash(call()) == KERNELS["cpu"]["flash"].limits(call()) == "flash attention is switched off"
+    assert efficient(call()) == "memory-efficient attention is switched off"
+
+
+def test_nothing_is_copied_that_the_memory_efficient_kernel_can_read() -> None:
+    query, key, value = (torch.randn(2, 4, length, 8) for length in (3, 32, 32))
+    for mask in (torch.randn(2, 4, 3, 32), torch.randn(3, 32), torch.randn(1, 1, 3, 48)[..., :32]):
+        laid_out = kernels._layout(Call(query, key, value, mask, False, 0.3))
+        assert laid_out[0] is query and laid_out[1] is key and laid_out[2] is value
+        assert laid_out[3].data_ptr() == mask.data_ptr() and torch.equal(laid_out[3], mask.expand(2, 4, 3, 32))
+
+
+def test_a_devices_capability_is_a_constant_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def untraceable(device: torch.device) -> tuple[int, int]:
+        torch._dynamo.graph_break()
+        return (7, 5)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", untraceable)
+    torch._dynamo.reset()
+    wanted = torch.compile(lambda x: x + kernels._capability(x.device)[1], backend="eager", fullgraph=True)
+    assert torch.equal(wanted(torch.zeros(2)), torch.full((2,), 5.0))
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_an_lse_as_long_as_the_head_dimension(groups: str, kernel: str) -> None:
+    """The memory-efficient kernel pads it to 32, for whatever number of queries."""
+    torch.manual_seed(2)
+    heads, kv = GROUPS[groups]
+    check(tensors(heads, kv, 3, 7, 32, 32, 3))
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's kernels in the place of the CPU's, flash first, which takes no mask."""
+    monkeypatch.setattr(kernels, "aten", Aten())
+    flash, efficient = (KERNELS["cuda"][name] for name in ("flash", "efficient"))
+    limits = {"flash": lambda call: "no mask" if call.mask is not None else None, "efficient": lambda call: None}
+    here = {n: k._replace(limits=limits[n]) for n, k in (("flash", flash), ("efficient", efficient))}
+    monkeypatch.setitem(KERNELS, "cpu", here)
+
+
+@pytest.mark.parametrize("alpha_one", [False, True], ids=["", "alpha-1"])
+@pytest.mark.parametrize("masked", ["context", "pairs", "both", "neither"])
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_each_call_takes_the_first_kernel_that_can(
+    groups: str, length: int, masked: str, alpha_one: bool, both: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-weights, sinks and alpha = 1 included: values and gradients."""
+    torch.manual_seed(4)
+    taken: list[str] = []
+    for name, kernel in KERNELS["cpu"].items():
+
+        def counted(call: Call, name: str = name, forward: Callable[..., object] = kernel.forward) -> object:
+            taken.append(name)
+            return forward(call)
+
+        monkeypatch.setitem(KERNELS["cpu"], name, kernel._replace(forward=counted))
+    heads, kv = GROUPS[groups]
+    x = tensors(heads, kv, length, 5, 6, 6, 3)
+    x["sinks"] = torch.randn(heads, dtype=torch.float64)
+    if masked in ("pairs", "both"):
+        x["log_weights"] = torch.randn(1, heads, 3, dtype=torch.float64)
+    mask = mask_of("causal", length, 5, heads) if masked in ("context", "both") else None
+    want_in, y = ({k: v.clone().requires_grad_() for k, v in x.items()} for _ in range(2))
+    want, _ = oracle.hificl(**want_in, scaling=0.3, mask=mask, alpha_one=alpha_one)
+    pairs = VirtualPairs(y["virtual_keys"], y["virtual_values"], y.get("log_weights"), not alpha_one)
+    args = (y["query"], y["key"], y["value"], pairs, Scoring(0.3, mask=mask, sinks=y["sinks"]))
+    got = merged.attention(*args)
+    assert taken == [("flash", "efficient")[mask is not None], ("flash", "efficient")["log_weights" in x]]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+    direction = torch.randn_like(want)
+    grads_want = torch.autograd.grad(want, list(want_in.values()), direction)
+    for name, a, b in zip(x, torch.autograd.grad(got, list(y.values()), direction), grads_want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(merged.attention(*args), want, rtol=0, atol=1e-10)

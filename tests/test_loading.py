@@ -20,11 +20,21 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_hificl import HiFICLConfig
+from peft_hificl import HiFICLConfig, checkpoint
 
-from .conftest import VOCAB, build, inputs_for, llama, logits
-from .test_bad_input import unchanged
-from .test_peft_api import adapted, config, hificl_layers
+from .helpers import (
+    VOCAB,
+    adapted,
+    build,
+    changed,
+    config,
+    hificl_layers,
+    inputs_for,
+    llama,
+    logits,
+    pairs_for,
+    unchanged,
+)
 
 INPUTS = inputs_for("gqa")
 
@@ -68,7 +78,7 @@ def truncated(folder: Path) -> None:
 BROKEN: dict[Callable[[Path], None], str] = {
     no_weights: r"holds adapter_config.json but no weights: copy adapter_model.safetensors",
     dangling_link: r"adapter_model.safetensors is a link to a file that is gone",
-    other_keys: r"lacks 'x.base_model.model.model.layers.0.self_attn'",
+    other_keys: r"has unexpected 'x.base_model.model.model.layers.0.self_attn",
     truncated: r"cannot be read",
 }
 
@@ -180,6 +190,48 @@ def test_a_second_read_that_fails_leaves_an_adapter_without_effect(
             load(model, good)
     assert torch.equal(logits(model, **INPUTS), before)
     assert_loads(model, load, good)
+
+
+def test_what_a_failed_load_left_on_other_layers_is_no_part_of_the_next_adapter(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = stored(tmp_path / "one layer", layers_to_transform=[0])
+    model = build("gqa")
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.peft_model.load_peft_weights", lambda *args, **kwargs: pytest.fail("gone"))
+        with pytest.raises(pytest.fail.Exception, match="gone"):
+            PeftModel.from_pretrained(model, good)
+    assert torch.equal(logits(PeftModel.from_pretrained(model, tmp_path / "one layer"), **INPUTS), output)
+
+
+class Quantised(nn.Linear):
+    """As bitsandbytes' 8-bit layers: what is saved of it is read from attributes of its weight."""
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}SCB"] = self.weight.SCB
+
+
+class FullySharded:
+    """As FSDP2's class: a new object is one of the class before it was sharded, with arguments."""
+
+    def __new__(cls, *args: object) -> nn.Module:
+        return cls.__mro__[2](*args)
+
+
+@pytest.mark.parametrize("kind", ["quantised", "sharded"])
+def test_a_base_whose_modules_cannot_be_made_anew(kind: str, good: Path) -> None:
+    model = build("gqa")
+    for layer in model.model.layers:
+        if kind == "quantised":
+            linear = layer.mlp.up_proj
+            layer.mlp.up_proj = Quantised(linear.in_features, linear.out_features, bias=False)
+            layer.mlp.up_proj.weight = linear.weight
+            linear.weight.SCB = torch.ones(linear.out_features)
+        else:
+            layer.__class__ = type("FSDPLayer", (FullySharded, type(layer)), {})
+    loaded = PeftModel.from_pretrained(model, good)
+    assert torch.equal(logits(loaded, **INPUTS), logits(adapted("gqa", seed=3), **INPUTS))
 
 
 def test_an_adapter_without_weights_is_not_used_in_silence(
@@ -396,15 +448,6 @@ def test_a_second_read_by_transformers_that_fails(
 # -- what a file may hold --------------------------------------------------------------------------------------------
 
 
-def changed(folder: Path, change: Callable[[Tensor], Tensor]) -> None:
-    """Change the first V_A of a stored adapter."""
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    key = next(key for key in tensors if "V_A" in key)
-    tensors[key] = change(tensors[key])
-    save_file(tensors, path)
-
-
 @pytest.mark.parametrize(
     "load",
     [
@@ -424,7 +467,7 @@ def test_values_beyond_the_dtype_of_the_adapter(load: Callable[..., object], goo
     ):
         load(base, good)
     loaded = PeftModel.from_pretrained(base, good)
-    assert hificl_layers(loaded)[0](1).values.abs().max() > 1e4
+    assert pairs_for(hificl_layers(loaded)[0]).values.abs().max() > 1e4
 
 
 def test_weights_stored_in_float8(good: Path) -> None:
@@ -544,11 +587,21 @@ def test_whole_modules_on_a_stage(tmp_path: Path) -> None:
     assert torch.equal(last.base_model.model.lm_head.weight, tensors["base_model.model.lm_head.weight"])
 
 
+def test_a_stage_saves_its_own_layers(deep: Path, tmp_path: Path) -> None:
+    whole = load_file(deep / "adapter_model.safetensors")
+    parts = []
+    for here in HALVES:
+        from_pretrained(stage(four_layers(), here, "placeholders"), deep).save_pretrained(tmp_path / f"{here.start}")
+        parts.append(load_file(tmp_path / f"{here.start}" / "adapter_model.safetensors"))
+    assert not parts[0].keys() & parts[1].keys() and parts[0].keys() | parts[1].keys() == whole.keys()
+    assert all(torch.equal(tensor, whole[key]) for part in parts for key, tensor in part.items())
+
+
 @pytest.mark.parametrize("layers", [1, 3, 5])
 def test_another_number_of_layers_is_not_a_stage(layers: int, deep: Path) -> None:
     for load in (from_pretrained, by_transformers):
         base = llama(layers=layers).eval()
-        with unchanged(base), pytest.raises(ValueError, match=r"The base model (lacks|has unexpected) 'model.layers"):
+        with unchanged(base), pytest.raises(ValueError, match=r"The adapter file (lacks|has unexpected) 'model.layers"):
             load(base, deep)
 
 
@@ -644,3 +697,93 @@ def test_another_rank_may_have_nothing_to_save(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("torch.distributed.get_rank", lambda *group: 1)
     partitioned(adapted("gqa"), ".hificl_").save_pretrained(tmp_path, is_main_process=False)
     assert not list(tmp_path.iterdir())
+
+
+# -- what no other test would notice ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model", "layers", "lm_head", "embed_tokens", "default_0"])
+@pytest.mark.parametrize("load", [PeftModel.from_pretrained, lambda base, *args: base.load_adapter(*args)])
+def test_an_adapter_may_be_named_like_a_part_of_the_model(load: Callable[..., object], name: str, good: Path) -> None:
+    base = build("gqa")
+    load(base, good, name)
+    assert all(name in layer.n for layer in hificl_layers(base))
+    torch.testing.assert_close(logits(base, **INPUTS), logits(adapted("gqa", seed=3), **INPUTS), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(0, ":"), (2, " and has unexpected 'x0', 'x1':"), (4, " .*'x0', 'x1', 'x2' and 1 more:")]
+)
+def test_a_file_of_something_else(count: int, words: str, good: Path) -> None:
+    save_file({f"x{place}": torch.zeros(1) for place in range(count)}, good / "adapter_model.safetensors")
+    base = build("gqa")
+    with unchanged(base), pytest.raises(ValueError, match=rf"The adapter file lacks '.*hificl_V_A' and 5 more{words}"):
+        from_pretrained(base, good)
+
+
+def test_a_model_that_counts_no_layers_is_no_stage() -> None:
+    """Whatever stands in the place of one."""
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Identity()])})
+    for names in (["layers.0.attention"], ["blocks.0.attention"], ["attention"]):
+        assert checkpoint.on_other_stages(names, model) == set()
+
+
+def test_whose_fault_a_read_that_fails_is(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is there cannot be read; what is not on the Hub, or cannot be reached, is told by the Hub's error."""
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error("gone")
+
+    monkeypatch.setattr(checkpoint, "load_peft_weights", fail)
+    for error in (OSError, ValueError, RuntimeError):
+        with pytest.raises(ValueError, match=rf"cannot be read \({error.__name__}: gone\).*damaged"):
+            checkpoint.read(good)
+    for error in (OSError, ValueError):
+        with pytest.raises(error, match="^gone$"):
+            checkpoint.read("nobody/nothing")
+
+
+def test_what_stands_beside_the_numbered_layers_of_a_stage() -> None:
+    here, shared = nn.Linear(2, 2), nn.Linear(2, 2)
+    here.config, here.layer_idx, shared.layer_idx = tf.LlamaConfig(num_hidden_layers=2), 1, 7
+    model = nn.ModuleDict({"layers": nn.ModuleDict({"1": here, "shared": shared})})
+    names = [f"layers.{place}.attention" for place in range(3)]
+    assert checkpoint.on_other_stages(names, model) == {"layers.0.attention"}
+
+
+def test_resized_embeddings_are_checked_on_the_stage_that_has_them(tmp_path: Path) -> None:
+    for rows in (VOCAB, VOCAB + 8):
+        whole = four_layers()
+        whole.resize_token_embeddings(rows)
+        get_peft_model(whole, config()).save_pretrained(tmp_path / f"{rows}", save_embedding_layers=True)
+        for here in HALVES:
+            base = stage(four_layers(), here, "placeholders")
+            if rows == VOCAB:
+                PeftModel.from_pretrained(base, tmp_path / f"{rows}")
+                continue
+            name = "model.embed_tokens" if here == HALVES[0] else "lm_head"
+            with pytest.raises(ValueError, match=rf"'{name}.weight' .* shape \(107, 32\), but .* has \(99, 32\)"):
+                PeftModel.from_pretrained(base, tmp_path / f"{rows}")
+
+
+@pytest.mark.parametrize("extra", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [7, 9]}], ids=str)
+def test_a_second_read_by_transformers_that_fails_leaves_what_was_stored_beside_the_pairs(
+    extra: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted("gqa", seed=3, **extra)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save." in name or ".trainable_tokens_delta." in name:
+                parameter.mul_(2)
+    model.save_pretrained(tmp_path)
+    base = build("gqa")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.modeling_utils.safe_open", fail)
+        with pytest.raises(OSError, match="gone"):
+            base.load_adapter(tmp_path)
+    base.set_adapter("default")
+    torch.testing.assert_close(logits(base, **INPUTS), logits(model, **INPUTS), rtol=1e-6, atol=1e-6)

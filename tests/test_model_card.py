@@ -18,9 +18,7 @@ from peft import LoraConfig, get_peft_model
 
 from peft_hificl import HiFICLConfig
 
-from .conftest import build
-from .test_peft_api import adapted, config
-from .test_training import fresh, trainer
+from .helpers import adapted, build, config, fresh, trainer
 
 HEADING = "## How to use this HiFICL adapter\n"
 CARD = ModelCard("---\nlicense: mit\n---\n# Mine\n")
@@ -205,7 +203,7 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 from peft_hificl import HiFICLConfig
-from tests.test_peft_api import adapted
+from tests.helpers import adapted
 
 folder = Path(sys.argv[1])
 model = adapted("gqa")
@@ -227,6 +225,7 @@ for _ in range(12):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_a_card_outlives_a_process_that_is_killed_while_it_saves(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent

@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 
 from peft_hificl import HiFICLConfig, HiFICLLayer
 
-from .conftest import build, inputs_for, logits
-from .test_peft_api import adapted, config, hificl_layers
+from .helpers import adapted, build, changed, config, hificl_layers, inputs_for, logits
 
 CPU = torch.device("cpu")
 PARTLY_ON_DISK = {
@@ -203,7 +202,7 @@ def test_an_adapter_that_is_dispatched_but_not_offloaded_learns() -> None:
 )
 def test_copies_of_offloaded_modules_are_refused(fields: dict[str, object], tmp_path: Path) -> None:
     base = accelerate.cpu_offload(build("gqa"), CPU)
-    with refused(base, "offloaded by accelerate.*Load the adapter before"):
+    with refused(base, "offloaded by accelerate.*keep it in memory"):
         adapt(base, **fields)
     plain = adapt(build("gqa"), **fields)
     with torch.no_grad():
@@ -211,7 +210,7 @@ def test_copies_of_offloaded_modules_are_refused(fields: dict[str, object], tmp_
             if parameter.requires_grad and "hificl_" not in name:
                 parameter.mul_(2)
     plain.save_pretrained(tmp_path)
-    with refused(base, "offloaded by accelerate.*Load the adapter before"):
+    with refused(base, "offloaded by accelerate.*keep it in memory"):
         PeftModel.from_pretrained(base, tmp_path)
     before = PeftModel.from_pretrained(build("gqa"), tmp_path)
     want = generated(before)
@@ -335,3 +334,13 @@ def test_a_weight_only_base_of_torchao_trains_and_reloads(tmp_path: Path) -> Non
     model.add_adapter("late", config())
     assert torch.equal(logits(model.unload(), **inputs_for("gqa")), bare)
     assert not any(isinstance(module, HiFICLLayer) for module in base.modules())
+
+
+def test_a_load_that_fails_leaves_nothing_in_the_device_map(tmp_path: Path) -> None:
+    adapted("gqa").save_pretrained(tmp_path)
+    changed(tmp_path, lambda tensor: tensor + 1e5)
+    base = OFFLOADS["dispatch"](build("gqa").half(), tmp_path)
+    before = dict(base.hf_device_map)
+    with pytest.raises(ValueError, match=r"float16 cannot hold"):
+        base.load_adapter(tmp_path)
+    assert base.hf_device_map == before and not hificl_layers(base)

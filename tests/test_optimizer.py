@@ -11,8 +11,7 @@ from transformers import Trainer
 
 from peft_hificl import HiFICLConfig, parameter_groups
 
-from .conftest import build, inputs_for
-from .test_training import adapter_of, fresh, trainer
+from .helpers import adapter_of, build, fresh, inputs_for, trainer
 
 
 def names(model: PeftModel, group: dict) -> set[str]:

@@ -24,43 +24,13 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from peft_hificl import HiFICLConfig, HiFICLLayer
 
-from .conftest import build, inputs_for, llama, logits
-
-
-def config(**kwargs: object) -> HiFICLConfig:
-    """All factors random, so that every adapter has an effect; no task type: one config for all three models."""
-    return HiFICLConfig(**{"n": 3, "r": 2, "init_weights": False, **kwargs})
-
-
-def adapted(kind: str, seed: int = 1, name: str = "default", **kwargs: object) -> PeftModel:
-    model = build(kind)
-    torch.manual_seed(seed)
-    return get_peft_model(model, config(**kwargs), adapter_name=name).eval()
-
-
-def hificl_layers(model: nn.Module) -> list[HiFICLLayer]:
-    return [m for m in model.modules() if isinstance(m, HiFICLLayer)]
-
-
-def train(model: nn.Module, kind: str, steps: int = 2) -> list[float]:
-    inputs = inputs_for(kind)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    model.train()
-    for _ in range(steps):
-        loss = model(**inputs, labels=inputs["input_ids"]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    model.eval()
-    return losses
-
+from .helpers import adapted, build, config, hificl_layers, inputs_for, llama, logits, pairs_for, train
 
 # -- attach and train ------------------------------------------------------------------------------------------------
 
@@ -104,6 +74,15 @@ def test_one_config_on_several_models(choice: dict[str, object], layers: list[in
     shallow.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(build("gqa"), tmp_path)
     assert again.targeted_module_names == shallow.targeted_module_names
+
+
+def test_names_that_peft_has_shortened_are_found_again_in_another_model() -> None:
+    """From twenty names on, PEFT keeps their common ends, which are the names of other attentions in other models."""
+    shared = config(layers_to_transform=list(range(20)))
+    get_peft_model(llama(layers=20), shared)
+    assert shared.target_modules == {"self_attn"}
+    names = get_peft_model(build("vlm"), shared).targeted_module_names
+    assert names == [f"model.language_model.layers.{i}.self_attn" for i in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +137,7 @@ def test_paper_init_is_not_the_identity() -> None:
     for layer in hificl_layers(model):
         assert not layer.hificl_V_B["default"].weight.any() and layer.hificl_K_A["default"].weight.any()
         assert 0.005 < layer.hificl_K_B["default"].weight.std() < 0.02
-        assert not layer(2).values.any()
+        assert not pairs_for(layer, 2).values.any()
     difference = (logits(model, **inputs_for("gqa")) - want).abs()
     assert difference.max() > 0.01
 
@@ -194,35 +173,47 @@ def test_alpha_one_at_paper_init_is_the_identity() -> None:
 # -- save and load ---------------------------------------------------------------------------------------------------
 
 FRESH = """
-import sys, torch, transformers, peft_hificl
-from tests.conftest import build, inputs_for, logits
-from peft import PeftModel, {auto}
-kind, folder = sys.argv[1:]
-model = {load}
-print(type(model).__name__)
-torch.save(logits(model.eval(), **inputs_for(kind)), folder + "/got.pt")
+import json, sys, torch, peft, peft_hificl
+from tests.helpers import build, inputs_for, logits
+for kind, route, folder in json.loads(sys.argv[1]):
+    if route == "PeftModel":
+        model = peft.PeftModel.from_pretrained(build(kind), folder)
+    else:
+        model = getattr(peft, route).from_pretrained(folder)
+    torch.save(logits(model.eval(), **inputs_for(kind)), folder + "/got.pt")
 """
+RELOADS = [
+    ("gqa", "PeftModel"), ("gqa", "AutoPeftModelForCausalLM"), ("mha", "PeftModel"),
+    ("mha", "AutoPeftModelForCausalLM"), ("vlm", "PeftModel"), ("vlm", "AutoPeftModel"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("route", ["PeftModel", "AutoPeftModel"])
-def test_reload_in_a_fresh_process_is_bit_equal(kind: str, route: str, tmp_path: Path) -> None:
-    base = build(kind)
-    base.save_pretrained(tmp_path / "base")
-    base = type(base).from_pretrained(tmp_path / "base").eval()
-    task = {} if kind == "vlm" else {"task_type": "CAUSAL_LM"}
-    torch.manual_seed(1)
-    model = get_peft_model(base, config(**task))
-    train(model, kind)
-    model.save_pretrained(tmp_path)
-    load = "PeftModel.from_pretrained(build(kind), folder)"
-    auto = "AutoPeftModel" if kind == "vlm" else "AutoPeftModelForCausalLM"
-    if route == "AutoPeftModel":
-        load = f"{auto}.from_pretrained(folder)"
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FRESH.format(load=load, auto=auto), kind, str(tmp_path)],
-        check=True, cwd=Path(__file__).parent.parent,
-    )  # fmt: skip
-    assert torch.equal(torch.load(tmp_path / "got.pt"), logits(model, **inputs_for(kind)))
+@pytest.fixture(scope="module")
+def reloaded_afresh(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    """The logits of trained adapters, and of the same when one other process has loaded them all."""
+    want, jobs = {}, []
+    for kind, route in RELOADS:
+        folder = tmp_path_factory.mktemp("fresh")
+        base = build(kind)
+        base.save_pretrained(folder / "base")
+        base = type(base).from_pretrained(folder / "base").eval()
+        torch.manual_seed(1)
+        model = get_peft_model(base, config(**{} if kind == "vlm" else {"task_type": "CAUSAL_LM"}))
+        train(model, kind)
+        model.save_pretrained(folder)
+        want[kind, route] = logits(model, **inputs_for(kind))
+        jobs.append((kind, route, str(folder)))
+    command = [sys.executable, "-W", "ignore", "-c", FRESH, json.dumps(jobs)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
+    return {(kind, route): (torch.load(f"{folder}/got.pt"), want[kind, route]) for kind, route, folder in jobs}
+
+
+@pytest.mark.parametrize(("kind", "route"), RELOADS)
+def test_reload_in_a_fresh_process_is_bit_equal(
+    kind: str, route: str, reloaded_afresh: dict[tuple[str, str], tuple[Tensor, Tensor]]
+) -> None:
+    got, want = reloaded_afresh[kind, route]
+    assert torch.equal(got, want)
 
 
 def test_the_file_holds_the_adapter_alone_and_names_its_targets(kind: str, tmp_path: Path) -> None:
@@ -282,13 +273,6 @@ def test_dtype_policy_survives_the_reload(autocast: bool, tmp_path: Path) -> Non
     dtypes = {p.dtype for name, p in reloaded.named_parameters() if "hificl_" in name}
     assert dtypes == {torch.float32 if autocast else torch.bfloat16}
     assert torch.equal(logits(reloaded, **inputs_for("gqa")), want)
-
-
-def test_without_the_import_loading_says_which_name_is_missing(tmp_path: Path) -> None:
-    adapted("gqa").save_pretrained(tmp_path)
-    code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and "KeyError: 'HIFICL'" in done.stderr  # README tells what to do
 
 
 @pytest.mark.parametrize("name", ["default", "task-a"])
@@ -364,8 +348,8 @@ def test_several_active_adapters_are_the_union_of_their_pairs(kind: str) -> None
     # One adapter that holds both sets of pairs, learned whole.
     both = get_peft_model(build(kind), config(n=5, factorize_keys=False, factorize_values=False)).eval()
     for mine, theirs in zip(hificl_layers(both), hificl_layers(model), strict=True):
-        mine.hificl_K["default"].weight.data = theirs(2).keys[0]
-        mine.hificl_V["default"].weight.data = theirs(2).values[0]
+        mine.hificl_K["default"].weight.data = pairs_for(theirs, 2).keys[0]
+        mine.hificl_V["default"].weight.data = pairs_for(theirs, 2).values[0]
     torch.testing.assert_close(got, logits(both, **inputs_for(kind)), rtol=1e-4, atol=1e-5)
 
 
@@ -567,15 +551,6 @@ def test_weights_are_replaced_in_place(tmp_path: Path) -> None:
     assert torch.equal(logits(model, **inputs_for("gqa")), logits(adapted("gqa", seed=2), **inputs_for("gqa")))
 
 
-def test_pefts_hotswap_knows_lora_alone(tmp_path: Path) -> None:
-    from peft.utils.hotswap import hotswap_adapter
-
-    model = adapted("gqa")
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="HIFICL"):
-        hotswap_adapter(model, tmp_path, adapter_name="default", torch_device="cpu")
-
-
 @pytest.mark.parametrize(
     ("covers", "active", "want"),
     [
@@ -635,11 +610,6 @@ def test_lora_beside_hificl_in_either_order(kind: str, order: str, tmp_path: Pat
     inject_adapter_in_model(config(), hificl_alone, "hificl")
     set_peft_model_state_dict(hificl_alone, model.get_adapter_state_dict("hificl"), adapter_name="hificl")
     torch.testing.assert_close(logits(hificl_alone, **inputs), outputs[1], rtol=1e-5, atol=1e-5)
-
-
-def test_mixed_model_is_a_closed_list() -> None:
-    with pytest.raises(ValueError, match="HIFICL"):
-        get_peft_model(build("gqa"), config(), mixed=True)
 
 
 def test_trainable_tokens_and_excluded_layers(tmp_path: Path) -> None:
@@ -708,3 +678,76 @@ def test_two_models_sharing_one_config_object() -> None:
     adapted_one.unload()
     assert torch.equal(logits(one, **inputs), bare)
     assert not torch.equal(logits(adapted_two, **inputs), bare)
+
+
+# -- what no other test would notice ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["float32-adapter", "bfloat16-adapter"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "first-frozen"])
+def test_a_second_adapter_on_a_bf16_base_waits_without_gradients(frozen: bool, autocast: bool) -> None:
+    """PEFT casts it to float32 when it has been attached."""
+    base = build("gqa").to(torch.bfloat16)
+    first = config(inference_mode=frozen)
+    model = get_peft_model(base, first, adapter_name="a", autocast_adapter_dtype=autocast)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert {value for name, value in before.items() if "hificl_" in name} == {not frozen}
+    model.add_adapter("b", config(), autocast_adapter_dtype=autocast)
+    after = dict(model.named_parameters())
+    assert {name: after[name].requires_grad for name in before} == before
+    second = [after[name] for name in after.keys() - before.keys()]
+    assert len(second) == 2 * 4 and not any(p.requires_grad for p in second)
+    assert {p.dtype for p in second} == {torch.float32 if autocast else torch.bfloat16}
+
+
+def test_a_layer_tells_what_it_is() -> None:
+    layer = HiFICLLayer(build("gqa").config, (4, 16, 8))
+    layer.update_layer("a", config(), torch.device("cpu"), torch.bfloat16)
+    layer.update_layer("b", config(n=5), torch.device("meta"), torch.float64)
+    assert "heads=4, key_dim=16, value_dim=8, n={'a': 3, 'b': 5}, r={'a': 2, 'b': 2}" in repr(layer)
+    assert (layer.in_features, layer.out_features) == (64, 32)
+    assert layer.weight is None and layer.bias is None  # it wraps nothing that has them
+    for name, place in (("a", ("cpu", torch.bfloat16)), ("b", ("meta", torch.float64))):
+        assert {(p.device.type, p.dtype) for key, p in layer.named_parameters() if f".{name}." in key} == {place}
+    for call in (layer.merge, layer.unmerge):
+        with pytest.raises(NotImplementedError, match=r"cannot be merged.*keep the adapter attached\.$"):
+            call()
+
+
+def test_what_pefts_helpers_ask_of_a_layer() -> None:
+    model, inputs = adapted("gqa", name="a"), inputs_for("gqa")
+    model.add_adapter("b", config())
+    want = logits(model, **inputs)
+    status = model.get_model_status()
+    assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["a"], [])
+    assert status.requires_grad == {"a": True, "b": False} and status.available_adapters == ["a", "b"]
+    with disable_input_dtype_casting(model):
+        assert torch.equal(logits(model, **inputs), want)
+        assert not any(layer.cast_input_dtype_enabled for layer in hificl_layers(model))
+    assert all(layer.cast_input_dtype_enabled for layer in hificl_layers(model))
+
+
+def test_pairs_are_multiplied_out_in_their_own_dtype_under_autocast() -> None:
+    for layer in hificl_layers(adapted("gqa")):
+        want = pairs_for(layer)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = pairs_for(layer)
+        assert torch.equal(got.keys, want.keys) and torch.equal(got.values, want.values)
+        assert got.keys.dtype == torch.float32
+
+
+class OfMine(tf.LlamaForCausalLM):
+    pass
+
+
+def test_a_configuration_names_the_class_of_a_base_model_of_transformers(tmp_path: Path) -> None:
+    """As PEFT does for an adapter without a task type; a class that cannot be imported by others is not named."""
+    base = build("gqa")
+    of_mine = OfMine(base.config)
+    for model, want in (
+        (base, {"base_model_class": "LlamaForCausalLM", "parent_library": type(base).__module__}),
+        (of_mine, None),
+    ):
+        inject_adapter_in_model(cfg := config(), model)
+        cfg.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["auto_mapping"] == want

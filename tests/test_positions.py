@@ -12,14 +12,15 @@ import torch
 import transformers
 from peft import get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 
 from peft_hificl import HiFICLConfig
 from peft_hificl.positions import PositionsFromMask
 
 from . import architectures
 from .architectures import FAMILIES, Family, Inputs
-from .conftest import llama
-from .test_architectures import each, generate, recorded_attention, run
+from .helpers import llama
+from .zoo import each, generate, recorded_attention, run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -155,6 +156,27 @@ def test_positions_of_the_caller_are_kept() -> None:
     model = trained()
     there = model(input_ids=PADDED, attention_mask=MASK, position_ids=torch.arange(10)[None]).logits
     assert not torch.allclose(there, model(input_ids=PADDED, attention_mask=MASK).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+def test_masks_of_other_forms_leave_positions_to_the_caller(implementation: str) -> None:
+    """Of four dimensions, or a BlockMask: without `position_ids`, positions are columns, padding included."""
+    model = trained()
+    model.set_attn_implementation(implementation)
+    columns = torch.arange(10)[None]
+    mask: Any = (MASK[:, None, None] * torch.ones(10, 10, dtype=torch.long).tril()).bool()
+    torch.compiler.set_stance("force_eager")
+    if implementation == "flex_attention":
+        shown = mask
+        mask = create_block_mask(lambda b, h, q, k: shown[b, 0, q, k], 1, None, 10, 10, device="cpu")
+    got, at_columns, counted = (
+        model(input_ids=PADDED, attention_mask=mask, **positions).logits[:, 6:]
+        for positions in ({}, {"position_ids": columns}, {"position_ids": (columns - 6).clamp_min(0)})
+    )
+    alone = run(model, {"input_ids": IDS})
+    torch.compiler.set_stance("default")
+    assert torch.equal(got, at_columns) and not torch.allclose(got, alone, atol=1e-3)
+    torch.testing.assert_close(counted, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_classifier_free_guidance_with_a_padded_negative_prompt() -> None:

@@ -7,46 +7,22 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
 
-from peft_hificl import HiFICLConfig
-
-from .conftest import IMAGE, build, inputs_for, logits
-from .test_peft_api import adapted, config, hificl_layers
-
-
-def picture_data(rows: int = 16) -> Dataset:
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(5, 90, (rows, 9), generator=generator)
-    ids[:, 1:5] = IMAGE
-    labels = ids.clone()
-    labels[:, :7] = -100  # the answer alone
-    pictures = torch.randn(rows, 3, 8, 8, generator=generator)
-    data = Dataset.from_dict({"input_ids": ids, "labels": labels, "pixel_values": pictures})
-    return data.with_format("torch")
-
-
-def trainer(folder: Path, model: PeftModel, **kwargs: object) -> Trainer:
-    args = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=4, learning_rate=5e-3, lr_scheduler_type="cosine",
-        warmup_steps=1, weight_decay=1e-3, max_grad_norm=1.0, logging_steps=1, report_to=[], seed=0,
-        use_cpu=True, disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
-        **{"save_strategy": "no", "num_train_epochs": 2, **kwargs},
-    )  # fmt: skip
-    return Trainer(model, args, train_dataset=picture_data(), eval_dataset=picture_data(8))
-
-
-def fresh() -> PeftModel:
-    torch.manual_seed(1)
-    return get_peft_model(build("vlm"), HiFICLConfig(n=4, r=4))
-
-
-def adapter_of(model: PeftModel) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if "hificl_" in name}
+from .helpers import (
+    adapted,
+    adapter_of,
+    build,
+    config,
+    fresh,
+    hificl_layers,
+    inputs_for,
+    logits,
+    picture_data,
+    trainer,
+)
 
 
 def test_trainer_trains_and_resumes_to_the_same_weights(tmp_path: Path) -> None:

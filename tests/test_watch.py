@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from peft_hificl import HiFICLConfig, HiFICLLayer
 
 from .architectures import FAMILIES, Family, adapt, build, forward_inputs
-from .conftest import inputs_for, llama
-from .test_architectures import each
+from .helpers import inputs_for, llama
+from .zoo import each
 
 IDS = inputs_for("gqa")["input_ids"]
 NO_EFFECT, NO_GRADIENT = "had no effect", "no gradient has reached"
@@ -101,7 +101,7 @@ def test_no_family_is_reported_in_forward_and_generate(family: Family) -> None:
 
 
 def test_towers_that_have_nothing_to_see_are_not_reported() -> None:
-    from .conftest import build as build_kind
+    from .helpers import build as build_kind
 
     model = get_peft_model(build_kind("vlm"), HiFICLConfig(target_modules=r".*self_attn", init_weights=False))
     assert any("vision" in name for name, m in model.named_modules() if isinstance(m, HiFICLLayer))
@@ -208,3 +208,35 @@ def test_compiled_models_are_not_reported() -> None:
     for layer in model.get_base_model().model.layers:
         layer.compile(backend="aot_eager")
     assert reports(model, backward=True) == []
+
+
+def test_a_layer_that_dynamo_traces_is_not_watched() -> None:
+    layer = next(m for m in adapted().modules() if isinstance(m, HiFICLLayer))
+    call = [torch.empty(1, 0)] * 3
+    want = layer(*call)
+    layer.awaits_gradient.clear()
+    calls = layer.calls
+    torch._dynamo.reset()
+    got = torch.compile(layer, backend="eager", fullgraph=True)(*call)
+    assert torch.equal(got.keys, want.keys) and torch.equal(got.values, want.values) and got.keys.requires_grad
+    assert (layer.awaits_gradient, layer.calls) == (set(), calls)
+
+
+def test_an_adapter_that_has_had_a_gradient_is_not_watched_again() -> None:
+    model = adapted()
+    layer = next(m for m in model.modules() if isinstance(m, HiFICLLayer))
+    assert layer.had_gradient == {"default": False}
+    assert reports(model, backward=True) == []
+    assert layer.had_gradient == {"default": True}
+    block_gradients(model, [0, 1])
+    assert reports(model, backward=True) == [] and not layer.awaits_gradient
+
+
+def test_an_adapter_may_be_deleted_before_its_backward() -> None:
+    model = adapted()
+    model.add_adapter("b", HiFICLConfig(n=3, r=2))
+    loss = model(input_ids=IDS, labels=IDS).loss
+    model.delete_adapter("default")
+    loss.backward()
+    layers = [m for m in model.modules() if isinstance(m, HiFICLLayer)]
+    assert all(layer.had_gradient == {"b": False} and not layer.awaits_gradient for layer in layers)

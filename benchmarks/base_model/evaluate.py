@@ -7,7 +7,6 @@ beside the model.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +16,11 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from transformers import LlavaForConditionalGeneration
 
+from ..common import files
+from ..common.colors import GREY, HIFICL
+from ..common.tables import Record, Table
 from .card import write_card
 from .episodes import Block, Episode, Episodes, collate
 from .language import CAPTION, END, MARK, QUESTION_TYPES, TOKEN, VOCABULARY, ask, caption
@@ -122,7 +123,7 @@ def measure_captions(model: LlavaForConditionalGeneration, scenes: Scenes, numbe
     return {"accuracy": float(right.mean()), "ends": float(np.mean([END in text for text in said]))} | by_objects
 
 
-def evaluate(model: LlavaForConditionalGeneration, scenes: Scenes, number: int) -> dict[str, object]:
+def evaluate(model: LlavaForConditionalGeneration, scenes: Scenes, number: int) -> Record:
     """All of it, on the test split."""
     start = time.perf_counter()
     direct = measure_direct(model, scenes, number)
@@ -154,8 +155,8 @@ def draw(path: Path, series: dict[str, dict[str, dict[str, float]]]) -> None:
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     for axes, (name, by_shots) in zip(figure.subplots(2, 3, sharey=True).flat, series.items(), strict=True):
         places = range(len(by_shots))
-        axes.plot(places, [100 * row["ceiling"] for row in by_shots.values()], "--", color="#9a9a9a", label="ceiling")
-        axes.plot(places, [100 * row["accuracy"] for row in by_shots.values()], "o-", color="#1f6fb4", label="base")
+        axes.plot(places, [100 * row["ceiling"] for row in by_shots.values()], "--", color=GREY, label="ceiling")
+        axes.plot(places, [100 * row["accuracy"] for row in by_shots.values()], "o-", color=HIFICL, label="base")
         axes.set_xticks(places, list(by_shots))
         axes.set_title(name)
         axes.set_ylim(-3, 103)
@@ -177,15 +178,14 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     _, model = load_base(args.model)
     results = evaluate(model, make_scenes("test", 6000), args.number)
-    (out / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
+    files.write(out / "evaluation.json", results)
     draw(out / "evaluation.png", results["series"])
     if out == args.model:
         write_card(out)
 
-    table = Table("test", "reached", "target", title=f"{args.number} test questions each, rules never seen")
-    for name, row in results["targets"].items():
-        table.add_row(name, f"{row['reached']:.3f}", f"{row['target']:.2f}")
-    Console().print(table)
+    rows = [(name, f"{row['reached']:.3f}", f"{row['target']:.2f}") for name, row in results["targets"].items()]
+    title = f"{args.number} test questions each, rules never seen"
+    Console().print(Table(title, ("test", "reached", "target"), rows).rich())
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration, set_seed
 
+from ..common import files
+from ..common.environment import prepare
+from ..common.tables import Record
 from .episodes import Batch, Episode, Episodes, collate
 from .evaluate import measure_series
 from .model import load_base, make_model, make_processor
@@ -217,9 +220,7 @@ class Training:
 
     def run(self, stop_at: int | None = None) -> None:
         """Train to the end, or as if killed after `stop_at` steps."""
-        recipe, averages, logs = self.recipe, {}, self.out / "log.jsonl"
-        averages_of = ""
-        self.out.mkdir(parents=True, exist_ok=True)
+        recipe, averages, averages_of = self.recipe, dict[str, float](), ""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), speed_estimate_period=300) as bar:
             task = bar.add_task("base model", total=recipe.steps, completed=self.step)
@@ -235,10 +236,9 @@ class Training:
                 bar.update(task, completed=self.step, description=f"{phase}: {shown}")
                 if self.step % recipe.validate_every == 0 or self.step == recipe.steps:
                     valid = self.validate() if phase in ("rules", "hide", "settle") else {}
-                    line = {"step": self.step, "phase": phase, "seconds": round(self.seconds, 1)}
+                    line: Record = {"step": self.step, "phase": phase, "seconds": round(self.seconds, 1)}
                     line |= {name: round(value, 4) for name, value in averages.items()} | valid
-                    with logs.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
+                    files.append(self.out / "log.jsonl", line)
                 if self.step % recipe.checkpoint_every == 0 or self.step == recipe.steps:
                     self.save()
 
@@ -247,12 +247,12 @@ class Training:
         self.model.set_attn_implementation("sdpa")
         self.model.eval().save_pretrained(folder)
         make_processor().save_pretrained(folder)
-        about = {"seed": self.seed, "steps": self.step, "seconds": self.seconds, "threads": torch.get_num_threads()}
-        about |= {"parameters": self.model.num_parameters(), "recipe": asdict(self.recipe)}
-        about |= {name: version(name) for name in ("torch", "transformers")}
+        about: Record = {"seed": self.seed, "steps": self.step, "seconds": self.seconds}
+        about |= {"threads": torch.get_num_threads(), "parameters": self.model.num_parameters()}
+        about |= {"recipe": asdict(self.recipe), **{name: version(name) for name in ("torch", "transformers")}}
         if self.start is not None:
             about["started from"] = json.loads((self.start / "training.json").read_text())
-        (folder / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+        files.write(folder / "training.json", about)
 
 
 def main() -> None:
@@ -269,11 +269,11 @@ def main() -> None:
     )
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    prepare(args.threads)
     recipe = SMOKE if args.smoke else Recipe()
     if args.start is not None:
-        shares = {"hide": recipe.hide * 2 // 3, "settle": recipe.settle // 2, "learning_rate": recipe.learning_rate / 2}
-        recipe = replace(recipe, see=0, speak=0, rules=0, **shares)
+        recipe = replace(recipe, see=0, speak=0, rules=0, hide=recipe.hide * 2 // 3, settle=recipe.settle // 2)
+        recipe = replace(recipe, learning_rate=recipe.learning_rate / 2)
     training = Training(recipe, args.seed, args.out, args.start)
     training.resume()
     training.run()

@@ -5,5 +5,5 @@ answers side by side, `trials` compares settings of HiFICL on validation data; `
 is there.
 
 Read in this order: `tasks`, `metrics`, `encoding` (prompts as tensors), `methods`, `training`, `plan` (which runs there
-are, and how alike they must be), `runner`, `report`.
+are, and how alike they must be), `store`, `runner`, `report`.
 """

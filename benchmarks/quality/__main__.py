@@ -27,6 +27,7 @@ def main() -> None:
 
         print(report.write(args.results))
         return
+    from ..common import environment, files
     from . import costs, runner
     from .methods import ALL_METHODS
     from .plan import jobs, trials
@@ -37,8 +38,8 @@ def main() -> None:
             parser.error(f"unknown: {', '.join(unknown)}; known are {', '.join(known)}")
 
     if args.command == "costs":
-        runner.prepare_process()
-        runner.write(args.results / "costs.json", costs.measure())
+        environment.prepare()
+        files.write(args.results / "costs.json", costs.measure())
         return
     grid = trials if args.command == "trials" else jobs
     chosen = [job for job in grid(tuple(args.tasks or TASKS)) if args.methods is None or job.method in args.methods]

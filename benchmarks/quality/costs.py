@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.base_model.model import load_base
-from benchmarks.speed.measure import flops, interleave, peak_bytes, ratio, summary
-
+from ..base_model.model import load_base
+from ..common.environment import command, environment
+from ..common.tables import Record
+from ..speed.measure import flops, interleave, peak_bytes, ratio, summary
 from .encoding import CHECKPOINT, answers, encoded_task
 from .methods import METHODS, Setup
 from .methods.learner import number
 from .methods.teacher import draw_demonstrations
-from .runner import environment
 from .tasks import TASKS
 from .training import BATCH
 
@@ -36,7 +35,7 @@ TRAINED = (
 PROMPTED = ("zero-shot", "icl-1", "icl-8", "icl-16")
 
 
-def measure() -> dict[str, Any]:
+def measure() -> Record:
     """Medians over rounds in which every method has its turn; ratios are those within a round."""
     splits, device = encoded_task(TASK), torch.device("cpu")
     samples = list(range(len(splits["train"].prompts)))
@@ -63,7 +62,7 @@ def measure() -> dict[str, Any]:
     trained, answered = interleave(steps, device, SECONDS), interleave(asked, device, SECONDS)
     rows = []
     for name in (*TRAINED, *PROMPTED):
-        row: dict[str, Any] = {"method": name, "trainable_parameters": parameters[name]}
+        row: Record = {"method": name, "trainable_parameters": parameters[name]}
         if name in steps:
             row |= {
                 "step_seconds": summary(trained, name)["seconds"],
@@ -72,9 +71,9 @@ def measure() -> dict[str, Any]:
                 "step_flops": flops(steps[name]),
             }
         row |= {
-            "query_seconds": float(summary(answered, name)["seconds"]) / QUERIES,  # type: ignore[arg-type]
+            "query_seconds": summary(answered, name)["seconds"] / QUERIES,
             "query_over_hificl": ratio(answered, name, "hificl"),
             "query_flops": flops(asked[name]) // QUERIES,
         }
         rows.append(row)
-    return {**environment(), "task": TASK, "batch": BATCH, "queries": QUERIES, "rows": rows}
+    return {"command": command(), **environment(), "task": TASK, "batch": BATCH, "queries": QUERIES, "rows": rows}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -104,13 +104,13 @@ def collate(splits: dict[str, Split], queries: Sequence[Row], shown: Sequence[Se
         "input_ids": torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in rows]),
         "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]),
         "labels": torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows]),
-        "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)},  # type: ignore[arg-type]
+        "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)},
     }
 
 
 @torch.no_grad()
 def answers(
-    model: nn.Module,
+    model: Any,
     splits: dict[str, Split],
     queries: Sequence[Row],
     max_new_tokens: int,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..common import files
+from ..common.tables import Record
 from . import methods, plan, tasks
 from .statistics import Paired, paired
 
@@ -55,19 +57,19 @@ class Results:
     runs: pd.DataFrame
     sweeps: pd.DataFrame
     trials: pd.DataFrame  # sweeps that choose no rate of a run
-    costs: Mapping
+    costs: Record
     unusable: list[str]
 
     @cached_property
-    def _runs(self) -> dict[tuple, pd.DataFrame]:
+    def _runs(self) -> dict[tuple[str, str, int], pd.DataFrame]:
         return {key: of.set_index("seed") for key, of in self.runs.groupby(["method", "task", "samples"])}
 
     @cached_property
-    def _sweeps(self) -> dict[tuple, pd.DataFrame]:
+    def _sweeps(self) -> dict[tuple[str, str, int], pd.DataFrame]:
         return dict(iter(self.sweeps.groupby(["method", "task", "samples"])))
 
     @property
-    def cost_rows(self) -> dict[str, Mapping]:
+    def cost_rows(self) -> dict[str, Record]:
         return {row["method"]: row for row in self.costs.get("rows") or () if "method" in row}
 
     def scores(self, method: str, task: str, samples: int, measure: str = "score", exact: bool = False) -> pd.Series:
@@ -133,38 +135,43 @@ class Results:
 
 
 def load(folder: Path) -> Results:
-    """Read what is there; a file that cannot be used is named, not passed over."""
+    """Read what is there; what cannot be used is named, not passed over."""
     unusable: list[str] = []
 
-    def read(pattern: str, parse: Callable[[Path], dict]) -> list[dict]:
-        parsed = []
-        for path in sorted(folder.glob(pattern)):
-            try:
-                parsed.append(parse(path))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                unusable.append(f"{path.relative_to(folder)}: {type(error).__name__}: {error}")
-        return parsed
+    def read(kind: str, parse: Callable[[Record], Record], key: tuple[str, ...]) -> list[Record]:
+        parsed: dict[tuple[object, ...], Record] = {}  # of two lines for the same job the later one holds
+        for path in sorted((folder / kind).glob("*.jsonl")):
+            name, (lines, torn) = path.relative_to(folder), files.lines(path)
+            for number, line in enumerate(lines, 1):
+                try:
+                    row = parse(json.loads(line))
+                    if row["task"] != path.stem:
+                        raise ValueError(f"is of the task {row['task']}")
+                    parsed[tuple(row[column] for column in key)] = row
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    unusable.append(f"{name}, line {number}: {type(error).__name__}: {error}")
+            if torn:
+                unusable.append(f"{name}: the last line, which was written in part")
+        return list(parsed.values())
 
-    runs = read("runs/*/*.json", _run)
-    sweeps, trials = (read(f"{name}/*/*.json", _sweep) for name in ("sweeps", "trials"))
-    costs = read("costs.json", lambda path: dict(json.loads(path.read_text())))
-    return Results(_tidy(runs, RUN), _tidy(sweeps, SWEEP), _tidy(trials, SWEEP), costs[0] if costs else {}, unusable)
+    runs = read("runs", _run, ("task", "method", "samples", "seed"))
+    sweeps, trials = (
+        read(kind, _sweep, ("task", "method", "samples", "rate", "seed")) for kind in ("sweeps", "trials")
+    )
+    costs = folder / "costs.json"
+    measured = json.loads(costs.read_text()) if costs.exists() else {}
+    return Results(_tidy(runs, RUN), _tidy(sweeps, SWEEP), _tidy(trials, SWEEP), measured, unusable)
 
 
-def _run(path: Path) -> dict:
-    run = json.loads(path.read_text())
-    key = run["task"], run["method"], int(run["samples"]), int(run["seed"])
-    if (path.parent.name, path.stem) != (key[0], ".".join(map(str, key[1:]))):
-        raise ValueError(f"holds the run {key}")
-    test = run["test"]
-    vector = str(run.get("vector", OF_OLD_RUNS))
+def _run(run: Record) -> Record:
+    test, vector = run["test"], str(run.get("vector", OF_OLD_RUNS))
     numbers = [_number(run.get(name)) for name in ("rate", "trainable_parameters", "training_seconds")]
     measures = [_number(test.get(name)) for name in CAPTION_MEASURES]
-    return dict(zip(RUN, (*key, vector, *numbers, _finite(test["score"]), *measures), strict=True))
+    values = run["task"], run["method"], int(run["samples"]), int(run["seed"]), vector, *numbers
+    return dict(zip(RUN, (*values, _finite(test["score"]), *measures), strict=True))
 
 
-def _sweep(path: Path) -> dict:
-    sweep = json.loads(path.read_text())
+def _sweep(sweep: Record) -> Record:
     score = _finite(sweep["validation"]["score"])
     values = sweep["task"], sweep["method"], int(sweep["samples"]), _finite(sweep["rate"]), int(sweep["seed"]), score
     return dict(zip(SWEEP, values, strict=True))
@@ -180,5 +187,5 @@ def _finite(value: float) -> float:
     return float(value)
 
 
-def _tidy(records: list[dict], columns: tuple[str, ...]) -> pd.DataFrame:
+def _tidy(records: list[Record], columns: tuple[str, ...]) -> pd.DataFrame:
     return pd.DataFrame(records, columns=list(columns))

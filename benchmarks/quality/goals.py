@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..speed.report import Table, count
+from ..common.tables import NOT_MEASURED, Table, count
 from . import paper
 from .frame import ABLATIONS, METHODS, TASKS, TEACHERS, Results
 from .plan import FULL
 from .statistics import Paired
 from .tables import cost_ratio, p_value, percent, times
 
-SHOWN, NOT_SHOWN, NOT_MEASURED = "shown", "not shown", "not measured"
+SHOWN, NOT_SHOWN = "shown", "not shown"
 LORAS = ("lora-8", "lora-16")
 ORDER = 2  # a ratio is of the paper's order from half of it on
 
@@ -71,22 +71,22 @@ def _on_every_task(found: Results, other: str) -> Goal:
             f"{sum(bool(of.above_zero) for of in measured.values())}: "
             f"from {percent(measured[low], True)} ({TASKS[low]}) to {percent(measured[high], True)} ({TASKS[high]})"
         )
-    status = verdict(of and of.mean > 0 for of in by_task.values())
+    status = verdict(of.mean > 0 if of else None for of in by_task.values())
     return Goal(f"a-{other}", f"HiFICL above {METHODS[other]} on every task, {FULL} samples", text, status)
 
 
 def _on_average(found: Results, other: str, own: str) -> Goal:
     difference = found.difference(own, other, FULL)
     what = f"{METHODS[own]} at or above {METHODS[other]} on average over tasks, {FULL} samples"
-    return Goal(_key("b", other, own), what, _found(difference), verdict([difference and difference.mean >= 0]))
+    status = verdict([difference.mean >= 0 if difference else None])
+    return Goal(_key("b", other, own), what, _found(difference), status)
 
 
 def _clearly(found: Results, other: str, samples: int, own: str) -> Goal:
     difference = found.difference(own, other, samples)
     what = f"{METHODS[own]} clearly above {METHODS[other]} over all tasks, {samples} samples (interval above 0)"
-    return Goal(
-        _key("c", f"{other}-{samples}", own), what, _found(difference), verdict([difference and difference.above_zero])
-    )
+    status = verdict([difference.above_zero if difference else None])
+    return Goal(_key("c", f"{other}-{samples}", own), what, _found(difference), status)
 
 
 def _half_the_parameters(found: Results, other: str, own: str) -> Goal:
@@ -106,7 +106,7 @@ def _below_full(found: Results, method: str) -> Goal:
     difference = found.difference("hificl", method, FULL)
     name = method.removeprefix("hificl-")
     what = f"Ablation '{METHODS[method]}' below full HiFICL on average over tasks, {FULL} samples"
-    return Goal(f"e-{name}", what, _found(difference), verdict([difference and difference.mean > 0]))
+    return Goal(f"e-{name}", what, _found(difference), verdict([difference.mean > 0 if difference else None]))
 
 
 def _training_time(found: Results, method: str) -> Goal:

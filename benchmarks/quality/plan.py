@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 
+from ..common.tables import Record
 from .methods import ALL_METHODS, METHODS, SHOTS, TRIALS
 from .tasks import TASKS
 from .training import STEPS
 
+KINDS = ("runs", "sweeps", "trials")  # of jobs: sweeps choose the rates of runs, trials choose none
 SEEDS = range(5)
 TRIAL_SEEDS = (100, 101)  # of runs that are measured on validation data: none of those that are tested
 HARD_TASKS = ("knowledge", "captions", "composed")  # those that most methods do not solve with 1,000 samples
@@ -65,13 +66,19 @@ class Job:
     def sweeps(self) -> bool:
         return self.rate is not None
 
-    def path(self, results: Path) -> Path:
+    @classmethod
+    def of(cls, record: Record) -> Job:
+        """The job that left this record: sweeps and trials are measured on validation data, runs are not."""
+        rate = record["rate"] if "validation" in record else None
+        return cls(record["task"], record["method"], record["samples"], record["seed"], rate)
+
+    @property
+    def kind(self) -> str:
         if not self.sweeps:
-            return results / "runs" / self.task / f"{self.method}.{self.samples}.{self.seed}.json"
+            return "runs"
         swept = {SWEPT_AT[size] for size in TRAINED.get(self.method, ())}
         chooses = self.samples in swept and self.seed in sweep_seeds(self.task, self.method, self.samples)
-        folder = results / ("sweeps" if chooses else "trials") / self.task
-        return folder / f"{self.method}.{self.samples}.{self.rate:g}.{self.seed}.json"
+        return "sweeps" if chooses else "trials"
 
     @property
     def waits_for(self) -> list[Job]:

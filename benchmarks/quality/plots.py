@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from ..speed.presets import HIFICL, LORA, PREFIX
-from ..speed.report import COLORS as SPEED_COLORS
-from ..speed.report import GREY, NOT_MEASURED
+from ..common.colors import GREY, HIFICL, LORA, PREFIX
+from ..common.tables import NOT_MEASURED
 from .frame import METHODS, PAIRS, RANKS, SHOTS, TASKS, Results
 from .plan import FULL, HARD_TASKS, SIZES
 from .statistics import Interval, interval
 
-BLUE, ORANGE, GREEN = (SPEED_COLORS[method] for method in (HIFICL, LORA, PREFIX))
 PALE = "#7fb3e0"
 LINES = {  # color, marker
     "lora-8": ("#f2bb73", "v"),
-    "lora-16": (ORANGE, "^"),
-    "prefix": (GREEN, "s"),
+    "lora-16": (LORA, "^"),
+    "prefix": (PREFIX, "s"),
     "prefix-demos": ("#9ccf8f", "s"),
     "ia3": ("#8c6bb1", "D"),
     "live": ("#c994c7", "P"),
     "mimic": ("#ce3a4a", "X"),
     "hificl-n16": ("#12406e", "h"),
-    "hificl": (BLUE, "o"),
+    "hificl": (HIFICL, "o"),
 }
 PREFIXES = {"cartridge": ("#3f7f93", "<"), "cartridge-demos": ("#3f7f93", ">")}
 LEVELS = {"zero-shot": ":", "icl-8": "--"}
@@ -41,7 +41,7 @@ def save(found: Results, folder: Path) -> dict[str, str]:
     drawn: dict[str, tuple[str, tuple[float, float], Callable[[Results, Figure], None]]] = {
         "samples.png": ("Test score by number of training samples", (14, 7), draw_samples),
         "parameters.png": (
-            f"Test score by trainable parameters, {FULL} samples, mean of {', '.join(map(TASKS.get, HARD_TASKS))}",
+            f"Test score by trainable parameters, {FULL} samples, mean of {', '.join(TASKS[t] for t in HARD_TASKS)}",
             (10, 5.5),
             draw_parameters,
         ),
@@ -57,11 +57,9 @@ def save(found: Results, folder: Path) -> dict[str, str]:
 
 def draw_samples(found: Results, figure: Figure) -> None:
     for axes, score in _panels(found, figure):
-        for place, (method, (color, marker)) in enumerate(LINES.items()):
-            # side by side within a size, as whiskers on one another cannot be told apart
-            nudge = 1.035 ** (place - (len(LINES) - 1) / 2)
-            points = {samples * nudge: interval(score(method, samples)) for samples in SIZES}
-            _whiskers(axes, points, METHODS[method], color, marker, strong=method == "hificl")
+        for method, (color, marker) in LINES.items():
+            points = {samples: interval(score(method, samples)) for samples in SIZES}
+            _line(axes, points, METHODS[method], color, marker, strong=method == "hificl")
         for method, style in LEVELS.items():
             _level(axes, interval(score(method, FULL)), METHODS[method], GREY, style)
         axes.set_xscale("log")
@@ -76,7 +74,7 @@ def draw_shots(found: Results, figure: Figure) -> None:
     for axes, score in _panels(found, figure):
         shown = {place: interval(score(method, FULL)) for place, method in enumerate(SHOTS.values())}
         _whiskers(axes, shown, "prompting", GREY, "o", strong=True)
-        _level(axes, interval(score("hificl", FULL)), f"HiFICL, {FULL} samples", BLUE, "-")
+        _level(axes, interval(score("hificl", FULL)), f"HiFICL, {FULL} samples", HIFICL, "-")
         axes.set_xticks(range(len(SHOTS)), list(map(str, SHOTS)))
         axes.set_xlabel("demonstrations")
         _finish(axes)
@@ -85,33 +83,31 @@ def draw_shots(found: Results, figure: Figure) -> None:
 
 def draw_parameters(found: Results, figure: Figure) -> None:
     axes = figure.subplots()
-    for variants, name, color in ((RANKS, "r", BLUE), (PAIRS, "n", PALE)):
+    for variants, name, color in ((RANKS, "r", HIFICL), (PAIRS, "n", PALE)):
         by_number = {number: point for number, method in variants.items() if (point := _with_parameters(found, method))}
         _whiskers(axes, dict(by_number.values()), f"HiFICL by {name}", color, "o", strong=name == "r")
-        for number in {min(by_number, default=None), max(by_number, default=None)} - {None}:
-            x, point = by_number[number]
-            side = 1 if name == "n" else -1  # above the curve of n, below that of r
-            end = 100 * (point.mean + side * (point.half or 0))
-            text = {"textcoords": "offset points", "ha": "center", "va": "center", "color": color}
-            axes.annotate(f"{name} = {number}", (x, end), (0, 10 * side), **text)
-    taken: list[float] = []
+        for end, side in ((min, "right"), (max, "left")):
+            if by_number:  # the label of the least stands to the left of its point, that of the most to the right
+                x, score = by_number[end(by_number)]
+                away = -8 if end is min else 8
+                axes.annotate(
+                    f"{name} = {end(by_number)}", (x, 100 * score.mean), (away, 0), textcoords="offset points",
+                    ha=side, va="center", color=color,
+                )  # fmt: skip
     for method, (color, marker) in (LINES | PREFIXES).items():
         if method == "hificl-n16":  # on the curve of n
             continue
         if point := _with_parameters(found, method):
-            x, score = point
-            # whoever has as many parameters as another stands beside it
-            beside, strong = x * 1.06 ** taken.count(x), method == "hificl"
-            taken.append(x)
+            strong = method == "hificl"
             label = "HiFICL, r = 8, n = 8" if strong else METHODS[method]
-            _whiskers(axes, {beside: score}, label, color, "*" if strong else marker, strong)
+            _whiskers(axes, dict([point]), label, color, "*" if strong else marker, strong)
     axes.set_xscale("log")
     axes.set_xlabel("trainable parameters")
     _finish(axes)
     _legend(figure)
 
 
-def _with_parameters(found: Results, method: str) -> tuple[float, Interval] | None:
+def _with_parameters(found: Results, method: str) -> tuple[int, Interval] | None:
     numbers, score = found.parameters(method), interval(found.means(method, FULL, tasks=HARD_TASKS))
     return (numbers[-1], score) if score and any(numbers) else None
 
@@ -120,9 +116,11 @@ def _panels(found: Results, figure: Figure) -> list[tuple[Axes, Score]]:
     """One per task and one for their mean, with the scores that belong in it; the eighth place is for the legend."""
     grid = list(figure.subplots(2, 4).flat)
     grid[-1].set_axis_off()
-    by_panel: list[tuple[str, Score]] = [
-        (title, lambda method, samples, task=task: found.scores(method, task, samples)) for task, title in TASKS.items()
-    ]
+
+    def of(task: str) -> Score:
+        return lambda method, samples: found.scores(method, task, samples)
+
+    by_panel: list[tuple[str, Score]] = [(title, of(task)) for task, title in TASKS.items()]
     by_panel.append(("mean over tasks", found.means))
     panels = []
     for axes, (title, score) in zip(grid, by_panel, strict=False):
@@ -132,7 +130,7 @@ def _panels(found: Results, figure: Figure) -> list[tuple[Axes, Score]]:
 
 
 def _whiskers(
-    axes: Axes, points: Mapping[float, Interval | None], label: str, color: str, marker: str, strong: bool = False
+    axes: Axes, points: Mapping[int, Interval | None], label: str, color: str, marker: str, strong: bool = False
 ) -> None:
     measured = sorted((x, point) for x, point in points.items() if point)
     if not measured:
@@ -154,6 +152,18 @@ def _whiskers(
     line.set(markeredgecolor="white", markeredgewidth=0.6)  # given above, the caps would be white, too
 
 
+def _line(
+    axes: Axes, points: Mapping[int, Interval | None], label: str, color: str, marker: str, strong: bool = False
+) -> None:
+    """A line in the band of its intervals; a single point has whiskers."""
+    measured = {x: point for x, point in sorted(points.items()) if point}
+    if len(measured) > 1:
+        low, high = ([100 * (p.mean + sign * (p.half or 0)) for p in measured.values()] for sign in (-1, 1))
+        axes.fill_between(list(measured), low, high, color=color, alpha=0.15, linewidth=0)
+        measured = {x: replace(point, half=None) for x, point in measured.items()}
+    _whiskers(axes, measured, label, color, marker, strong)
+
+
 def _level(axes: Axes, at: Interval | None, label: str, color: str, style: str) -> None:
     if at is None:
         return
@@ -163,7 +173,8 @@ def _level(axes: Axes, at: Interval | None, label: str, color: str, style: str) 
 
 
 def _finish(axes: Axes) -> None:
-    if axes.get_subplotspec().is_first_col():
+    place = axes.get_subplotspec()
+    if place is None or place.is_first_col():
         axes.set_ylabel("test score, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -174,13 +185,13 @@ def _finish(axes: Axes) -> None:
 
 def _legend(figure: Figure) -> None:
     """One for all panels, of whatever any of them shows."""
-    entries = {}
+    entries: dict[str, Artist] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
     if not entries:
         return
     if len(figure.axes) > 1:
-        figure.axes[-1].legend(entries.values(), entries.keys(), frameon=False, loc="center")
+        figure.axes[-1].legend(list(entries.values()), list(entries), frameon=False, loc="center")
     else:
-        figure.legend(entries.values(), entries.keys(), frameon=False, loc="outside right center", fontsize=9)
+        figure.legend(list(entries.values()), list(entries), frameon=False, loc="outside right center", fontsize=9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..speed.report import NOT_MEASURED, Table
+from ..common.tables import NOT_MEASURED, Table
 from . import goals, paper, plots, tables
 from .frame import METHODS, SEEDS, TASKS, Results, load
 from .plan import TRIAL_SEEDS
@@ -33,7 +33,7 @@ def write(results: Path) -> Path:
     for anchor, title, blocks in sections:
         lines += ["", f'<a id="{anchor}"></a>', "", f"## {title}"]
         for block in blocks:
-            lines += ["", *(tables.markdown(block) if isinstance(block, Table) else [block])]
+            lines += ["", *(block.markdown() if isinstance(block, Table) else [block])]
     path = results / "report.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

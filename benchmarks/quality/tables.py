@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 
-from ..speed.report import Table, bytes_of, count, duration, scientific
+from ..common.tables import Table, bytes_of, count, duration, scientific
 from . import paper
 from .frame import ABLATIONS, COMPARED, METHODS, PAIRS, RANKS, SEEDS, TASKS, TEACHERS, TRIALS, Rates, Results
 from .plan import FULL, SIZES, TRIED, TRIED_ON
@@ -29,11 +29,6 @@ OTHERS = (
     "hificl-unit",
 )
 OTHERS_OF_16 = ("hificl", "lora-8", "lora-16", "prefix-demos")
-
-
-def markdown(table: Table) -> list[str]:
-    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-    return [f"**{table.title}**", "", *("| " + " | ".join(map(str, line)) + " |" for line in lines)]
 
 
 # -- numbers as text ---------------------------------------------------------------------------------------------------
@@ -151,14 +146,14 @@ def comparison(found: Results, other: str, method: str = "hificl") -> Table:
     columns = []
     for cells in tested.values():
         columns.append([percent(cell, True) for cell in cells])
-        corrected = holm([cell and cell.p for cell in cells])
+        corrected = holm([cell.p if cell else None for cell in cells])
         columns.append([f"{_p(cell)} ({p_value(p)})" for cell, p in zip(cells, corrected, strict=True)])
     rows = [(title, *(column[place] for column in columns)) for place, title in enumerate(TASKS.values())]
     return Table(f"{METHODS[method]} less {METHODS[other]}, in points; p (Holm's p)", _columns("task", tested), rows)
 
 
 def _p(found: Paired | None) -> str:
-    return p_value(found and found.p)
+    return p_value(found.p if found else None)
 
 
 def _columns(first: str, sizes: Iterable[int]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ def batches(rows: Sequence[int], steps: int, seed: int, size: int = BATCH) -> It
 def fit(
     model: nn.Module,
     loss: Callable[[list[int]], Tensor],
-    groups: list[dict[str, object]],
+    groups: list[dict[str, Any]],
     data: Iterator[list[int]],
     steps: int,
 ) -> float:
@@ -42,7 +43,7 @@ def fit(
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    parameters = [parameter for group in groups for parameter in group["params"]]  # type: ignore[attr-defined]
+    parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
     start = time.perf_counter()

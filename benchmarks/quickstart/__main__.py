@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import subprocess
 import sys
 import time
@@ -16,9 +15,11 @@ from rich.progress import track
 from transformers import set_seed
 
 from ..base_model.model import load_base
+from ..common import files
+from ..common.environment import command, environment, prepare
+from ..common.tables import Record
 from ..quality.encoding import CHECKPOINT
 from ..quality.methods import Setup
-from ..quality.runner import environment, prepare_process
 from ..quality.scoring import score
 from ..quality.training import BATCH, STEPS
 from . import __doc__ as what_it_does
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of training samples, weights, batches and demonstrations")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    prepare_process()
+    prepare()
     console = Console()
 
     _, base = load_base(CHECKPOINT)
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(report.make_table(rows, title))
     console.print(report.caption_example(predictions, splits["captions"]))
     report.draw(args.out / "quickstart.png", rows, predictions, splits)
-    (args.out / "predictions.json").write_text(json.dumps(predictions, indent=1))
+    files.write(args.out / "predictions.json", predictions)
 
     # A process of its own, which compares every answer with predictions.json and fails where one differs.
     serve = [sys.executable, "-m", "benchmarks.quickstart.serve", "--out", str(args.out)]
@@ -77,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     seconds = time.perf_counter() - start
     results = {
+        "command": command(),
         **environment(),
         "seed": args.seed,
         "training_samples": asking.SAMPLES,
@@ -89,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "unchanged_after_reload": served.returncode == 0,
         "seconds": seconds,
     }
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    files.write(args.out / "results.json", results)
     console.print(f"{seconds:.0f} s. Adapters, quickstart.png and results.json are in {args.out}")
 
     reached = {(row.task, row.method): row.test["score"] for row in rows}
@@ -101,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit("the reloaded adapters do not give the same answers")
 
 
-def teach(method: str, task: str, splits: Splits, out: Path, seed: int) -> tuple[dict[str, float], list[str]]:
+def teach(method: str, task: str, splits: Splits, out: Path, seed: int) -> tuple[Record, list[str]]:
     """Train and save one adapter on a fresh base; return what training took, and the answers of the adapted model."""
     set_seed(seed)
     processor, base = load_base(CHECKPOINT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
@@ -46,7 +47,7 @@ ATTACH = {"hificl": attach_hificl, "lora": attach_lora}
 
 def train(model: PeftModel, setup: methods.Setup, title: str) -> float:
     """AdamW on the cross-entropy of the answers, alike for every adapter; return the seconds that it took."""
-    groups: list[dict[str, object]] = [{"params": methods.trainable(model), "lr": setup.rate}]
+    groups: list[dict[str, Any]] = [{"params": methods.trainable(model), "lr": setup.rate}]
     if isinstance(model.active_peft_config, HiFICLConfig):
         groups = parameter_groups(model, setup.rate)  # virtual keys learn more slowly than values
     batches = track(training.batches(setup.samples, setup.steps, setup.seed), title, total=setup.steps)
@@ -55,7 +56,7 @@ def train(model: PeftModel, setup: methods.Setup, title: str) -> float:
 
 def save(model: PeftModel, folder: Path) -> int:
     """The adapter alone, without the base; return the bytes of its weights."""
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return (folder / "adapter_model.safetensors").stat().st_size
 
 

@@ -13,17 +13,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from ..common import colors
 from ..quality.tasks import TASKS
 from .asking import CHOSEN, SHOTS, Splits
 
 Predictions = dict[str, dict[str, list[str]]]  # answers by method (a key of TITLES) and task
 
 TITLES = {"zero-shot": "zero-shot", "icl": f"{SHOTS}-shot", "hificl": "HiFICL", "lora": "LoRA"}
-COLORS = {"zero-shot": "#cccccc", "icl": "#8a8a8a", "hificl": "#1f6fb4", "lora": "#e08a1e"}
+COLORS = {"zero-shot": "#cccccc", "icl": "#8a8a8a", "hificl": colors.HIFICL, "lora": colors.LORA}
 PICTURES = 4  # of each task
 RIGHT, WRONG = "#2a7a2a", "#b02a2a"
 METRICS = {"knowledge": "exact answers", "captions": "CIDEr over a right one's"}
-TITLE, CENTER = "{}: the first test pictures", {"ha": "center", "fontsize": 12}
+TITLE = "{}: the first test pictures"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def draw(path: Path, rows: Sequence[Row], predictions: Predictions, splits: Mapp
             _show(
                 axes, example, {"base": predictions["zero-shot"][task][row], "HiFICL": predictions["hificl"][task][row]}
             )
-        figure.text(0.335, left[place, 0].get_position(figure).y1 + 0.045, TITLE.format(TASKS[task].title), **CENTER)
+        height = left[place, 0].get_position(figure).y1 + 0.045
+        figure.text(0.335, height, TITLE.format(TASKS[task].title), ha="center", fontsize=12)
     right = figure.add_gridspec(1, 1, left=0.73, right=0.99, top=0.91, bottom=0.24)
     _bars(figure.add_subplot(right[0]), rows, len(splits[CHOSEN[0]]["test"].prompts))
     figure.savefig(path, dpi=120)

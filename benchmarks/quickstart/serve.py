@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from ..base_model.model import load_base
+from ..common.environment import prepare
+from ..common.tables import Table
 from ..quality.encoding import CHECKPOINT
-from ..quality.runner import prepare_process
 from ..quality.scoring import score
 from ..quality.tasks import TASKS
 from . import adapters, asking
@@ -28,15 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/quickstart"), help="folder that the quickstart wrote")
     out = parser.parse_args(arguments).out
-    prepare_process()
+    prepare()
     expected = json.loads((out / "predictions.json").read_text())
 
     _, base = load_base(CHECKPOINT)
     splits = {task: asking.load(task, base, 0, len(expected["hificl"][task])) for task in CHOSEN}
     model = adapters.load(base, out / "hificl", CHOSEN)
 
-    table = Table("active adapter", "task", "score", "answers as before", title="Reloaded in a fresh process")
-    unchanged = True
+    rows, unchanged = [], True
     # Twice each: switching back changes nothing either.  Without an adapter it is the base again.
     for adapter, task in [(task, task) for task in (*CHOSEN, *CHOSEN)] + [(None, task) for task in CHOSEN]:
         with adapters.switched(model, adapter):
@@ -45,9 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         same = sum(now == then for now, then in zip(said, before, strict=True))
         unchanged &= same == len(said)
         reached = score(task, said, splits[task]["test"].examples)["score"]
-        table.add_row(adapter or "none", TASKS[task].title, f"{reached:.1%}", f"{same} of {len(said)}")
+        rows.append((adapter or "none", TASKS[task].title, f"{reached:.1%}", f"{same} of {len(said)}"))
 
-    Console().print(table)
+    columns = ("active adapter", "task", "score", "answers as before")
+    Console().print(Table("Reloaded in a fresh process", columns, rows).rich())
     if not unchanged:
         sys.exit("the reloaded adapters answer differently from those that were saved")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from transformers.utils import logging
 
+from ..common.environment import prepare
 from . import __doc__ as what_it_does
 from . import attention, inference, lifecycle, paper, report, training
 from .presets import PRESETS
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="per comparison, at least five rounds")
     args = parser.parse_args()
 
-    chosen = {
+    chosen: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name in ("lengths", "training_lengths", "image_tokens", "seconds")
         if (value := getattr(args, name)) is not None
@@ -56,10 +56,8 @@ def main() -> None:
         "compile": args.compile,
         **dataclasses.asdict(preset),
     }
-    torch.set_num_threads(args.threads)
+    prepare(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT reads it, not this code
 
     console = Console()
     for name in args.parts:

@@ -10,10 +10,12 @@ from matplotlib.figure import Figure
 from rich.progress import track
 from torch import Tensor
 
-from .measure import Record, growth_exponent, interleave, peak_bytes, ratio, summary
-from .presets import N, Preset
-from .report import Bar, Table, bytes_of, decimal, duration, spread, tabulate
-from .variants import HIFICL, PLAIN, VARIANTS, make_inputs
+from ..common import colors
+from ..common.tables import Record, Table, bytes_of, decimal, duration, tabulate
+from .measure import growth_exponent, interleave, peak_bytes, ratio, summary
+from .presets import HIFICL, N, Preset
+from .report import Bar, spread
+from .variants import CONCATENATION, PLAIN, SECOND_SCORES, VARIANTS, make_inputs
 
 TITLE = "Attention operation"
 METHOD = f"""Batch 1, n = {N} virtual pairs per query head. `causal`: the kernel's own flag for SDPA and HiFICL;
@@ -26,6 +28,7 @@ cost on log T over all lengths; the bar compares those of memory where HiFICL ta
 as where it takes less at every length its growth is bounded by plain SDPA's, whose own mask is of order T^2."""
 
 LONG = 1024  # the bar counts from this length on
+COLORS = {PLAIN: colors.GREY, HIFICL: colors.HIFICL, CONCATENATION: "#8c6bb1", SECOND_SCORES: "#ce3a4a"}
 SAME_EXPONENT = 0.05  # a term of order T^2 would raise the exponent by up to 1
 
 
@@ -155,16 +158,17 @@ def bars(records: list[Record]) -> list[Bar]:
             f"attention, forward + backward, T >= {LONG}: time over plain SDPA",
             "<=",
             1.10,
-            slowest and slowest["time_ratio"],
-            slowest and f"worst of {len(mine)}: {slowest['heads']}, {slowest['mask']}, T = {slowest['T']}",
+            slowest["time_ratio"] if slowest else None,
+            f"worst of {len(mine)}: {slowest['heads']}, {slowest['mask']}, T = {slowest['T']}" if slowest else None,
         ),
         Bar(
             "memory growth in T where it takes more than plain SDPA: exponent less plain SDPA's",
             "<=",
             SAME_EXPONENT,
-            growing and growing["memory_exponent"] - memory[_cell(growing)],
-            growing
-            and f"worst: {growing['pass']}, {growing['heads']}, {growing['mask']}: {growing['memory_exponent']:.2f}",
+            growing["memory_exponent"] - memory[_cell(growing)] if growing else None,
+            f"worst: {growing['pass']}, {growing['heads']}, {growing['mask']}: {growing['memory_exponent']:.2f}"
+            if growing
+            else None,
         ),
     ]
 
@@ -183,11 +187,10 @@ def draw(records: list[Record], figure: Figure) -> None:
             (("seconds", 1e3, "time, ms"), ("peak_bytes", 2**-20, "peak memory, MiB"))
         ):
             axes = panels[row][column]
-            for variant in VARIANTS:
+            for variant, color in COLORS.items():
                 points = [r for r in backward if (r["heads"], r["mask"], r["variant"]) == (heads, mask, variant)]
-                axes.loglog(
-                    [r["T"] for r in points], [r[quantity] * scale for r in points], marker="o", ms=4, label=variant
-                )
+                costs = [r[quantity] * scale for r in points]
+                axes.loglog([r["T"] for r in points], costs, marker="o", ms=4, color=color, label=variant)
             axes.set_xticks([r["T"] for r in points], [r["T"] for r in points])
             axes.set_xticks([], minor=True)
             axes.grid(alpha=0.3)

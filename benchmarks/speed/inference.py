@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from rich.progress import track
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, StaticCache
 
-from .measure import Record, Samples, ratio, stopwatch, summary
+from ..common.colors import GREY
+from ..common.tables import Record, Table, count, decimal, duration, tabulate
+from .measure import Samples, ratio, stopwatch, summary
 from .presets import CONFIGS, HIFICL, PREFIX, SHOTS, Preset, adapt, build
-from .report import COLORS, GREY, Bar, Table, count, decimal, duration, spread, tabulate
+from .report import COLORS, Bar, spread
 
 BASE, ICL = "base", f"base, {SHOTS}-shot prompt"
 EAGER, COMPILED = "eager", "compiled"
@@ -35,8 +38,8 @@ class Session:
     model: nn.Module  # what prefills
     decoder: PreTrainedModel  # what decodes: the base model's forward, with the adapter inside it
     prompt: Tensor
-    decode: Callable[..., object]
-    cache: Cache | None = None
+    decode: Callable[..., Any]
+    cache: Any = None  # what the last forward returned
     static: StaticCache | None = None
     token: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -80,12 +83,13 @@ def make_sessions(preset: Preset, device: torch.device) -> dict[str, Session]:
 
 def run(preset: Preset, device: torch.device, compiled: bool) -> list[Record]:
     sessions = make_sessions(preset, device)
+    compile_step: Any = torch.compile  # its type lacks `isolate_recompiles`
     records: list[Record] = []
     for mode in (EAGER, COMPILED) if compiled else (EAGER,):
         if mode == COMPILED:
             for session in sessions.values():
                 # Each with a cache of its own: all run the same code, and would wait for each other's guards.
-                session.decode = torch.compile(
+                session.decode = compile_step(
                     session.decoder.forward,
                     fullgraph=True,
                     dynamic=False,
@@ -171,15 +175,16 @@ def draw(records: list[Record], figure: Figure) -> None:
     colors = [COLORS.get(name, GREY) for name in names]
     eager = [r for r in records if r["mode"] == EAGER]
     drawn = left.bar(names, [r["prefill_seconds"] * 1e3 for r in eager], color=colors)
-    left.bar_label(drawn, fmt="%.3g", fontsize=9)
+    left.bar_label(drawn, fmt="{:,.4g}", fontsize=9)
     left.set_ylabel("prefill, ms")
-    for place, mode in enumerate(dict.fromkeys(r["mode"] for r in records)):
+    modes = list(dict.fromkeys(r["mode"] for r in records))
+    for place, mode in enumerate(modes):
         speeds = [r["tokens_per_second"] for r in records if r["mode"] == mode]
-        places = [index + 0.42 * place for index in range(len(names))]
+        places = [index + 0.42 * (place - (len(modes) - 1) / 2) for index in range(len(names))]
         drawn = right.bar(places, speeds, width=0.4, color=colors, alpha=0.55 if mode == COMPILED else 1)
         right.bar_label(drawn, fmt="{:,.4g}", fontsize=8)
     right.set_xticks(range(len(names)), names)
-    right.set_ylabel("tokens/s, eager" + (" and compiled (pale)" if len(records) > len(names) else ""))
+    right.set_ylabel("tokens/s, eager" + (" and compiled (pale)" if COMPILED in modes else ""))
     for axes in (left, right):
         axes.tick_params(axis="x", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)

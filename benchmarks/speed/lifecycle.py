@@ -15,9 +15,10 @@ from peft import PeftModel
 from rich.progress import track
 from torch import Tensor
 
-from .measure import Record, Samples, ratio, stopwatch, summary
+from ..common.tables import Record, Table, bytes_of, decimal, duration, tabulate
+from .measure import Samples, ratio, stopwatch, summary
 from .presets import HIFICL, LORA, Preset, adapt, build
-from .report import COLORS, Bar, Table, bytes_of, decimal, duration, spread, tabulate
+from .report import COLORS, Bar, spread
 
 SAVE, LOAD, SWITCH = "save", "load", "switch"
 FIRST, NEXT = "first token after a switch", "first token without a switch"
@@ -41,7 +42,7 @@ def run(preset: Preset, device: torch.device, compiled: bool) -> list[Record]:
     with TemporaryDirectory() as temporary:
         folders = {method: Path(temporary, method) for method in models}
         for method, model in models.items():
-            model.save_pretrained(folders[method])
+            model.save_pretrained(str(folders[method]))
             sizes[method] = (folders[method] / "adapter_model.safetensors").stat().st_size
             model.load_adapter(folders[method], "other")
             live(model, folders[method], ids)  # not counted
@@ -78,7 +79,7 @@ def live(model: PeftModel, folder: Path, ids: Tensor) -> dict[str, float]:
     watch: Callable[[Callable[[], object]], float] = partial(stopwatch, device=device)
     current, other = ("default", "other") if model.active_adapter == "default" else ("other", "default")
     seconds = {
-        SAVE: watch(lambda: model.save_pretrained(folder, selected_adapters=["default"])),
+        SAVE: watch(lambda: model.save_pretrained(str(folder), selected_adapters=["default"])),
         LOAD: watch(lambda: model.load_adapter(folder, "new")),
     }
     model.delete_adapter("new")

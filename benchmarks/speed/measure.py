@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import flop_counter
 
+from ..common.tables import Record
+
 Samples = dict[str, list[float]]  # seconds by variant, one per round
-Record = dict[str, object]  # one row of results, as JSON has it
 
 _SHORTEST = (
     5e-3  # seconds; a shorter call is repeated within one sample, or the clock and the synchronisation would count

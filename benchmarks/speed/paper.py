@@ -8,16 +8,18 @@ from functools import partial
 import torch
 import transformers as tf
 from matplotlib.figure import Figure
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_hificl import HiFICLLayer
 
+from ..common.colors import GREY
+from ..common.tables import Record, Table, count, decimal, duration, scientific, tabulate
 from .checkpoints import IMAGE_AND_TEXT, MODELS, without_weights
-from .measure import Record, flops, interleave, ratio, summary
+from .measure import flops, interleave, ratio, summary
 from .presets import CONFIGS, HIFICL, LORA, PROJECTIONS, SHOTS, Preset, adapt, build
-from .report import COLORS, GREY, Bar, Table, count, decimal, duration, scientific, spread, tabulate
+from .report import COLORS, Bar, spread
 from .teacher import make_prompts, step_alone, step_with_teacher
 
 _PROMPTS = SHOTS + 1  # a teacher's prompt in lengths of the query
@@ -46,7 +48,7 @@ _PAPER_FLOPS, _PAPER_TIME = 14.3, 7.5
 def parameters(name: str) -> Record:
     """Trainable parameters of each method on one of `MODELS`."""
 
-    def attached(config: object) -> nn.Module:
+    def attached(config: PeftConfig) -> PeftModel:
         model = without_weights(MODELS[name]())
         with torch.device("meta"):
             return get_peft_model(model, config)
@@ -194,7 +196,7 @@ def tables(records: list[Record]) -> list[Table]:
 
 
 def bars(records: list[Record]) -> list[Bar]:
-    return []  # the issue asks for these figures, and sets no bar
+    return []  # these figures stand beside the paper's; none has to be reached
 
 
 def draw(records: list[Record], figure: Figure) -> None:

@@ -56,7 +56,7 @@ class Preset:
     """What is measured, and how long."""
 
     model: Shape
-    lifecycle_model: Shape  # 32 layers, as the issue's bar has it
+    lifecycle_model: Shape  # 32 layers, which the bar is set for
     lengths: tuple[int, ...]  # of the attention operation
     training_lengths: tuple[int, ...]
     heads: int  # of the attention operation with as many key/value heads

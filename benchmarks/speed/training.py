@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
-from .measure import Record, flops, interleave, peak_bytes, ratio, storage_bytes, summary
+from ..common.colors import GREY
+from ..common.tables import Record, Table, bytes_of, count, decimal, duration, scientific, tabulate
+from .measure import flops, interleave, peak_bytes, ratio, storage_bytes, summary
 from .presets import CONFIGS, HIFICL, LORA, N, Preset, R, adapt, build
-from .report import COLORS, GREY, Bar, Table, bytes_of, count, decimal, duration, scientific, spread, tabulate
+from .report import COLORS, Bar, spread
 
 FLOOR = "frozen floor"
 
@@ -31,7 +33,7 @@ of matrix products and attention."""
 def run(preset: Preset, device: torch.device, compiled: bool) -> list[Record]:
     base = build(preset.model, device)
     models = {FLOOR: base} | {method: adapt(base, method) for method in CONFIGS}
-    optimizers = {name: make_optimizer(model) for name, model in models.items()}
+    optimizers = {name: make_optimizer(model) for name, model in models.items() if name != FLOOR}
     records: list[Record] = []
     for length in track(sorted(preset.training_lengths), TITLE):
         generator = torch.Generator().manual_seed(0)
@@ -42,7 +44,7 @@ def run(preset: Preset, device: torch.device, compiled: bool) -> list[Record]:
         }
         samples = interleave(steps, device, preset.seconds)
         for name, model in models.items():
-            state = optimizer_state(optimizers[name])
+            state = [] if name == FLOOR else optimizer_state(optimizers[name])
             transient = peak_bytes(steps[name], device)
             records.append(
                 {
@@ -61,14 +63,11 @@ def run(preset: Preset, device: torch.device, compiled: bool) -> list[Record]:
     return records
 
 
-def make_optimizer(model: nn.Module) -> AdamW | None:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return AdamW(trained, lr=1e-4) if trained else None
+def make_optimizer(model: nn.Module) -> AdamW:
+    return AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
 
 
-def optimizer_state(optimizer: AdamW | None) -> list[Tensor]:
-    if optimizer is None:
-        return []
+def optimizer_state(optimizer: AdamW) -> list[Tensor]:
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
@@ -123,10 +122,8 @@ def bars(records: list[Record]) -> list[Bar]:
     lora_bytes = {r["T"]: r["peak_bytes"] for r in long if r["method"] == LORA}
 
     def worst(what: str, bound: float, ratio_of: Callable[[Record], float]) -> Bar:
-        row = max(mine, key=ratio_of, default=None)
-        return Bar(
-            what, "<=", bound, row and ratio_of(row), row and f"worst of T = {', '.join(str(r['T']) for r in mine)}"
-        )
+        where = f"worst of T = {', '.join(str(r['T']) for r in mine)}"
+        return Bar(what, "<=", bound, max(map(ratio_of, mine), default=None), where)
 
     return [
         worst("training step, T >= 512: time over LoRA", 1.00, lambda r: r["of_lora"]),

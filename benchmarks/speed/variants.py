@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from peft_hificl import VirtualPairs, fused
+from peft_hificl import Scoring, VirtualPairs
+from peft_hificl.ops import merged
 
 from .presets import HIFICL, N, Preset, dtype_for
 
@@ -46,7 +47,7 @@ def plain_sdpa(x: Inputs) -> Tensor:
 
 
 def hificl(x: Inputs) -> Tensor:
-    return fused.attention(x.query, x.key, x.value, x.pairs, scaling=x.scaling, mask=x.mask, is_causal=x.mask is None)
+    return merged.attention(x.query, x.key, x.value, x.pairs, Scoring(x.scaling, mask=x.mask, is_causal=x.mask is None))
 
 
 def concatenation(x: Inputs) -> Tensor:

@@ -37,8 +37,7 @@ from torch.distributed.tensor.experimental import context_parallel as context
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
-from ..conftest import build, inputs_for, logits
-from ..test_peft_api import config
+from ..helpers import build, config, inputs_for, logits
 from . import reports
 
 # A group shares its processes.
@@ -186,6 +185,40 @@ def fsdp2(folder: Path, kind: str) -> None:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     full_state = functools.partial(get_model_state_dict, model, options=options)
     trains_as_one_process(kind, Parallel(model, run, full_state), folder)
+
+
+def diverges(model: PeftModel, step: Callable[[Tensor], Tensor]) -> None:
+    """The adapter "late" begins the same on all ranks, and after a step it is another on each."""
+
+    def on_all_ranks() -> list[Tensor]:
+        own = torch.cat([p.detach().flatten() for name, p in model.named_parameters() if ".late." in name])
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, own)
+        return gathered
+
+    assert torch.equal(*on_all_ranks())
+    step(own_rows())
+    assert not torch.allclose(*on_all_ranks(), rtol=1e-3)
+
+
+@case("torch", kind=KINDS)
+def added_after_fsdp2(folder: Path, kind: str) -> None:
+    model = adapted(kind)
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    model.add_adapter("late", model.peft_config["default"])
+    model.set_adapter("late")
+    diverges(model, functools.partial(step, model, sgd(model), Tensor.backward))
+
+
+@case("torch", kind=KINDS)
+def set_after_ddp(folder: Path, kind: str) -> None:
+    model = adapted(kind)
+    model.add_adapter("late", model.peft_config["default"])
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    model.set_adapter("late")
+    diverges(model, functools.partial(step, wrapped, sgd(model), Tensor.backward))
 
 
 @case("torch", version=[1, 2])

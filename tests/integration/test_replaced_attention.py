@@ -17,8 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
-from ..conftest import build, inputs_for, logits
-from ..test_peft_api import config
+from ..helpers import build, config, inputs_for, logits
 
 pytestmark = pytest.mark.integration
 

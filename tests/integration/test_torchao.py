@@ -12,8 +12,7 @@ from torch import nn
 
 from peft_hificl import HiFICLConfig
 
-from ..conftest import build, inputs_for, logits
-from ..test_peft_api import config, train
+from ..helpers import build, config, inputs_for, logits, train
 from . import reports
 
 pytestmark = pytest.mark.integration

@@ -18,8 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from peft_hificl import HiFICLConfig
 
-from ..conftest import VOCAB, build, logits
-from ..test_peft_api import config, train
+from ..helpers import VOCAB, build, config, logits, train
 from . import reports
 
 pytestmark = pytest.mark.integration

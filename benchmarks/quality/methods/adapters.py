@@ -28,7 +28,7 @@ def adapter(
         model = get_peft_model(base, config())
         if from_demonstrations:
             read_demonstrations(model, setup)
-        one_rate: list[dict[str, object]] = [{"params": trainable(model), "lr": setup.rate}]
+        one_rate: list[dict[str, Any]] = [{"params": trainable(model), "lr": setup.rate}]
         groups = parameter_groups(model, setup.rate, key_lr_ratio) if key_lr_ratio != 1 else one_rate
         return Learner(model, groups, cross_entropy(model, setup))
 

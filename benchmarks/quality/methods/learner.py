@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
@@ -39,7 +40,7 @@ class Learner:
     """A frozen base with something to train, and what it is trained by."""
 
     model: nn.Module
-    groups: list[dict[str, object]]
+    groups: list[dict[str, Any]]
     loss: Loss
 
 
@@ -66,7 +67,7 @@ def trained(title: str, rates: tuple[float, ...], attach: Attach) -> Method:
 
 def number(learner: Learner) -> int:
     """Trainable parameters."""
-    return sum(parameter.numel() for group in learner.groups for parameter in group["params"])  # type: ignore[attr-defined]
+    return sum(parameter.numel() for group in learner.groups for parameter in group["params"])
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

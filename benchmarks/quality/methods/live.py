@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
@@ -36,7 +38,7 @@ def attach(base: LlavaForConditionalGeneration, setup: Setup) -> Learner:
     base.live = InContextVectors(len(layers), base.config.text_config.hidden_size)
     for number, layer in enumerate(layers):
         layer.register_forward_hook(lambda _, args, output, number=number: base.live.shift(number, output))
-    groups: list[dict[str, object]] = [
+    groups: list[dict[str, Any]] = [
         {"params": [base.live.vectors], "lr": setup.rate},
         {"params": [base.live.weights], "lr": WEIGHT_RATE},
     ]

@@ -38,7 +38,7 @@ class Shift(nn.Module):
 
 
 def mimic_attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
     output = module.mimic.attend(query, key, value, attention_mask, kwargs["scaling"])
@@ -57,5 +57,5 @@ def attach(base: LlavaForConditionalGeneration, setup: Setup) -> Learner:
     for layer in base.model.language_model.layers:
         layer.self_attn.mimic = Shift(base.config.text_config.num_attention_heads, layer.self_attn.head_dim)
         shifts += layer.self_attn.mimic.parameters()
-    groups: list[dict[str, object]] = [{"params": shifts, "lr": setup.rate}]
+    groups: list[dict[str, Any]] = [{"params": shifts, "lr": setup.rate}]
     return Learner(base, groups, drawn_to_states(base, base, setup, teacher))

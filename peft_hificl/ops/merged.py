@@ -1,0 +1,416 @@
+"""HiFICL by attention kernels: one call for the context, one for the virtual pairs, and a merge of the two outputs.
+
+With the output and the log-sum-exp (LSE) of attention over the context, ``O_SA`` and ``L_SA``, and over the virtual
+pairs, ``O_D`` and ``L_D``,
+
+    L     = log(exp L_SA + exp L_D)
+    alpha = exp(L_SA - L) = sigmoid(L_SA - L_D)
+    out   = alpha * O_SA + (1 - alpha) * O_D         or, with alpha = 1,    O_SA + (1 - alpha) * O_D
+
+is exactly the formula of `formula`, with ``Z_SA = exp L_SA`` and ``Z_D = exp L_D``.  Sinks are joined to the context
+first: their values are zero, so ``L_SA`` becomes ``log(exp L_SA + exp sink)`` and ``O_SA`` shrinks by the difference.
+No score matrix is formed, and the kernel computes the context as it would without an adapter.
+
+The backward of a kernel computes ``P = exp(score - L)`` and ``delta = rowsum(grad * O)`` from the LSE and the output
+that it is given.  Given the *merged* LSE and output, it returns the exact gradients of its part.  With alpha = 1, the
+context is given ``L_SA`` and ``O_SA + alpha (1 - alpha) O_D``, and the pairs ``L`` and ``(1 - alpha) O_D``: the share
+``1 - alpha`` depends on both LSEs, and these outputs make ``delta`` include its gradient.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .formula import Scoring, VirtualPairs, grouped_matmul, virtual_attention
+from .kernels import KERNELS, Call, Kernel, State
+
+logger = logging.getLogger(__name__)
+
+
+class Path(NamedTuple):
+    """How a call is computed, and why: by the kernel of this name or, if None, by `formula.virtual_attention`."""
+
+    kernel: str | None
+    reason: str
+
+
+class _Inputs(NamedTuple):
+    """The inputs of a call that kernels compute.
+
+    The first seven may require gradients; the first nine are tensors (or None), which autograd saves.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    keys: Tensor
+    values: Tensor
+    log_weights: Tensor | None
+    sinks: Tensor | None
+    mask: Tensor | None
+    bias: Tensor | None
+    is_causal: bool
+    scaling: float
+    scale_self_attention: bool
+    kernels: tuple[str, str]  # of the context and of the virtual pairs
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring) -> Tensor:
+    """The output of `formula.virtual_attention`, computed in the fastest way that is exact.
+
+    Arguments, shapes and errors are those of `formula.virtual_attention`; `attention_path` tells how a call is
+    computed.  Under autocast the inputs are cast first, as PyTorch does for `scaled_dot_product_attention`.
+
+    Returns:
+        ``(B, H, T, e)`` in the dtype of the inputs.  For half-precision inputs, scores, LSE and merge are float32, and
+        the virtual pairs are rounded to the dtype of the inputs.
+
+    Source: arXiv 2603.12760, section 3, written in terms of log-sum-exps; exact.
+    """
+    query, key, value = autocast(query, key, value)
+    path, inputs, virtual = _plan(query, key, value, pairs, scoring)
+    if inputs is None or virtual is None:
+        if not torch.compiler.is_compiling():
+            logger.debug("HiFICL runs with the score matrix in memory: %s", path.reason)
+        return virtual_attention(query, key, value, pairs, scoring)[0]
+
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:7]):
+        output: Tensor = _Differentiable.apply(*inputs)
+    else:
+        output = _run(
+            inputs, _context_call(inputs), virtual, folds=query.shape[2] == 1 and not scoring.is_causal
+        ).output
+    return output if query.shape[-1] == value.shape[-1] else output[..., : value.shape[-1]]
+
+
+def attention_path(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring) -> Path:
+    """How `attention` computes a call with these arguments, and why.
+
+    >>> q, k, v = torch.randn(3, 1, 4, 5, 8)
+    >>> pairs = VirtualPairs(torch.randn(1, 4, 2, 8), torch.randn(1, 4, 2, 8))
+    >>> attention_path(q, k, v, pairs, Scoring(scaling=0.3)).kernel
+    'flash'
+    >>> attention_path(q, k, v, pairs, Scoring(scaling=0.3, dropout=0.1))
+    Path(kernel=None, reason='attention dropout')
+    """
+    return _plan(*autocast(query, key, value), pairs, scoring)[0]
+
+
+def needs_formula(scoring: Scoring) -> str | None:
+    """Why the result cannot be computed from a kernel's output and log-sum-exp of the context; None if it can."""
+    if scoring.dropout:
+        return "attention dropout"
+    if scoring.softcap is not None:
+        return "soft-capped scores"
+    return recorder()
+
+
+_PROXIES = torch._C._TorchDispatchModeKey.PROXY  # on under make_fx and the tracers built on it
+
+
+def recorder() -> str | None:
+    """What is tracing this call in order to replace its operations by others; None if nothing is.
+
+    A replacement of a kernel has the same output, but not the same log-sum-exp: torch's own decomposition of the CPU
+    kernel returns attention weights in its place, and translators for other runtimes return zeros.
+    """
+    if torch.compiler.is_exporting():
+        return "an export"
+    if torch.compiler.is_compiling():
+        return None if _compiles_kernels() else f"a torch.compile backend that is not one of {', '.join(_BACKENDS)}"
+    if torch._C._is_tracing() or torch._C._get_dispatch_mode(_PROXIES) is not None:
+        return "a trace"
+    return None
+
+
+# Backends of torch.compile that leave kernels as they are if they are called by name.
+_BACKENDS = ("inductor", "cudagraphs", "eager", "aot_eager", "aot_eager_decomp_partition")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _compiles_kernels() -> bool:
+    """Whether torch.compile traces for one of `_BACKENDS`."""
+    try:
+        output = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
+        backend: Any = torch._dynamo.eval_frame.innermost_backend(output.compiler_fn)  # type: ignore[arg-type]
+        # Under DistributedDataParallel, it is wrapped by a splitter of graphs.
+        backend = getattr(getattr(backend, "__self__", None), "backend_compile_fn", backend)
+        if isinstance(backend, torch._TorchCompileInductorWrapper):
+            return True
+        known = [torch._dynamo.backends.registry.lookup_backend(name) for name in _BACKENDS]
+        return getattr(backend, "compiler_fn", backend) in known
+    except AttributeError:  # another thread is compiling, or torch has renamed its internals
+        return False
+
+
+def _plan(
+    query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring
+) -> tuple[Path, _Inputs | None, Call | None]:
+    """The path and, if kernels are used, their inputs and the call over the virtual pairs."""
+    reason = needs_formula(scoring)
+    if reason is None:
+        if any(t is not None and t.requires_grad for t in (scoring.mask, scoring.bias)):
+            reason = "a mask or bias that is trained"
+        elif torch._C._are_functorch_transforms_active():
+            reason = "a torch.func transform"
+        elif not query.dtype == key.dtype == value.dtype:
+            reason = "query, key and value of different dtypes"
+        elif key.shape[2] == 0:
+            reason = "no keys"
+        elif query.shape[1] % key.shape[1]:  # the CPU's kernel would divide by zero, the formula raises
+            reason = f"{query.shape[1]} query heads for {key.shape[1]} key/value heads"
+    if reason is not None:
+        return Path(None, reason), None, None
+    if query.shape[-1] != value.shape[-1]:
+        # Kernels need equal head dimensions.  Padding by zeros does not change the scores; `attention` cuts the output.
+        dim = max(query.shape[-1], value.shape[-1])
+        query, key, value = _padded(query, dim), _padded(key, dim), _padded(value, dim)
+    query, key, value = _aligned(query), _aligned(key), _aligned(value)
+    inputs = _Inputs(
+        query, key, value, pairs.keys, pairs.values, pairs.log_weights, scoring.sinks, scoring.mask, scoring.bias,
+        scoring.is_causal, scoring.scaling, pairs.scale_self_attention, ("", ""),
+    )  # fmt: skip
+    # For the limits, it only matters whether there is a mask: it is converted later, if a kernel is found.
+    mask = scoring.bias if scoring.mask is None else scoring.mask
+    context = Call(query, key, value, mask, scoring.is_causal, scoring.scaling)
+    with torch.no_grad():
+        virtual = _virtual_call(inputs)
+    chosen = []
+    for call in (context, virtual):
+        reasons = {name: kernel.limits(call) for name, kernel in KERNELS.get(query.device.type, {}).items()}
+        able = [name for name, reason in reasons.items() if reason is None]
+        if not able:
+            reason = "; ".join(filter(None, reasons.values())) or f"no kernel for the device {query.device.type}"
+            return Path(None, reason), None, None
+        chosen.append(able[0])
+    return Path(chosen[0], "it takes these inputs"), inputs._replace(kernels=(chosen[0], chosen[1])), virtual
+
+
+def _context_call(inputs: _Inputs) -> Call:
+    """Attention of the queries over the context."""
+    mask = _additive(inputs.mask, inputs.bias, inputs.query.dtype)
+    return Call(inputs.query, inputs.key, inputs.value, mask, inputs.is_causal, inputs.scaling)
+
+
+def _virtual_call(inputs: _Inputs) -> Call:
+    """Attention of the queries over the virtual pairs, all of which are visible."""
+    query, keys, values = inputs.query, inputs.keys, inputs.values
+    batch, _, _, dim = query.shape
+    # Each step is skipped if it would change nothing, since even that costs time in every decode step.
+    if keys.dtype != query.dtype:
+        keys, values = keys.to(query.dtype), values.to(query.dtype)
+    if keys.shape[-1] != dim or values.shape[-1] != dim:
+        keys, values = _padded(keys, dim), _padded(values, dim)
+    keys, values = _aligned(keys), _aligned(values)
+    if keys.shape[0] != batch:
+        keys, values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
+    log_weights = None if inputs.log_weights is None else inputs.log_weights[:, :, None]  # (B or 1, H or 1, 1, n)
+    return Call(query, keys, values, _additive(log_weights, None, query.dtype), False, inputs.scaling)
+
+
+class _Seen(NamedTuple):
+    """What the backward of a kernel is handed: an output (B, H, T, d) and an LSE (B, H, T)."""
+
+    output: Tensor
+    lse: Tensor
+
+
+class _Run(NamedTuple):
+    """What two kernel calls give; the pairs are of the context and of the virtual pairs."""
+
+    output: Tensor  # of the attention over both, (B, H, T, d)
+    seen: tuple[_Seen, _Seen]
+    states: tuple[State, State]  # what the backwards need besides
+
+
+def _run(inputs: _Inputs, context: Call, virtual: Call, folds: bool = False) -> _Run:
+    """Attention over the context and over the virtual pairs, merged.
+
+    Args:
+        folds: whether the heads of a group may become the queries of one, which leaves no state for a backward.
+    """
+    kernels = [KERNELS[context.query.device.type][name] for name in inputs.kernels]
+    run = _folded if folds and not kernels[0].groups and context.key.shape[1] != context.query.shape[1] else _plain
+    context_output, context_lse, context_state = run(kernels[0], context)
+    virtual_output, virtual_lse, virtual_state = kernels[1].forward(virtual)
+    if inputs.sinks is not None:
+        lse = torch.logaddexp(context_lse, inputs.sinks.to(context_lse.dtype).reshape(1, -1, 1))
+        context_output, context_lse = _times(torch.exp(context_lse - lse), context_output), lse
+    states, dtype = (context_state, virtual_state), virtual_output.dtype
+    lse = torch.logaddexp(context_lse, virtual_lse)
+    if inputs.scale_self_attention:
+        seen = _Seen(_lerp(virtual_output, context_output, torch.sigmoid(context_lse - virtual_lse)), lse)
+        return _Run(seen.output, (seen, seen), states)
+    share = torch.sigmoid(virtual_lse - context_lse)  # 1 - alpha
+    written = _times(share, virtual_output)
+    of_context = (context_output + _times(1 - share, written)).to(dtype)
+    output = (context_output + written).to(dtype)
+    return _Run(output, (_Seen(of_context, context_lse), _Seen(written.to(dtype), lse)), states)
+
+
+def _plain(kernel: Kernel, call: Call) -> tuple[Tensor, Tensor, State]:
+    return kernel.forward(call)
+
+
+def _folded(kernel: Kernel, call: Call) -> tuple[Tensor, Tensor, State]:
+    """One query a row: the heads of a group become queries, so that the cache is not repeated for them."""
+    batch, heads, _, dim = call.query.shape
+    groups = call.key.shape[1]
+    query, mask = call.query.reshape(batch, groups, heads // groups, dim), call.mask
+    if mask is not None:
+        mask = mask.expand(batch, heads, 1, -1).reshape(batch, groups, heads // groups, -1)
+    output, lse, _ = kernel.forward(call._replace(query=query, mask=mask))
+    return output.reshape(batch, heads, 1, dim), lse.reshape(batch, heads, 1), ()
+
+
+def _times(factor: Tensor, output: Tensor) -> Tensor:
+    """A factor (B, H, T) times an output (B, H, T, d), in the dtype of the factor: it is not rounded before a sum."""
+    return factor.unsqueeze(-1) * output
+
+
+def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
+    """(1 - weight) * start + weight * end, in the memory of `start` where the dtypes allow it."""
+    weight = weight.unsqueeze(-1)
+    if weight.dtype == start.dtype:
+        return start.lerp_(end, weight)  # nobody else holds a kernel's output
+    return torch.lerp(start.to(weight.dtype), end.to(weight.dtype), weight).to(start.dtype)
+
+
+def add_pairs(output: Tensor, lse: Tensor, query: Tensor, pairs: VirtualPairs, scoring: Scoring) -> Tensor:
+    """Mix virtual pairs into attention that was computed elsewhere, given its output and its log-sum-exp.
+
+    Args:
+        output: ``(B, H, T, e)``, attention over the context without sinks.
+        lse: ``(B, H, T)``, its LSE, through which gradients flow.
+        query: ``(B, H, T, d)``.
+        pairs: the virtual pairs.
+        scoring: scaling and sinks; neither dropout nor a soft-cap.
+
+    Returns:
+        ``(B, H, T, e)`` in the dtype of `output`; differentiable in everything that is differentiable.
+    """
+    dtype = torch.promote_types(lse.dtype, torch.float32)
+    scores = grouped_matmul(query.to(dtype) * scoring.scaling, pairs.keys.to(dtype).mT)  # (B, H, T, n)
+    if pairs.log_weights is not None:
+        # Finite, not -inf: a row without pairs must not become NaN.
+        scores = scores + pairs.log_weights.to(dtype).clamp_min(torch.finfo(dtype).min / 2)[:, :, None]
+    virtual = grouped_matmul(scores.softmax(dim=-1), pairs.values.to(dtype))
+    context, lse = output.to(dtype), lse.to(dtype)
+    if scoring.sinks is not None:
+        with_sinks = torch.logaddexp(lse, scoring.sinks.to(dtype).reshape(1, -1, 1))
+        context, lse = _times(torch.exp(lse - with_sinks), context), with_sinks
+    share = torch.sigmoid(scores.logsumexp(dim=-1) - lse)[..., None]  # 1 - alpha
+    mixed = torch.lerp(context, virtual, share) if pairs.scale_self_attention else context + share * virtual
+    return mixed.to(output.dtype)
+
+
+class _Differentiable(torch.autograd.Function):
+    """`_run` with the gradients of query, key, value, virtual pairs, their log-weights and sinks."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        inputs = _Inputs(*arguments)
+        output, (context, virtual), states = _run(inputs, _context_call(inputs), _virtual_call(inputs))
+        # The masks as they came, shared by all layers; converted again in the backward.
+        seen = context if inputs.scale_self_attention else (*context, *virtual)  # if scaled, the two are one
+        ctx.save_for_backward(*inputs[:9], *states[0], *states[1], *seen)
+        ctx.options, ctx.states = inputs[9:], len(states[0])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        inputs = _Inputs(*saved[:9], *ctx.options)
+        count = 2 if inputs.scale_self_attention else 4
+        state, seen = saved[9:-count], saved[-count:]
+        context, virtual = _Seen(*seen[:2]), _Seen(*seen[-2:])
+        kernels = [KERNELS[inputs.query.device.type][name] for name in inputs.kernels]
+        grad, call = _aligned(grad), _virtual_call(inputs)
+        of_query, of_keys, of_values = kernels[1].backward(call, grad, *virtual, state[ctx.states :])
+        of_keys, of_values = (
+            g[..., : like.shape[-1]].to(like.dtype).sum_to_size(like.shape)
+            for g, like in ((of_keys, inputs.keys), (of_values, inputs.values))
+        )
+        of_key = of_value = of_log_weights = of_sinks = None
+        if any(ctx.needs_input_grad[:3]):  # not in the first layer of a frozen model
+            more, of_key, of_value = kernels[0].backward(_context_call(inputs), grad, *context, state[: ctx.states])
+            of_query = of_query + more
+        if inputs.log_weights is not None and ctx.needs_input_grad[5]:
+            of_log_weights = _summed(_score_gradient(call, grad, virtual).sum(2), inputs.log_weights)
+        if inputs.sinks is not None and ctx.needs_input_grad[6]:
+            weight = torch.exp(inputs.sinks.to(context.lse.dtype).reshape(1, -1, 1) - context.lse)  # (B, H, T)
+            of_sinks = _summed(-(weight * _delta(grad, context)).sum((0, 2)), inputs.sinks)
+        return of_query, of_key, of_value, of_keys, of_values, of_log_weights, of_sinks, *[None] * 6
+
+
+def _score_gradient(call: Call, grad: Tensor, seen: _Seen) -> Tensor:
+    """The gradient of the scores (B, H, T, n) of a few keys: what kernels form within and keep to themselves."""
+    dtype = torch.promote_types(seen.lse.dtype, torch.float32)
+    scores = grouped_matmul(call.query.to(dtype) * call.scaling, call.key.to(dtype).mT)
+    if call.mask is not None:
+        scores = scores + call.mask.to(dtype)
+    weights = torch.exp(scores - seen.lse.to(dtype)[..., None])
+    return weights * (grouped_matmul(grad.to(dtype), call.value.to(dtype).mT) - _delta(grad, seen)[..., None])
+
+
+def _delta(grad: Tensor, seen: _Seen) -> Tensor:
+    """``rowsum(grad * output)``, (B, H, T)."""
+    return (grad.to(seen.lse.dtype) * seen.output.to(seen.lse.dtype)).sum(-1)
+
+
+def _summed(gradient: Tensor, like: Tensor) -> Tensor:
+    """The gradient of a tensor that was broadcast."""
+    return gradient.sum_to_size(like.shape).to(like.dtype)
+
+
+def _additive(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Mask and bias as one tensor of four dimensions that is added to the scores."""
+    if mask is None and bias is None:
+        return None
+    # Finite, as kernels return an LSE of 0 instead of -inf for a row of nothing but -inf.  Half of the minimum, as some
+    # kernels multiply scores by log2(e) in float32, which would overflow; float16's minimum is far from that.
+    minimum = torch.finfo(dtype).min / (1 if dtype == torch.float16 else 2)
+    if mask is not None and mask.dtype == torch.bool:
+        zero = torch.zeros((), dtype=dtype, device=mask.device)
+        total = torch.where(mask, zero if bias is None else bias.to(dtype), minimum)
+    else:
+        total = sum(t.to(dtype) for t in (mask, bias) if t is not None)  # type: ignore[assignment]
+        total = total.clamp_min(minimum)
+    return total[(None,) * (4 - total.dim())]
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that kernels can read: they assume, unchecked, that its last dimension is contiguous.
+
+    CUDA's also assume that every row begins at a multiple of 16 bytes.
+    """
+    if tensor.stride(-1) != 1:
+        return tensor.contiguous()
+    if not torch.compiler.is_compiling() and tensor.is_cuda:  # torch.compile does not trace storage_offset()
+        word = 16 // tensor.itemsize
+        # A view of a flat buffer may begin anywhere, and after a misaligned read the process cannot use CUDA any more.
+        if any(place % word for place in (tensor.storage_offset(), *tensor.stride()[:-1])):
+            return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
+
+
+def _padded(tensor: Tensor, dim: int) -> Tensor:
+    missing = dim - tensor.shape[-1]
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
+
+
+def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The cast that PyTorch's autocast makes before its own attention."""
+    device = query.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return query, key, value
+    if query.dtype == torch.float64:
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)

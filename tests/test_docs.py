@@ -1,0 +1,115 @@
+"""README and docs: their Python runs as written, and the site has every page, link and public name."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from mkdocstrings import Inventory
+
+import peft_hificl
+from benchmarks.quality.frame import load
+from benchmarks.quality.statistics import interval
+from docs.figures import head
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def is_fence(token: Token, language: str) -> bool:
+    return token.type == "fence" and token.info == language
+
+
+PARSED = {page.relative_to(ROOT).as_posix(): MarkdownIt().parse(page.read_text()) for page in PAGES}
+WITH_PYTHON = [page for page, tokens in PARSED.items() if any(is_fence(token, "python") for token in tokens)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", WITH_PYTHON)
+def test_python_blocks_run_as_written(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In order, in one namespace; a block of text right after one is what it prints."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": page}
+    tokens = PARSED[page]
+    for index, block in enumerate(tokens):
+        if is_fence(block, "python"):
+            line = block.map[0] + 1  # so that a traceback names the page's own lines
+            exec(compile("\n" * line + block.content, page, "exec"), namespace)
+            printed = capsys.readouterr().out
+            if index + 1 < len(tokens) and is_fence(tokens[index + 1], "text"):
+                assert printed == tokens[index + 1].content, f"{page}, the block of line {line}"
+
+
+SCORES = {
+    "lora-8": "LoRA, r = 8",
+    "lora-16": "LoRA, r = 16",
+    "prefix-demos": "prefix tuning, from demonstrations",
+    "hificl": "HiFICL, from demonstrations, slower keys",
+    "hificl-n16": "the same with n = 16",
+    "hificl-paper": "HiFICL, the paper's start and one rate",
+}
+
+
+def test_tables_and_picture_show_the_stored_results(tmp_path: Path) -> None:
+    results = load(head.RESULTS)
+    found = [(method, [interval(results.means(method, size)) for size in head.SIZES]) for method in SCORES]
+    rows = {
+        f"| {SCORES[method]} | {results.parameters(method)[-1]:,} | "
+        + " | ".join(f"{100 * point.mean:.1f} ± {100 * point.half:.1f}" if point else "-" for point in points)
+        + " |"
+        for method, points in found
+    }
+    for page in ("README.md", "docs/results.md"):
+        starts = tuple(f"| {title} | " for title in SCORES.values())
+        shown = {line for line in (ROOT / page).read_text().splitlines() if line.startswith(starts)}
+        assert shown and shown <= rows, page
+    head.draw(tmp_path / "head.png")
+    assert (tmp_path / "head.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built strictly: a link or an anchor that leads nowhere is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_api_reference_has_every_public_name(site: Path) -> None:
+    with (site / "objects.inv").open("rb") as file:
+        described = set(Inventory.parse_sphinx(file))
+    assert {f"peft_hificl.{name}" for name in peft_hificl.__all__} <= described
+
+
+class Loads(HTMLParser):
+    """The addresses that a page has a browser load."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [
+            value for name, value in attrs if value and (name == "src" or (tag == "link" and name == "href"))
+        ]
+
+
+def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
+    """Links may lead elsewhere; scripts, styles, fonts and pictures may not."""
+    loaded = [address for page in site.rglob("*.html") for address in Loads(page).found]
+    loaded += [
+        found for style in site.rglob("*.css") for found in re.findall(r"""url\(["']?([^"')]+)""", style.read_text())
+    ]
+    assert any(address.endswith("head.png") for address in loaded)
+    assert not [address for address in loaded if re.match(r"\w+://|//", address)]
