@@ -444,9 +444,11 @@ def test_a_second_adapter_leaves_the_first_ones_requires_grad_alone() -> None:
 def test_unload_restores_the_base_model(kind: str) -> None:
     base = build(kind)
     configs = {name: m.config for name, m in base.named_modules() if hasattr(m, "config")}
-    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in base.modules()]
     classes = {name: type(m) for name, m in base.named_modules()}
     keys, want = list(base.state_dict()), logits(base, **inputs_for(kind))
+    hooks = [
+        (len(m._forward_hooks), len(m._forward_pre_hooks)) for m in base.modules()
+    ]  # transformers' own, since the first forward
     model = get_peft_model(base, config(modules_to_save=["lm_head"]))
     got = model.unload()
     assert got is base and list(got.state_dict()) == keys and not hasattr(got, "peft_config")
