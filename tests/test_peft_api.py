@@ -446,12 +446,16 @@ def test_unload_restores_the_base_model(kind: str) -> None:
     configs = {name: m.config for name, m in base.named_modules() if hasattr(m, "config")}
     classes = {name: type(m) for name, m in base.named_modules()}
     keys, want = list(base.state_dict()), logits(base, **inputs_for(kind))
+    hooks = [
+        (len(m._forward_hooks), len(m._forward_pre_hooks)) for m in base.modules()
+    ]  # transformers' own, since the first forward
     model = get_peft_model(base, config(modules_to_save=["lm_head"]))
     got = model.unload()
     assert got is base and list(got.state_dict()) == keys and not hasattr(got, "peft_config")
     assert {name: type(m) for name, m in got.named_modules()} == classes
     assert all(m.config is configs[name] for name, m in got.named_modules() if name in configs)
     assert torch.equal(logits(got, **inputs_for(kind)), want)
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in got.modules()] == hooks
 
 
 @pytest.mark.parametrize("extra", [{"trainable_token_indices": [1, 2]}, {"modules_to_save": ["mlp"]}], ids=str)
@@ -751,3 +755,29 @@ def test_a_configuration_names_the_class_of_a_base_model_of_transformers(tmp_pat
         inject_adapter_in_model(cfg := config(), model)
         cfg.save_pretrained(tmp_path)
         assert json.loads((tmp_path / "adapter_config.json").read_text())["auto_mapping"] == want
+
+
+def test_an_error_leaves_no_configuration_on_the_base_model() -> None:
+    base = build("gqa")
+    with pytest.raises(ValueError, match="not found in the base model|no modules|excluded"):
+        get_peft_model(base, config(target_modules=["nothing"]))
+    assert not hasattr(base, "peft_config")
+
+
+def test_a_state_dict_says_what_is_adapted() -> None:
+    """As PEFT has it: its keys, not the configuration, name the attentions."""
+    state = get_peft_model_state_dict(inject_adapter_in_model(config(), build("gqa")))
+    first = {key: tensor for key, tensor in state.items() if "layers.0." in key}
+    with pytest.warns(RuntimeWarning, match="inconsistency"):
+        model = inject_adapter_in_model(config(), build("gqa"), state_dict=first)
+    assert [name for name, module in model.named_modules() if isinstance(module, HiFICLLayer)] == [
+        "model.layers.0.self_attn.virtual_pairs"
+    ]
+
+
+def test_adapters_that_are_set_together_are_trained_together() -> None:
+    model = adapted("gqa", name="a")
+    model.add_adapter("b", config())
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".b." in name)
+    model.base_model.set_adapter(["a", "b"])
+    assert all(p.requires_grad for name, p in model.named_parameters() if "hificl_" in name)
