@@ -105,7 +105,7 @@ class HiFICLModel(BaseTuner):
                 name for name in self._own_names(model) if name and self._check_target_module_exists(config, name)
             }
             preflight.check(model, adapter_name, config, names, load)
-            if load is not None and names:
+            if load is not None:
                 preflight.check_load(self, adapter_name, config, load, state_dict)
             forget_unloaded(model, adapter_name)
             with Undo(model, adapter_name) as undo:  # PEFT makes some of its own checks after the change
@@ -200,8 +200,6 @@ class HiFICLModel(BaseTuner):
         if layer is None:
             layer = interface.attach(target, support.head_shape_of(target))
         layer.update_layer(adapter_name, peft_config, *offloading.device_and_dtype(target))
-        if adapter_name not in self.active_adapters:
-            layer.set_requires_grad(adapter_name, False)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters; several of them share one softmax.

@@ -20,6 +20,7 @@ context is given ``L_SA`` and ``O_SA + alpha (1 - alpha) O_D``, and the pairs ``
 from __future__ import annotations
 
 import logging
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -82,9 +83,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, sc
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:7]):
         output: Tensor = _Differentiable.apply(*inputs)
     else:
-        output = _run(
-            inputs, _context_call(inputs), virtual, folds=query.shape[2] == 1 and not scoring.is_causal
-        ).output
+        output = _run(inputs, _context_call(inputs), virtual).output
     return output if query.shape[-1] == value.shape[-1] else output[..., : value.shape[-1]]
 
 
@@ -221,40 +220,44 @@ class _Seen(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """What two kernel calls give; the pairs are of the context and of the virtual pairs."""
+    """What two kernel calls give.
 
-    output: Tensor  # of the attention over both, (B, H, T, d)
-    seen: tuple[_Seen, _Seen]
-    states: tuple[State, State]  # what the backwards need besides
-
-
-def _run(inputs: _Inputs, context: Call, virtual: Call, folds: bool = False) -> _Run:
-    """Attention over the context and over the virtual pairs, merged.
-
-    Args:
-        folds: whether the heads of a group may become the queries of one, which leaves no state for a backward.
+    Attributes:
+        output: the attention over both, (B, H, T, d).
+        seen: what the two backwards are handed, of the context and of the virtual pairs; one pair if it is the same.
+        states: what they need besides.
     """
+
+    output: Tensor
+    seen: tuple[_Seen, ...] = ()
+    states: tuple[State, ...] = ()
+
+
+def _run(inputs: _Inputs, context: Call, virtual: Call, for_backward: bool = False) -> _Run:
+    """Attention over the context and over the virtual pairs, merged; what a backward needs is made only for one."""
     kernels = [KERNELS[context.query.device.type][name] for name in inputs.kernels]
-    run = _folded if folds and not kernels[0].groups and context.key.shape[1] != context.query.shape[1] else _plain
-    context_output, context_lse, context_state = run(kernels[0], context)
+    one_query = context.query.shape[2] == 1 and not context.is_causal
+    if one_query and not for_backward and not kernels[0].groups and context.key.shape[1] != context.query.shape[1]:
+        context_output, context_lse, context_state = _folded(kernels[0], context)
+    else:
+        context_output, context_lse, context_state = kernels[0].forward(context)
     virtual_output, virtual_lse, virtual_state = kernels[1].forward(virtual)
     if inputs.sinks is not None:
         lse = torch.logaddexp(context_lse, inputs.sinks.to(context_lse.dtype).reshape(1, -1, 1))
         context_output, context_lse = _times(torch.exp(context_lse - lse), context_output), lse
     states, dtype = (context_state, virtual_state), virtual_output.dtype
-    lse = torch.logaddexp(context_lse, virtual_lse)
     if inputs.scale_self_attention:
-        seen = _Seen(_lerp(virtual_output, context_output, torch.sigmoid(context_lse - virtual_lse)), lse)
-        return _Run(seen.output, (seen, seen), states)
+        output = _lerp(virtual_output, context_output, torch.sigmoid(context_lse - virtual_lse))
+        if not for_backward:
+            return _Run(output)
+        return _Run(output, (_Seen(output, torch.logaddexp(context_lse, virtual_lse)),), states)
     share = torch.sigmoid(virtual_lse - context_lse)  # 1 - alpha
     written = _times(share, virtual_output)
-    of_context = (context_output + _times(1 - share, written)).to(dtype)
     output = (context_output + written).to(dtype)
-    return _Run(output, (_Seen(of_context, context_lse), _Seen(written.to(dtype), lse)), states)
-
-
-def _plain(kernel: Kernel, call: Call) -> tuple[Tensor, Tensor, State]:
-    return kernel.forward(call)
+    if not for_backward:
+        return _Run(output)
+    of_context = _Seen((context_output + _times(1 - share, written)).to(dtype), context_lse)
+    return _Run(output, (of_context, _Seen(written.to(dtype), torch.logaddexp(context_lse, virtual_lse))), states)
 
 
 def _folded(kernel: Kernel, call: Call) -> tuple[Tensor, Tensor, State]:
@@ -315,31 +318,30 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         inputs = _Inputs(*arguments)
-        output, (context, virtual), states = _run(inputs, _context_call(inputs), _virtual_call(inputs))
+        output, seen, states = _run(inputs, _context_call(inputs), _virtual_call(inputs), for_backward=True)
         # The masks as they came, shared by all layers; converted again in the backward.
-        seen = context if inputs.scale_self_attention else (*context, *virtual)  # if scaled, the two are one
-        ctx.save_for_backward(*inputs[:9], *states[0], *states[1], *seen)
-        ctx.options, ctx.states = inputs[9:], len(states[0])
+        parts = [*seen, *states]
+        ctx.save_for_backward(*inputs[:9], *(tensor for part in parts for tensor in part))
+        ctx.options, ctx.sizes = inputs[9:], [len(part) for part in parts]
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        inputs = _Inputs(*saved[:9], *ctx.options)
-        count = 2 if inputs.scale_self_attention else 4
-        state, seen = saved[9:-count], saved[-count:]
-        context, virtual = _Seen(*seen[:2]), _Seen(*seen[-2:])
+        saved = iter(ctx.saved_tensors)
+        inputs = _Inputs(*islice(saved, 9), *ctx.options)
+        *seen, context_state, virtual_state = (tuple(islice(saved, size)) for size in ctx.sizes)
+        context, virtual = _Seen(*seen[0]), _Seen(*seen[-1])
         kernels = [KERNELS[inputs.query.device.type][name] for name in inputs.kernels]
         grad, call = _aligned(grad), _virtual_call(inputs)
-        of_query, of_keys, of_values = kernels[1].backward(call, grad, *virtual, state[ctx.states :])
+        of_query, of_keys, of_values = kernels[1].backward(call, grad, *virtual, virtual_state)
         of_keys, of_values = (
             g[..., : like.shape[-1]].to(like.dtype).sum_to_size(like.shape)
             for g, like in ((of_keys, inputs.keys), (of_values, inputs.values))
         )
         of_key = of_value = of_log_weights = of_sinks = None
         if any(ctx.needs_input_grad[:3]):  # not in the first layer of a frozen model
-            more, of_key, of_value = kernels[0].backward(_context_call(inputs), grad, *context, state[: ctx.states])
+            more, of_key, of_value = kernels[0].backward(_context_call(inputs), grad, *context, context_state)
             of_query = of_query + more
         if inputs.log_weights is not None and ctx.needs_input_grad[5]:
             of_log_weights = _summed(_score_gradient(call, grad, virtual).sum(2), inputs.log_weights)
