@@ -119,6 +119,8 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             if adapter_name in getattr(self, name):
                 std = stds.get(name, 1.0) if init_weights else 1.0
                 weight = getattr(self, name)[adapter_name].weight
+                if weight.is_meta:  # there is nothing to fill, and torch is slow to find out
+                    continue
                 if name == "hificl_W" and std == 0:  # nothing is drawn, so that all other factors start as without it
                     weight.zero_()
                 else:
