@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import AuxRequest, create_mask
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_mask
 from transformers.integrations.flex_attention import compile_friendly_flex_attention, flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .ops import merged
-from .ops.formula import Scoring, VirtualPairs, virtual_attention
+from .ops.formula import Scoring, VirtualPairs, sees_one_key, virtual_attention
 
 _FLEX_GIVES_LSE = {"cuda"}  # on a CPU, compiled flex_attention cannot return it, and has no backward
 
@@ -63,26 +63,35 @@ def _flex(
     elif query.device.type in _FLEX_GIVES_LSE and scoring.bias is None and not merged.needs_formula(scoring):
         return _flex_on_kernel(module, query, key, value, pairs, scoring), None
     elif mask is not None:
-        # Turn the BlockMask into a boolean mask (B, H, T, S).
-        batch, heads = mask.shape[:2]
-        mask = create_mask(mask.mask_mod, batch, heads, query.shape[2], key.shape[2], device=query.device)
+        mask = _dense(mask, query, key)
     return merged.attention(query, key, value, pairs, scoring._replace(mask=mask, is_causal=False)), None
+
+
+def _dense(mask: BlockMask, query: Tensor, key: Tensor) -> Tensor:
+    """A BlockMask as a boolean mask (B, H, T, S)."""
+    batch, heads = mask.shape[:2]
+    return create_mask(mask.mask_mod, batch, heads, query.shape[2], key.shape[2], device=query.device)
 
 
 def _flex_on_kernel(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring
 ) -> Tensor:
     """Run flex_attention's own kernel on the context, and add the pairs by means of its log-sum-exp."""
+    block_mask: Any = scoring.mask
+    first = None
+    if pairs.skip_first_token:
+        mask = None if block_mask is None else _dense(block_mask, query, key)
+        first = sees_one_key(query.shape[2], key.shape[2], scoring._replace(mask=mask, is_causal=False), query.device)
     query, key, value = merged.autocast(query, key, value)  # the kernel gives wrong numbers if the cast is left to it
     heads = query.shape[1]
     grouped = heads & (heads - 1) == 0  # the kernel takes grouped heads only if their number is a power of 2
     if not grouped:
         key, value = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (key, value))
     output, auxiliary = compile_friendly_flex_attention(
-        query, key, value, training=module.training, block_mask=scoring.mask, enable_gqa=grouped,
+        query, key, value, training=module.training, block_mask=block_mask, enable_gqa=grouped,
         scale=scoring.scaling, return_aux=AuxRequest(lse=True),
     )  # fmt: skip
-    return merged.add_pairs(output, auxiliary.lse, query, pairs, scoring)
+    return merged.add_pairs(output, auxiliary.lse, query, pairs, scoring, first)
 
 
 BACKENDS = {

@@ -23,11 +23,12 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "layers_pattern": ((str, list, tuple, NoneType), "a name, a list of names or None"),
     "modules_to_save": ((list, tuple, set, NoneType), "a list of names or None"),
     "trainable_token_indices": ((list, tuple, dict, NoneType), "a list of indices, a dict of such lists or None"),
-    "init_weights": ((bool, str), "True, False or 'unit_keys'"),
+    "init_weights": ((bool, str), "True, False, 'unit_keys' or 'identity'"),
     "factorize_keys": _SWITCH,
     "factorize_values": _SWITCH,
     "scale_self_attention": _SWITCH,
     "pair_weights": _SWITCH,
+    "skip_first_token": _SWITCH,
 }
 
 
@@ -52,10 +53,13 @@ class HiFICLConfig(PeftConfig):
         modules_to_save (`Optional[List[str]]`): Further modules that are trained and saved whole.
         trainable_token_indices (`Optional[Union[List[int], dict[str, List[int]]]]`): Tokens whose embeddings are
             trained and saved.
-        init_weights (`Union[bool, Literal["unit_keys"]]`): True: the paper's initialisation (`K_A`, `V_A` ~ N(0, 1),
-            `K_B` ~ 0.01 N(0, 1), `V_B` = 0).  The virtual values are zero then, but the virtual keys take part in the
-            softmax: a fresh adapter is NOT the identity.  "unit_keys": `K_B` ~ N(0, 1 / r) instead, so that the
-            virtual keys begin with variance one instead of near zero.  False: all factors ~ N(0, 1).  See also
+        init_weights (`Union[bool, Literal["unit_keys", "identity"]]`): True: the paper's initialisation (`K_A`, `V_A`
+            ~ N(0, 1), `K_B` ~ 0.01 N(0, 1), `V_B` = 0).  The virtual values are zero then, but the virtual keys take
+            part in the softmax: a fresh adapter is NOT the identity, unless `scale_self_attention=False`.
+            "unit_keys": `K_B` ~ N(0, 1 / r) instead, so that the virtual keys begin with variance one instead of near
+            zero.  "identity": as True, with log-weights of ``log(0.0002 / n)``, so that a fresh adapter answers as the
+            base model does, to a thousandth; needs `pair_weights` and `skip_first_token`, and a larger learning rate
+            of the log-weights ([`parameter_groups`]).  False: all factors ~ N(0, 1).  See also
             [`initialize_from_demonstrations`].
         factorize_keys (`bool`): False: `K_D` is learned whole (the paper's ablation "- LoRA on K").
         factorize_values (`bool`): False: `V_D` is learned whole, from zero (the paper's ablation "- LoRA on V").
@@ -63,6 +67,9 @@ class HiFICLConfig(PeftConfig):
             "w/o SA scaling").
         pair_weights (`bool`): True: each pair of each head also learns a log-weight w, starting at zero, which is added
             to its score: ``Z_D = sum_i exp(s(k_D,i) + w_i)``.  Not in the paper.  It adds ``H * n`` parameters.
+        skip_first_token (`bool`): True: a token that sees no token but itself (the first of a row, or of a packed
+            document) attends without the virtual pairs.  Not in the paper.  Many language models make their first
+            token an attention sink by that very self-attention, and the pairs would take most of it.
 
     Raises:
         ValueError: a number below 1, or `layers_pattern` without `layers_to_transform`.
@@ -106,11 +113,11 @@ class HiFICLConfig(PeftConfig):
             "{'embed_tokens': [0, 1]}."
         },
     )
-    init_weights: Union[bool, Literal["unit_keys"]] = field(
+    init_weights: Union[bool, Literal["unit_keys", "identity"]] = field(
         default=True,
         metadata={
             "help": "True: the paper's initialisation (V_B = 0). 'unit_keys': the same, with virtual keys of variance "
-            "one. False: all factors random."
+            "one. 'identity': the same as True, with pairs of almost no weight. False: all factors random."
         },
     )
     factorize_keys: bool = field(
@@ -126,6 +133,10 @@ class HiFICLConfig(PeftConfig):
         default=False,
         metadata={"help": "True: learn a log-weight per pair and query head, added to its score."},
     )
+    skip_first_token: bool = field(
+        default=False,
+        metadata={"help": "True: a token that sees only itself (the first of a row) attends without the pairs."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,10 +146,18 @@ class HiFICLConfig(PeftConfig):
             # Python counts True as an int, but it is not a number of pairs.
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 raise TypeError(f"HiFICLConfig.{name} must be {words}, found {value!r}.")
-        if isinstance(self.init_weights, str) and self.init_weights != "unit_keys":
+        if isinstance(self.init_weights, str) and self.init_weights not in ("unit_keys", "identity"):
             raise ValueError(
                 f"HiFICLConfig.init_weights must be {_TYPES['init_weights'][1]}, found {self.init_weights!r}."
             )
+        if self.init_weights == "identity" and self.scale_self_attention:
+            # Without skip_first_token, even the smallest weight changes the first token of a model with a sink.
+            missing = [name for name in ("pair_weights", "skip_first_token") if not getattr(self, name)]
+            if missing:
+                raise ValueError(
+                    f"HiFICLConfig.init_weights='identity' needs {' and '.join(f'{name}=True' for name in missing)}: "
+                    "set it, or set scale_self_attention=False, with which every start is the identity but False."
+                )
         for name in ("n", "r"):
             if getattr(self, name) < 1:
                 raise ValueError(f"HiFICLConfig.{name} must be {_TYPES[name][1]}, found {getattr(self, name)}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn
 
 import torch
@@ -12,8 +13,17 @@ from transformers import PreTrainedConfig
 from .config import HiFICLConfig
 from .names import HeadShape
 from .offloading import accelerate_hooks
-from .ops.formula import VirtualPairs, concatenate_pairs, select_rows, without_autocast
+from .ops.formula import (
+    OF_THE_SOFTMAX,
+    VirtualPairs,
+    concatenate_pairs,
+    disagreement,
+    select_rows,
+    without_autocast,
+)
 from .rows import running
+
+_IDENTITY_MASS = 2e-4  # of all pairs of a head, at scores of zero
 
 
 class Factor(nn.Module):
@@ -62,7 +72,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
 
     hificl_W: Any  # noqa: N815  # a ModuleDict, as the others that are looked up by name
     adapter_layer_names = ("hificl_K_A", "hificl_K_B", "hificl_V_A", "hificl_V_B", "hificl_K", "hificl_V", "hificl_W")
-    other_param_names = ("n", "r", "scale_self_attention", "awaits_weights", "had_gradient")
+    other_param_names = ("n", "r", *OF_THE_SOFTMAX, "awaits_weights", "had_gradient")
 
     def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape) -> None:
         super().__init__()
@@ -74,6 +84,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self.n: dict[str, int] = {}
         self.r: dict[str, int] = {}
         self.scale_self_attention: dict[str, bool] = {}
+        self.skip_first_token: dict[str, bool] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
@@ -97,7 +108,8 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             getattr(self, name)[adapter_name] = factor
         self.n[adapter_name] = config.n
         self.r[adapter_name] = config.r
-        self.scale_self_attention[adapter_name] = config.scale_self_attention
+        for name in OF_THE_SOFTMAX:
+            getattr(self, name)[adapter_name] = getattr(config, name)
         self.awaits_weights[adapter_name] = self.had_gradient[adapter_name] = False
         self.reset_parameters(adapter_name, config.init_weights)
         self._device_and_dtype = device, dtype
@@ -110,7 +122,8 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
     def reset_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
         """Initialise an adapter as `HiFICLConfig.init_weights` says.
 
-        A whole K_D starts with the standard deviation that K_A K_B has, a whole V_D and log-weights at zero.
+        A whole K_D starts with the standard deviation that K_A K_B has, a whole V_D at zero, and log-weights at zero
+        or, for "identity", where n scores of zero have a Z_D of 0.0002.
         """
         root = self.r[adapter_name] ** 0.5
         spread = 1 / root if init_weights == "unit_keys" else 0.01  # of K_B; that of K_A K_B is sqrt(r) times larger
@@ -122,7 +135,8 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
                 if weight.is_meta:  # there is nothing to fill, and torch is slow to find out
                     continue
                 if name == "hificl_W" and std == 0:  # nothing is drawn, so that all other factors start as without it
-                    weight.zero_()
+                    small = init_weights == "identity" and self.scale_self_attention[adapter_name]
+                    weight.fill_(math.log(_IDENTITY_MASS / self.n[adapter_name]) if small else 0.0)
                 else:
                     nn.init.normal_(weight, std=std)
 
@@ -203,7 +217,8 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
                     self.awaits_gradient.add(adapter_name)
                     product.register_hook(lambda grad: self._gradient_came(adapter_name))
         log_weights = self.hificl_W[adapter_name]()[None] if adapter_name in self.hificl_W else None  # (1, H, n)
-        return VirtualPairs(keys, values, log_weights, self.scale_self_attention[adapter_name])
+        of_the_softmax = (getattr(self, name)[adapter_name] for name in OF_THE_SOFTMAX)
+        return VirtualPairs(keys, values, log_weights, *of_the_softmax)
 
     def _gradient_came(self, adapter_name: str) -> None:
         self.awaits_gradient.discard(adapter_name)
@@ -225,18 +240,20 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         """Set the active adapters; several of them share one softmax.
 
         Raises:
-            ValueError: the adapters disagree about scale_self_attention.
+            ValueError: the adapters disagree about scale_self_attention or skip_first_token.
         """
         self.check_together([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def check_together(self, names: list[str]) -> None:
         """Raise a ValueError if these adapters cannot share one softmax."""
-        flags = {name: self.scale_self_attention[name] for name in names if name in self.scale_self_attention}
-        if len(set(flags.values())) > 1:
+        own = [name for name in names if self.has(name)]
+        differing = disagreement({field: [getattr(self, field)[name] for name in own] for field in OF_THE_SOFTMAX})
+        if differing:
+            found = {name: getattr(self, differing)[name] for name in own}
             raise ValueError(
-                f"These adapters cannot be active together, they disagree about scale_self_attention: {flags}. It "
-                "belongs to the softmax that they would share; activate adapters that agree."
+                f"These adapters cannot be active together, they disagree about {differing}: {found}. It belongs to "
+                "the softmax that they would share; activate adapters that agree."
             )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:

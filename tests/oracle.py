@@ -22,6 +22,7 @@ def hificl(
     sinks: Tensor | None = None,
     log_weights: Tensor | None = None,  # (B or 1, H, n)
     alpha_one: bool = False,
+    skip_first_token: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, T, e) and alpha (B, H, T)."""
     batch, heads, length, _ = query.shape
@@ -53,6 +54,8 @@ def hificl(
                 weights = [1.0] * len(k_d)
                 if log_weights is not None:
                     weights = [torch.exp(w) for w in log_weights[b if len(log_weights) > 1 else 0, h]]
+                if skip_first_token and len(columns) == 1:
+                    weights = [0.0] * len(k_d)
                 virtual = [w * torch.exp(score(q, k)) for w, k in zip(weights, k_d, strict=True)]
                 z_sa = sum(context.values()) + (0.0 if sinks is None else torch.exp(sinks[h]))
                 z_d = sum(virtual)

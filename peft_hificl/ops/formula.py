@@ -8,7 +8,8 @@ In-context demonstrations add keys and values to every attention head.  HiFICL (
     beta_i = exp s(k_D,i) / (Z_SA + Z_D)                   one weight per virtual pair
     out    = alpha * SA(q, K, V) + sum_i beta_i V_D,i
 
-which is softmax attention over ``[K_D ; K]``, ``[V_D ; V]`` with the virtual columns always visible.
+which is softmax attention over ``[K_D ; K]``, ``[V_D ; V]`` with the virtual columns always visible; with
+`VirtualPairs.skip_first_token`, visible to every query but those that see a single key of the context.
 
 Letters used for shapes: B batch, H query heads, G key/value heads (H is a multiple of G), T queries, S context keys,
 n virtual pairs, d head dimension of queries and keys, e head dimension of values.
@@ -21,6 +22,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+HIDDEN = -1e4  # what an additive mask adds, at most, to the score of a key that no query shall see
+OF_THE_SOFTMAX = ("scale_self_attention", "skip_first_token")  # in which all pairs of one softmax must agree
 
 
 class VirtualPairs(NamedTuple):
@@ -36,12 +40,15 @@ class VirtualPairs(NamedTuple):
             ``exp(log_weight)`` times; ``-inf`` removes it.  None: every pair counts once.
         scale_self_attention: False sets ``alpha = 1`` and leaves ``beta`` as it is (the paper's ablation
             "w/o SA scaling").
+        skip_first_token: True hides the pairs from a query that sees a single key of the context (`sees_one_key`): the
+            first token of a row or of a packed document, whose self-attention would otherwise lose most to them.
     """
 
     keys: Tensor
     values: Tensor
     log_weights: Tensor | None = None
     scale_self_attention: bool = True
+    skip_first_token: bool = False
 
 
 class Scoring(NamedTuple):
@@ -71,14 +78,15 @@ def concatenate_pairs(pairs: list[VirtualPairs]) -> VirtualPairs:
     """The union of several sets of virtual pairs, which then share one softmax.
 
     Raises:
-        ValueError: if the sets disagree about ``scale_self_attention``, which belongs to the whole softmax.
+        ValueError: if the sets disagree about ``scale_self_attention`` or ``skip_first_token``, which belong to the
+            whole softmax.
     """
     if len(pairs) == 1:
         return pairs[0]
-    if len({p.scale_self_attention for p in pairs}) > 1:
+    differing = disagreement({name: [getattr(p, name) for p in pairs] for name in OF_THE_SOFTMAX})
+    if differing:
         raise ValueError(
-            "These sets of virtual pairs share one softmax but disagree about scale_self_attention: use sets that "
-            "agree."
+            f"These sets of virtual pairs share one softmax but disagree about {differing}: use sets that agree."
         )
     log_weights = None
     if any(p.log_weights is not None for p in pairs):
@@ -90,6 +98,7 @@ def concatenate_pairs(pairs: list[VirtualPairs]) -> VirtualPairs:
         values=_cat_pairs([p.values for p in pairs]),
         log_weights=log_weights,
         scale_self_attention=pairs[0].scale_self_attention,
+        skip_first_token=pairs[0].skip_first_token,
     )
 
 
@@ -103,15 +112,14 @@ def select_rows(choices: list[VirtualPairs | None], rows: list[int]) -> VirtualP
         rows: one index into ``choices`` per row.
 
     Raises:
-        ValueError: if the sets disagree about ``scale_self_attention``.
+        ValueError: if the sets disagree about ``scale_self_attention`` or ``skip_first_token``.
     """
     present = [c for c in choices if c is not None]
     if not present:
         return None
-    if len({c.scale_self_attention for c in present}) > 1:
-        raise ValueError(
-            "The adapters of one batch disagree about scale_self_attention: run them in batches of their own."
-        )
+    differing = disagreement({name: [getattr(c, name) for c in present] for name in OF_THE_SOFTMAX})
+    if differing:
+        raise ValueError(f"The adapters of one batch disagree about {differing}: run them in batches of their own.")
     n = max(c.keys.shape[2] for c in present)
     heads = max(_log_weights(c).shape[1] for c in present)
 
@@ -125,7 +133,7 @@ def select_rows(choices: list[VirtualPairs | None], rows: list[int]) -> VirtualP
         return keys, values, log_weights
 
     keys, values, log_weights = (torch.cat(parts)[rows] for parts in zip(*map(padded, choices), strict=True))
-    return VirtualPairs(keys, values, log_weights, present[0].scale_self_attention)
+    return VirtualPairs(keys, values, log_weights, present[0].scale_self_attention, present[0].skip_first_token)
 
 
 def virtual_attention(
@@ -182,6 +190,9 @@ def virtual_attention(
             context = context + mask.to(dtype).clamp_min(minimum)
     if pairs.log_weights is not None:
         virtual = virtual + pairs.log_weights.to(dtype)[:, :, None]
+    first = sees_one_key(query.shape[2], key.shape[2], scoring, query.device) if pairs.skip_first_token else None
+    if first is not None:
+        virtual = virtual.masked_fill(first[..., None], minimum)
     self_attention = [context]
     if sinks is not None:
         self_attention.append(sinks.to(dtype).reshape(1, -1, 1, 1).expand(*context.shape[:-1], 1))
@@ -197,6 +208,23 @@ def virtual_attention(
 
     output = grouped_matmul(context_weights, value) + grouped_matmul(beta, pairs.values.to(dtype))  # (B, H, T, e)
     return output.to(output_dtype), context_weights
+
+
+def sees_one_key(length: int, size: int, scoring: Scoring, device: torch.device) -> Tensor | None:
+    """Which of T = `length` queries see a single one of S = `size` keys: broadcastable to (B, H, T); None: none does.
+
+    Keys of an additive mask below `HIDDEN` count as hidden.
+    """
+    mask = scoring.mask
+    if mask is None:
+        if scoring.is_causal:
+            return torch.arange(length, device=device) == 0
+        return torch.ones(1, dtype=torch.bool, device=device) if size == 1 else None
+    visible = mask if mask.dtype == torch.bool else mask > HIDDEN
+    visible = visible.expand(*visible.shape[:-1], size)
+    if scoring.is_causal:
+        visible = visible & torch.ones(length, size, dtype=torch.bool, device=device).tril()
+    return visible.sum(-1) == 1
 
 
 def grouped_matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -216,6 +244,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Turn autocast off, if it is on, as it would compute a float32 product in half precision."""
     enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+
+
+def disagreement(values: dict[str, list[bool]]) -> str | None:
+    """The first name whose values are not all equal."""
+    return next((name for name, found in values.items() if len(set(found)) > 1), None)
 
 
 def _log_weights(pairs: VirtualPairs) -> Tensor:

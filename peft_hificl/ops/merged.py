@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .formula import Scoring, VirtualPairs, grouped_matmul, virtual_attention
+from .formula import Scoring, VirtualPairs, grouped_matmul, sees_one_key, virtual_attention
 from .kernels import KERNELS, Call, Kernel, State
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class _Inputs(NamedTuple):
     is_causal: bool
     scaling: float
     scale_self_attention: bool
+    skip_first_token: bool
     kernels: tuple[str, str]  # of the context and of the virtual pairs
 
 
@@ -172,7 +173,8 @@ def _plan(
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
     inputs = _Inputs(
         query, key, value, pairs.keys, pairs.values, pairs.log_weights, scoring.sinks, scoring.mask, scoring.bias,
-        scoring.is_causal, scoring.scaling, pairs.scale_self_attention, ("", ""),
+        scoring.is_causal, scoring.scaling, pairs.scale_self_attention,
+        pairs.skip_first_token, ("", ""),
     )  # fmt: skip
     # For the limits, it only matters whether there is a mask: it is converted later, if a kernel is found.
     mask = scoring.bias if scoring.mask is None else scoring.mask
@@ -212,6 +214,19 @@ def _virtual_call(inputs: _Inputs) -> Call:
     return Call(query, keys, values, _additive(log_weights, None, query.dtype), False, inputs.scaling)
 
 
+def _first_tokens(inputs: _Inputs) -> Tensor | None:
+    """The queries that the pairs are hidden from, broadcastable to (B, H, T); None if there are none."""
+    if not inputs.skip_first_token:
+        return None
+    scoring = Scoring(inputs.scaling, inputs.mask, inputs.is_causal)
+    return sees_one_key(inputs.query.shape[2], inputs.key.shape[2], scoring, inputs.query.device)
+
+
+def _hidden(lse: Tensor, first: Tensor | None) -> Tensor:
+    """The LSE (B, H, T) of pairs that some queries do not see.  Finite, so that no difference of two is NaN."""
+    return lse if first is None else lse.masked_fill(first, torch.finfo(lse.dtype).min / 2)
+
+
 class _Seen(NamedTuple):
     """What the backward of a kernel is handed: an output (B, H, T, d) and an LSE (B, H, T)."""
 
@@ -241,7 +256,9 @@ def _run(inputs: _Inputs, context: Call, virtual: Call, for_backward: bool = Fal
         context_output, context_lse, context_state = _folded(kernels[0], context)
     else:
         context_output, context_lse, context_state = kernels[0].forward(context)
-    virtual_output, virtual_lse, virtual_state = kernels[1].forward(virtual)
+    virtual_output, own_lse, virtual_state = kernels[1].forward(virtual)
+    first = _first_tokens(inputs)
+    virtual_lse = _hidden(own_lse, first)
     if inputs.sinks is not None:
         lse = torch.logaddexp(context_lse, inputs.sinks.to(context_lse.dtype).reshape(1, -1, 1))
         context_output, context_lse = _times(torch.exp(context_lse - lse), context_output), lse
@@ -250,14 +267,24 @@ def _run(inputs: _Inputs, context: Call, virtual: Call, for_backward: bool = Fal
         output = _lerp(virtual_output, context_output, torch.sigmoid(context_lse - virtual_lse))
         if not for_backward:
             return _Run(output)
-        return _Run(output, (_Seen(output, torch.logaddexp(context_lse, virtual_lse)),), states)
+        seen = _Seen(output, torch.logaddexp(context_lse, virtual_lse))
+        return _Run(output, (seen,) if first is None else (seen, _of_pairs(seen, own_lse, first)), states)
     share = torch.sigmoid(virtual_lse - context_lse)  # 1 - alpha
     written = _times(share, virtual_output)
     output = (context_output + written).to(dtype)
     if not for_backward:
         return _Run(output)
     of_context = _Seen((context_output + _times(1 - share, written)).to(dtype), context_lse)
-    return _Run(output, (of_context, _Seen(written.to(dtype), torch.logaddexp(context_lse, virtual_lse))), states)
+    of_virtual = _Seen(written.to(dtype), torch.logaddexp(context_lse, virtual_lse))
+    return _Run(output, (of_context, _of_pairs(of_virtual, own_lse, first)), states)
+
+
+def _of_pairs(seen: _Seen, own_lse: Tensor, first: Tensor | None) -> _Seen:
+    """What the backward of the pairs is handed: for queries that do not see them, their own LSE.
+
+    The gradient of these queries is zero there, but ``exp(score - L)`` could be infinite with another LSE.
+    """
+    return seen if first is None else seen._replace(lse=torch.where(first, own_lse, seen.lse))
 
 
 def _folded(kernel: Kernel, call: Call) -> tuple[Tensor, Tensor, State]:
@@ -284,7 +311,9 @@ def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
     return torch.lerp(start.to(weight.dtype), end.to(weight.dtype), weight).to(start.dtype)
 
 
-def add_pairs(output: Tensor, lse: Tensor, query: Tensor, pairs: VirtualPairs, scoring: Scoring) -> Tensor:
+def add_pairs(
+    output: Tensor, lse: Tensor, query: Tensor, pairs: VirtualPairs, scoring: Scoring, first: Tensor | None = None
+) -> Tensor:
     """Mix virtual pairs into attention that was computed elsewhere, given its output and its log-sum-exp.
 
     Args:
@@ -293,6 +322,7 @@ def add_pairs(output: Tensor, lse: Tensor, query: Tensor, pairs: VirtualPairs, s
         query: ``(B, H, T, d)``.
         pairs: the virtual pairs.
         scoring: scaling and sinks; neither dropout nor a soft-cap.
+        first: broadcastable to ``(B, H, T)``, True for queries that do not see the pairs.
 
     Returns:
         ``(B, H, T, e)`` in the dtype of `output`; differentiable in everything that is differentiable.
@@ -307,7 +337,7 @@ def add_pairs(output: Tensor, lse: Tensor, query: Tensor, pairs: VirtualPairs, s
     if scoring.sinks is not None:
         with_sinks = torch.logaddexp(lse, scoring.sinks.to(dtype).reshape(1, -1, 1))
         context, lse = _times(torch.exp(lse - with_sinks), context), with_sinks
-    share = torch.sigmoid(scores.logsumexp(dim=-1) - lse)[..., None]  # 1 - alpha
+    share = torch.sigmoid(_hidden(scores.logsumexp(dim=-1), first) - lse)[..., None]  # 1 - alpha
     mixed = torch.lerp(context, virtual, share) if pairs.scale_self_attention else context + share * virtual
     return mixed.to(output.dtype)
 
@@ -333,8 +363,9 @@ class _Differentiable(torch.autograd.Function):
         *seen, context_state, virtual_state = (tuple(islice(saved, size)) for size in ctx.sizes)
         context, virtual = _Seen(*seen[0]), _Seen(*seen[-1])
         kernels = [KERNELS[inputs.query.device.type][name] for name in inputs.kernels]
-        grad, call = _aligned(grad), _virtual_call(inputs)
-        of_query, of_keys, of_values = kernels[1].backward(call, grad, *virtual, virtual_state)
+        grad, call, first = _aligned(grad), _virtual_call(inputs), _first_tokens(inputs)
+        of_pairs = grad if first is None else grad.masked_fill(first[..., None], 0)
+        of_query, of_keys, of_values = kernels[1].backward(call, of_pairs, *virtual, virtual_state)
         of_keys, of_values = (
             g[..., : like.shape[-1]].to(like.dtype).sum_to_size(like.shape)
             for g, like in ((of_keys, inputs.keys), (of_values, inputs.values))
@@ -344,11 +375,11 @@ class _Differentiable(torch.autograd.Function):
             more, of_key, of_value = kernels[0].backward(_context_call(inputs), grad, *context, context_state)
             of_query = of_query + more
         if inputs.log_weights is not None and ctx.needs_input_grad[5]:
-            of_log_weights = _summed(_score_gradient(call, grad, virtual).sum(2), inputs.log_weights)
+            of_log_weights = _summed(_score_gradient(call, of_pairs, virtual).sum(2), inputs.log_weights)
         if inputs.sinks is not None and ctx.needs_input_grad[6]:
             weight = torch.exp(inputs.sinks.to(context.lse.dtype).reshape(1, -1, 1) - context.lse)  # (B, H, T)
             of_sinks = _summed(-(weight * _delta(grad, context)).sum((0, 2)), inputs.sinks)
-        return of_query, of_key, of_value, of_keys, of_values, of_log_weights, of_sinks, *[None] * 6
+        return of_query, of_key, of_value, of_keys, of_values, of_log_weights, of_sinks, *[None] * 7
 
 
 def _score_gradient(call: Call, grad: Tensor, seen: _Seen) -> Tensor:
