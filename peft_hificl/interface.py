@@ -60,7 +60,8 @@ def hificl_attention_forward(
             f"{type(module).__name__} runs with attn_implementation={IMPLEMENTATION!r} but has no HiFICL adapter. The "
             f"name is set by attaching an adapter; load the base model with one of {', '.join(BACKENDS)}."
         )
-    pairs = layer(query, key, value)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    pairs = layer(query, key, value, scale)
     dispatch, implementation = dispatch_of(type(module)), layer.base_config._attn_implementation
     if pairs is None:
         if isinstance(kwargs.get("cache"), PagedAttentionCache):
@@ -73,7 +74,7 @@ def hificl_attention_forward(
     _check_call(module, layer, dispatch, query, value, pairs, kwargs)
     key, value = _with_paged_past(module, layer, key, value, kwargs)
     scoring = Scoring(
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scaling=scale,
         mask=attention_mask,
         is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
         bias=kwargs.get("position_bias"),

@@ -141,15 +141,17 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
                     nn.init.normal_(weight, std=std)
 
     @torch.no_grad()
-    def set_pairs(self, adapter_name: str, keys: Tensor, values: Tensor) -> None:
+    def set_pairs(self, adapter_name: str, keys: Tensor, values: Tensor, log_weights: Tensor | None = None) -> None:
         """Set an adapter to these pairs, (H or G, n, d) and (H or G, n, e), or to their best approximation of rank r.
 
         With the singular value decomposition ``X = U S W`` truncated at rank r and a random rotation R,
         ``A = sqrt(n) U R`` and ``B = R' S W / sqrt(n)``.  So the entries of A have variance one, as in the other
-        initialisations, and the rotation spreads the singular values over all rows of B.  Log-weights become zero.
+        initialisations, and the rotation spreads the singular values over all rows of B.  Log-weights, where
+        the adapter has them, become `log_weights` (H, n), or zero.
         """
         if adapter_name in self.hificl_W:
-            self.hificl_W[adapter_name].weight.zero_()
+            weight = self.hificl_W[adapter_name].weight
+            weight.copy_(torch.zeros_like(weight) if log_weights is None else log_weights)
         heads = self.head_shape.heads
         for kind, pairs in (("K", keys), ("V", values)):
             whole = pairs.repeat_interleave(heads // pairs.shape[0], dim=0).float()  # (H, n, d)
@@ -166,13 +168,14 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             left[:, :, :k].copy_(n**0.5 * u[:, :, :k] @ rotation)
             right[:, :k].copy_(rotation.mT @ (s[:, :k, None] * w[:, :k]) / n**0.5)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> VirtualPairs | None:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> VirtualPairs | None:
         """The virtual pairs for one attention call: of the active adapters, or of each row's own (see `rows`).
 
         Args:
             query: ``(B, H, T, d)``.
             key: ``(B, G, S, d)``; not used here, but read by the forward pre-hook of `demonstrations`.
             value: ``(B, G, S, e)``; as `key`.
+            scaling: factor of the scores; as `key`.
 
         Returns:
             The pairs, or None if no adapter takes part in this call.

@@ -16,9 +16,11 @@ from transformers import (
 )
 
 from peft_hificl import HiFICLConfig, HiFICLLayer, initialize_from_demonstrations
+from peft_hificl.ops.matching import match_attention
 
 from . import architectures
 from .helpers import build, pairs_for
+from .zoo import recorded_attention
 
 DEMONSTRATIONS = torch.tensor([[5, 6, 7, 8, 9]])
 QUERY = torch.tensor([[3, 4, 11]])
@@ -49,6 +51,61 @@ def test_all_tokens_as_pairs_give_the_logits_of_the_prompt(kind, settings):
     with torch.no_grad():
         found = model(input_ids=QUERY).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mha", "gqa"])
+def test_all_tokens_with_weights_do_too_and_fewer_come_nearer_than_any_others(kind):
+    model = adapted(kind, n=5, r=5, pair_weights=True)
+    wanted = in_context(model)
+    errors = initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS})
+    assert list(errors) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert max(errors.values()) < 1e-5
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=QUERY).logits, wanted, rtol=1e-3, atol=1e-3)
+    few = adapted(kind, n=2, r=2, pair_weights=True)
+    chosen = initialize_from_demonstrations(few, {"input_ids": DEMONSTRATIONS})
+    weights = [layer.hificl_W["default"].weight for layer in layers(few)]
+    assert all((weight != 0).all() for weight in weights)
+    for tokens in ([0, 1], [0, 4], [2, 3], [-1, 1]):
+        given = initialize_from_demonstrations(few, {"input_ids": DEMONSTRATIONS}, tokens)
+        assert all(chosen[name] < given[name] < 1 for name in given)
+        assert not any(weight.any() for weight in weights)
+
+
+def test_each_head_gets_the_keys_and_values_of_its_own_tokens():
+    model = adapted("gqa", n=2, r=2, pair_weights=True)
+    with torch.no_grad(), recorded_attention() as calls:
+        initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS})
+    for layer, call in zip(layers(model), calls, strict=True):
+        key, value = (t[0].repeat_interleave(2, dim=0) for t in (call.key, call.value))
+        match = match_attention(call.query[0][:, [2, 3, 4]], key, value, call.options["scaling"], 2)
+        pairs = pairs_for(layer)
+        for head in range(4):
+            torch.testing.assert_close(pairs.keys[0, head], key[head, match.places[head]], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(pairs.values[0, head], value[head, match.places[head]], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(pairs.log_weights[0], match.log_weights.float())
+
+
+def test_without_the_first_token_where_every_row_keeps_its_own():
+    model = adapted("gqa", n=4, r=4, pair_weights=True, skip_first_token=True)
+    assert max(initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}).values()) < 1e-5
+    with torch.no_grad(), recorded_attention() as calls, model.disable_adapter():
+        model(input_ids=DEMONSTRATIONS, position_ids=torch.arange(-5, 0)[None])
+    for layer, call in zip(layers(model), calls, strict=True):
+        rest = call.key[0].repeat_interleave(2, dim=0)[:, 1:]
+        distances = torch.cdist(pairs_for(layer).keys[0], rest)
+        assert distances.min(dim=1).values.max() < 1e-4  # each of the other tokens is a pair
+
+
+def test_tokens_of_its_own_need_weights_and_enough_tokens():
+    with pytest.raises(ValueError, match=r"does not have: attach it with HiFICLConfig\(pair_weights=True\)"):
+        initialize_from_demonstrations(adapted("gqa", n=2, r=2), {"input_ids": DEMONSTRATIONS})
+    for skip, words in ((False, "5 tokens for n=6"), (True, r"5 tokens \(the first is left out\) for n=5")):
+        model = adapted("gqa", n=5 if skip else 6, r=2, pair_weights=True, skip_first_token=skip)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=words):
+            initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS})
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_sliding_window_hides_no_pair():
@@ -308,7 +365,7 @@ def test_without_an_initialisation_every_factor_is_normal(factorize):
 
 
 def test_an_unknown_initialisation_is_refused():
-    with pytest.raises(ValueError, match="init_weights must be True, False or 'unit_keys', found 'svd'"):
+    with pytest.raises(ValueError, match="init_weights must be True, False, 'unit_keys' or 'identity', found 'svd'"):
         HiFICLConfig(init_weights="svd")
 
 
