@@ -10,8 +10,10 @@ from torch import nn
 from .layer import HiFICLLayer
 
 
-def parameter_groups(model: nn.Module, lr: float, key_lr_ratio: float = 0.3) -> list[dict[str, Any]]:
-    """Groups for any torch optimizer: rate ``key_lr_ratio * lr`` for virtual keys, ``lr`` for all other parameters.
+def parameter_groups(
+    model: nn.Module, lr: float, key_lr_ratio: float = 0.3, weight_lr_ratio: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups for any torch optimizer: ``key_lr_ratio * lr`` for virtual keys, ``lr`` for all else that is trained.
 
     In `out = alpha SA + sum_i beta_i V_D,i`, values enter linearly, keys through the exponential of their scores.  The
     ratio was chosen on validation data of the small base in ``benchmarks`` (docs/benchmark-history.md); the paper has
@@ -23,9 +25,11 @@ def parameter_groups(model: nn.Module, lr: float, key_lr_ratio: float = 0.3) -> 
             ``modules_to_save`` may need a smaller rate than virtual values; put it into a group of your own.
         key_lr_ratio: rate of the virtual keys (``hificl_K_A``, ``hificl_K_B``, or ``hificl_K``), as a fraction of
             ``lr``.
+        weight_lr_ratio: rate of the log-weights (``hificl_W``), as a fraction of ``lr``.  An adapter that begins with
+            ``init_weights="identity"`` needs a large one, such as 30, as its log-weights have a long way to go.
 
     Returns:
-        One or two groups, for ``torch.optim.AdamW(parameter_groups(model, lr=3e-2))``; empty groups are left out.
+        One to three groups, for ``torch.optim.AdamW(parameter_groups(model, lr=3e-2))``; empty groups are left out.
 
     Raises:
         ValueError: a rate or ratio that is not positive and finite, or no HiFICL adapter that requires a gradient.
@@ -43,12 +47,14 @@ def parameter_groups(model: nn.Module, lr: float, key_lr_ratio: float = 0.3) -> 
         >>> [round(group["lr"], 3) for group in optimizer.param_groups]
         [0.1, 0.03]
     """
-    for name, value in (("lr", lr), ("key_lr_ratio", key_lr_ratio)):
+    rates = {"lr": lr, "key_lr_ratio": key_lr_ratio, "weight_lr_ratio": weight_lr_ratio}
+    for name, value in rates.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value}: it must be positive and finite.")
     layers = [module for module in model.modules() if isinstance(module, HiFICLLayer)]
-    keys = {id(p) for layer in layers for name, p in layer.named_parameters() if name.startswith("hificl_K")}
-    adapter = {id(p) for layer in layers for p in layer.parameters()}
+    own = [(name, id(parameter)) for layer in layers for name, parameter in layer.named_parameters()]
+    keys, weights = ({i for name, i in own if name.startswith(kind)} for kind in ("hificl_K", "hificl_W"))
+    adapter = {i for _, i in own}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not any(id(parameter) in adapter for parameter in trained):
         raise ValueError(
@@ -56,7 +62,8 @@ def parameter_groups(model: nn.Module, lr: float, key_lr_ratio: float = 0.3) -> 
             "one with is_trainable=True."
         )
     groups = [
-        {"params": [p for p in trained if id(p) not in keys], "lr": lr},
+        {"params": [p for p in trained if id(p) not in keys | weights], "lr": lr},
         {"params": [p for p in trained if id(p) in keys], "lr": key_lr_ratio * lr},
+        {"params": [p for p in trained if id(p) in weights], "lr": weight_lr_ratio * lr},
     ]
     return [group for group in groups if group["params"]]

@@ -14,14 +14,18 @@ SCALING = 0.3
 
 def contributions(query: Tensor, key: Tensor, value: Tensor, first: int = 0) -> Tensor:
     """What each key adds to denominator and numerator of each query's attention, (m * (1 + e), T), of one head."""
-    unit = value[first:].square().mean().sqrt()
+    outputs = []
+    for q in query:
+        seen = [torch.exp(SCALING * torch.dot(q, k)) for k in key[first:]]
+        outputs.append(sum(e * v for e, v in zip(seen, value[first:], strict=True)) / sum(seen))
+    unit = torch.stack(outputs).norm(dim=1).square().mean().sqrt()
     columns = []
     for j in range(first, len(key)):
         rows = []
         for q in query:
             total = sum(torch.exp(SCALING * torch.dot(q, k)) for k in key)
             share = torch.exp(SCALING * torch.dot(q, key[j])) / total
-            rows.append(share * torch.cat([torch.ones(1, dtype=torch.float64), value[j] / unit]))
+            rows.append(share * torch.cat([unit[None], value[j]]))
         columns.append(torch.cat(rows))
     return torch.stack(columns, dim=1)
 

@@ -33,6 +33,19 @@ def test_keys_are_one_group_and_all_else_that_is_trained_the_other(whole: bool) 
     assert (rest["lr"], keys["lr"]) == (0.1, pytest.approx(0.025))
 
 
+def test_log_weights_are_a_group_of_their_own() -> None:
+    model = get_peft_model(build("gqa"), HiFICLConfig(n=2, r=2, pair_weights=True, task_type="CAUSAL_LM"))
+    rest, keys, weights = parameter_groups(model, lr=0.1, weight_lr_ratio=30)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names(model, weights) == {name for name in trained if "hificl_W" in name} != set()
+    assert names(model, keys) == {name for name in trained if "hificl_K" in name}
+    assert names(model, rest) == {name for name in trained if "hificl_V" in name}
+    assert [group["lr"] for group in (rest, keys, weights)] == pytest.approx([0.1, 0.03, 3.0])
+    assert parameter_groups(model, lr=0.1)[2]["lr"] == 0.1
+    with pytest.raises(ValueError, match="weight_lr_ratio=0"):
+        parameter_groups(model, lr=0.1, weight_lr_ratio=0)
+
+
 def step(model: PeftModel, groups: list[dict]) -> None:
     optimizer = torch.optim.SGD(groups)
     model(**inputs_for("gqa"), labels=inputs_for("gqa")["input_ids"]).loss.backward()

@@ -35,7 +35,8 @@ def match_attention(
     ``sum_{j in C} w_j p_qj [1 ; v_j]`` to denominator and numerator of the attention of q, where the context adds
     ``sum_j p_qj [1 ; v_j]``.  The squared difference, summed over the queries, is made small by orthogonal matching
     pursuit: the key that is most in line with what is left joins C, and all weights are fitted again, not negative.
-    Values count in units of their root mean square.  With ``n = T`` nothing is left, and all weights are 1.
+    The denominator is multiplied by the root mean square of the outputs' norms, so that both errors are errors of the
+    output.  With ``n = T`` nothing is left, and all weights are 1.
 
     Args:
         query: ``(P, m, d)``, queries that stand for those to come.
@@ -53,12 +54,13 @@ def match_attention(
         >>> key = torch.tensor([[[4.0, 0.0], [0.0, 4.0], [0.0, 4.0]]])  # the last two are one key, twice
         >>> found = match_attention(torch.eye(2)[None], key, key, scaling=1.0, chosen=2)
         >>> found.log_weights.exp().round(decimals=3).tolist(), bool(found.error < 1e-3)
-        ([[1.0, 2.0]], True)
+        ([[2.0, 1.0]], True)
     """
     query, key, value = query.double(), key.double(), value[:, first:].double()
     share = (query @ key.mT * scaling).softmax(-1)[:, :, first:]  # (P, m, T - first)
-    unit = value.square().mean(dim=(1, 2), keepdim=True).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    what = torch.cat([torch.ones_like(value[..., :1]), value / unit], dim=-1)  # (P, T - first, 1 + e)
+    output = share @ value / share.sum(-1, keepdim=True)  # (P, m, e)
+    unit = output.square().sum(-1).mean(1).sqrt()[:, None, None].expand(-1, value.shape[1], -1)
+    what = torch.cat([unit, value], dim=-1)  # (P, T - first, 1 + e)
     target = share @ what  # (P, m, 1 + e)
     aligned = ((share.mT @ target) * what).sum(-1)  # of each key with the target, (P, T - first)
     size = target.square().sum((1, 2))
