@@ -33,7 +33,9 @@ class Method:
     attach: Attach | None = None
 
 
-def adapter(config: Callable[[], PeftConfig], start: Callable[[PeftModel, Sequence[Row]], None] | None = None) -> Attach:
+def adapter(
+    config: Callable[[], PeftConfig], start: Callable[[PeftModel, Sequence[Row]], None] | None = None
+) -> Attach:
     """An adapter of PEFT, which may begin as the training samples say; HiFICL's keys learn more slowly than values."""
 
     def attach(base: LlamaForCausalLM, rows: Sequence[Row], rate: float) -> Attached:

@@ -57,23 +57,30 @@ def load(results: Path, tasks: Iterable[str]) -> dict[Job, Record]:
         if files.drop_torn_line(path):
             warnings.warn(f"{path}: dropped the last line, which was written in part", stacklevel=2)
         for line in files.lines(path)[0]:
-            found[Job.of(record := json.loads(line))] = record
+            record = json.loads(line)
+            found[Job.of(record)] = record
     return found
 
 
 def best_rate(done: Mapping[Job, Record], task: str, method: str, size: int) -> float | None:
     """The rate with the best mean score on validation data, over the seeds that every rate was tried with.
 
-    None where a rate of the method's grid was not tried.  Of two equal ones the lower.
+    Of two equal ones the lower; None where there are no such seeds.
     """
-    scores: dict[float, dict[int, float]] = {rate: {} for rate in METHODS[method].rates}
-    for job, record in done.items():
-        if (job.task, job.method, job.samples, job.split) == (task, method, size, "validation") and job.rate in scores:
-            scores[job.rate][job.seed] = record["score"]
-    seeds = set.intersection(*(set(of) for of in scores.values())) if scores else set()
+    scores = _tried(done, task, method, size)
+    seeds = set[int]().union(*scores.values()).intersection(*scores.values())
     if not seeds:
         return None
-    return max(scores, key=lambda rate: round(fmean(scores[rate][seed] for seed in seeds), 9))
+    return max(sorted(scores), key=lambda rate: round(fmean(scores[rate][seed] for seed in seeds), 9))
+
+
+def _tried(done: Mapping[Job, Record], task: str, method: str, size: int) -> dict[float, dict[int, float]]:
+    """Scores on validation data by rate and seed."""
+    scores: dict[float, dict[int, float]] = {}
+    for job, record in done.items():
+        if (job.task, job.method, job.samples, job.split) == (task, method, size, "validation") and job.rate:
+            scores.setdefault(job.rate, {})[job.seed] = record["score"]
+    return scores
 
 
 def plan(
@@ -100,13 +107,15 @@ def plan(
             method = METHODS[name]
             if method.attach is None:
                 # Without a demonstration nothing depends on the seed.
-                yield from (Job(task, name, method.shots, seed, split) for seed in (seeds if method.shots else seeds[:1]))
+                yield from (
+                    Job(task, name, method.shots, seed, split) for seed in (seeds if method.shots else seeds[:1])
+                )
                 continue
             for size in sizes:
                 tried: Sequence[float | None] = rates or method.rates
                 if not rates and split == "test":
                     tried = [best_rate(done, task, name, size)]
-                    if tried == [None]:
+                    if tried == [None] or set(method.rates) - _tried(done, task, name, size).keys():
                         raise ValueError(
                             f"Not every rate of {name} was tried on validation data of {task} with {size} samples: "
                             "run it with --split validation first, or give --rates."
@@ -127,16 +136,9 @@ def _general(cache: Path) -> list[Row]:
 
 
 def perform(job: Job, cache: Path) -> Record:
-    """Train and measure.
-
-    Raises:
-        ValueError: the task has fewer training samples than the job asks for.
-    """
+    """Train and measure."""
     method, rows = METHODS[job.method], _task(cache, job.task)
-    available = len(rows["train"])
-    if job.samples > available:
-        raise ValueError(f"{job.task} has {available} training samples, {job.samples} were asked for.")
-    chosen = [rows["train"][number] for number in samples(available, job.samples, job.seed)]
+    chosen = [rows["train"][number] for number in samples(len(rows["train"]), job.samples, job.seed)]
     set_seed(job.seed)
     _, base = load_base(cache / "model")
     record: Record = asdict(job) | {"vector": torch.backends.cpu.get_cpu_capability()}
@@ -169,8 +171,17 @@ def _rounded(record: Record) -> Record:
 
 
 def run(jobs: Sequence[Job], results: Path, cache: Path, processes: int) -> None:
-    """Perform what is not there yet."""
-    done = load(results, {job.task for job in jobs})
+    """Perform what is not there yet.
+
+    Raises:
+        ValueError: a task has fewer training samples than a job asks for.
+    """
+    tasks = {job.task for job in jobs}
+    available = {task: len(load_task(cache / "tasks", task)["train"]) for task in tasks}
+    for job in jobs:
+        if job.samples > available[job.task]:
+            raise ValueError(f"{job.task} has {available[job.task]} training samples, {job.samples} were asked for.")
+    done = load(results, tasks)
     left = [job for job in jobs if job not in done]
     if not left:
         return

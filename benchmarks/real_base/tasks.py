@@ -41,15 +41,15 @@ LANGUAGES = {
 OF_EACH_MESSAGE = 3
 VERBS = ("appear", "arrive", "change", "fall", "grow", "leave", "move", "remain", "stop", "wait")
 SMALL = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
 class Noun(NamedTuple):
     word: str
-    count: int  # of its senses that WordNet's tagged texts have
+    tagged: int  # senses of it that WordNet's tagged texts have
     kind: int  # the file of its first sense
 
 
@@ -65,20 +65,20 @@ class WordNet:
         }
 
     def index(self, part: str) -> list[tuple[str, int, str]]:
-        """Word, count and offset of its first sense, the most common first; words of letters alone."""
+        """Word, number of tagged senses, offset of its first sense; words of letters alone, the most common first."""
         entries = []
         for line in self._files[f"index.{part}"]:
             if line.startswith(" "):  # the licence
                 continue
             word, _, _, pointers, *rest = line.split()
-            _, count, first, *_ = rest[int(pointers) :]
+            _, tagged, first, *_ = rest[int(pointers) :]
             if word.isalpha() and len(word) > 2:
-                entries.append((word, int(count), first))
+                entries.append((word, int(tagged), first))
         return sorted(entries, key=lambda entry: (-entry[1], entry[0]))
 
     def nouns(self) -> list[Noun]:
         kinds = {line[:8]: int(line[9:11]) for line in self._files["data.noun"] if not line.startswith(" ")}
-        return [Noun(word, count, kinds[first]) for word, count, first in self.index("noun")]
+        return [Noun(word, tagged, kinds[first]) for word, tagged, first in self.index("noun")]
 
     def words(self) -> set[str]:
         return {word for part in ("noun", "verb", "adj", "adv") for word, _, _ in self.index(part)}
@@ -125,7 +125,7 @@ def _plurals(packages: Path) -> list[tuple[str, str, int]]:
 
 
 def kind(packages: Path) -> list[Item]:
-    nouns = [noun for noun in WordNet(packages).nouns() if noun.count]
+    nouns = [noun for noun in WordNet(packages).nouns() if noun.tagged]
     each = [[noun.word for noun in nouns if noun.kind == number][: ITEMS // len(KINDS)] for number in KINDS]
     return [Item(word, word, name) for words, name in zip(each, KINDS.values(), strict=True) for word in words]
 
@@ -160,7 +160,7 @@ def language(packages: Path) -> list[Item]:
                 if text != english and text.count(" ") >= 2 and not re.search(r"[%{}<\\]", text):
                     messages.setdefault(english, {})[of] = text
     items = []
-    for _, translations in sorted(messages.items()):
+    for english, translations in sorted(messages.items()):
         for code in choose.sample(sorted(translations), min(OF_EACH_MESSAGE, len(translations))):
             items.append(Item(english, translations[code], LANGUAGES[code]))
     return items
