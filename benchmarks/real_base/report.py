@@ -14,6 +14,7 @@ from .tasks import TASKS
 
 NOTHING = "-"
 MEAN = "mean over tasks"
+PROMPTS = 0  # the number of training samples of a section on prompts alone, on all tasks that have any
 REFERENCES = ("lora-3", "8-shot")
 
 EXPLANATION = """\
@@ -40,7 +41,7 @@ class Results:
             if job.split == split and job.method in METHODS:
                 rates = self._cells.setdefault((job.task, job.method, job.samples), {})
                 rates.setdefault(job.rate or 0.0, {})[job.seed] = record
-        self.sizes = sorted({size for _, name, size in self._cells if METHODS[name].attach})
+        self.sizes = sorted({size if METHODS[name].attach else PROMPTS for _, name, size in self._cells})
 
     def rate(self, task: str, method: str, size: int) -> float | None:
         rates = self._cells.get((task, method, size), {})
@@ -53,7 +54,8 @@ class Results:
         return {} if rate is None else self._cells[task, method, size][rate]
 
     def tasks(self, size: int) -> list[str]:
-        return [task for task in TASKS if any((task, name, size) in self._cells for name in METHODS)]
+        names = [name for name, method in METHODS.items() if (method.attach is None) == (size == PROMPTS)]
+        return [task for task in TASKS if any(self.cell(task, name, size) for name in names)]
 
     def methods(self, size: int) -> list[str]:
         return [name for name in METHODS if any(self.cell(task, name, size) for task in self.tasks(size))]
@@ -88,7 +90,7 @@ def score_table(found: Results, size: int) -> Table:
         [METHODS[name].title, *(percent(interval(list(of.values()))) for of in by_task(found, size, name))]
         for name in found.methods(size)
     ]
-    return Table(f"Scores, {size} samples, in %", ("method", *found.tasks(size), MEAN), rows)
+    return Table("Scores, in %", ("method", *found.tasks(size), MEAN), rows)
 
 
 def difference_table(found: Results, size: int, reference: str) -> Table:
@@ -105,7 +107,7 @@ def difference_table(found: Results, size: int, reference: str) -> Table:
         rows.append([METHODS[name].title, *(percent(pair, "+") for pair in pairs)])
         tests.append(pairs[-1].p if pairs[-1] else None)
     corrected = [NOTHING if p is None else f"{p:.3f}" for p in holm(tests)]
-    title = f"Difference from {METHODS[reference].title}, {size} samples, in points"
+    title = f"Difference from {METHODS[reference].title}, in points"
     columns = ("method", *found.tasks(size), MEAN, "p (Holm)")
     return Table(title, columns, [[*row, p] for row, p in zip(rows, corrected, strict=True)])
 
@@ -133,7 +135,7 @@ def cost_table(found: Results, size: int) -> Table:
         "method", "parameters", "seconds", "memory of a step", "loss of the base", "loss after", "KL at the start",
         "KL after", "score at the start, in %", "runs",
     )  # fmt: skip
-    return Table(f"Costs and forgetting, {size} samples, over the tasks", columns, rows)
+    return Table("Costs and forgetting, over the tasks", columns, rows)
 
 
 def rate_table(found: Results, size: int) -> Table:
@@ -145,7 +147,7 @@ def rate_table(found: Results, size: int) -> Table:
         for name in found.methods(size)
         if METHODS[name].attach
     ]
-    return Table(f"Rates, {size} samples", ("method", *found.tasks(size)), rows)
+    return Table("Rates", ("method", *found.tasks(size)), rows)
 
 
 def _mean(records: Iterable[Record], field: str) -> str:
@@ -160,11 +162,14 @@ def write(results: Path) -> Path:
     for split in reversed(SPLITS):
         found = Results(done, split)
         for size in found.sizes:
-            lines += ["", f"## {split.capitalize()} data, {size} samples"]
-            compared = [name for name in REFERENCES if name in found.methods(size)]
-            tables = [score_table(found, size), *(difference_table(found, size, name) for name in compared)]
-            for block in (*tables, cost_table(found, size), rate_table(found, size)):
-                lines += ["", *block.markdown()]
+            tables = [score_table(found, size)]
+            if size != PROMPTS:
+                compared = [name for name in REFERENCES if name in found.methods(size)]
+                tables += [difference_table(found, size, name) for name in compared]
+                tables += [cost_table(found, size), rate_table(found, size)]
+            lines += ["", f"## {split.capitalize()} data, {'prompts' if size == PROMPTS else f'{size} samples'}"]
+            for table in tables:
+                lines += ["", *table.markdown()]
     path = results / "report.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

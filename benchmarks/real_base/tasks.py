@@ -99,21 +99,21 @@ def past(packages: Path) -> list[Item]:
     from lemminflect import getInflection
 
     verbs = [(word, getInflection(word, "VBD")) for word, _, _ in WordNet(packages).index("verb")[:1500]]
-    return [Item(word, word, forms[0]) for word, forms in verbs if forms and forms[0] != word and forms[0].isalpha()]
+    known = [(word, forms[0]) for word, forms in verbs if forms and forms[0] != word and forms[0].isalpha()]
+    return [Item(word, word, form) for word, form in known[:ITEMS]]
 
 
 def plural(packages: Path) -> list[Item]:
-    return [Item(word, word, plural) for word, plural, _ in _plurals(packages)]
+    return [Item(word, word, plural) for word, plural, _ in _plurals(packages)[:ITEMS]]
 
 
 def sentence(packages: Path) -> list[Item]:
     """A sentence about one and the same about many: an answer of several words."""
     choose = random.Random(0)
-    countable = (5, 6, 18, 20)  # animals, things, people, plants
+    countable = [noun for noun in _plurals(packages) if noun[-1] in (5, 6, 18, 20)]  # animals, things, people, plants
     return [
         Item(word, f"The {word} {(verb := choose.choice(VERBS))}s.", f"The {plural} {verb}.")
-        for word, plural, kind in _plurals(packages)
-        if kind in countable
+        for word, plural, _ in countable[:ITEMS]
     ]
 
 
