@@ -45,14 +45,27 @@ def convert(packages: Path, folder: Path) -> None:
         os.replace(whole, folder)
 
 
-def load_base(folder: Path) -> tuple[Any, LlamaForCausalLM]:
-    """Tokenizer and model, on the GPU if there is one.
+def load_base(folder: Path) -> LlamaForCausalLM:
+    """The model, on the GPU if there is one.
 
     Raises:
-        FileNotFoundError: the model has not been prepared.
+        FileNotFoundError: it has not been prepared.
     """
+    model = LlamaForCausalLM.from_pretrained(_there(folder), dtype=torch.float32).eval()
+    model.config.use_cache = False
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Its tokenizer.
+
+    Raises:
+        FileNotFoundError: it has not been prepared.
+    """
+    return AutoTokenizer.from_pretrained(_there(folder))
+
+
+def _there(folder: Path) -> Path:
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"There is no model in {folder}: run `python -m benchmarks.real_base prepare`.")
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model.config.use_cache = False
-    return AutoTokenizer.from_pretrained(folder), model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return folder

@@ -22,7 +22,7 @@ from ..common.tables import Record
 from ..quality.methods.learner import trainable
 from ..quality.training import batches, fit, samples
 from ..speed.measure import peak_bytes
-from .base import load_base
+from .base import load_base, load_tokenizer
 from .encoding import Row, encode, encode_text, forgetting, loss_of, measure
 from .methods import METHODS
 from .tasks import load_general, load_task
@@ -125,13 +125,13 @@ def plan(
 
 @functools.cache
 def _task(cache: Path, name: str) -> dict[str, list[Row]]:
-    tokenizer, _ = load_base(cache / "model")
+    tokenizer = load_tokenizer(cache / "model")
     return {split: encode(tokenizer, of) for split, of in load_task(cache / "tasks", name).items()}
 
 
 @functools.cache
 def _general(cache: Path) -> list[Row]:
-    tokenizer, _ = load_base(cache / "model")
+    tokenizer = load_tokenizer(cache / "model")
     return encode_text(tokenizer, load_general(cache / "tasks"))
 
 
@@ -140,7 +140,7 @@ def perform(job: Job, cache: Path) -> Record:
     method, rows = METHODS[job.method], _task(cache, job.task)
     chosen = [rows["train"][number] for number in samples(len(rows["train"]), job.samples, job.seed)]
     set_seed(job.seed)
-    _, base = load_base(cache / "model")
+    base = load_base(cache / "model")
     record: Record = asdict(job) | {"vector": torch.backends.cpu.get_cpu_capability()}
     if method.attach is None or job.rate is None:
         return record | _rounded(measure(base, rows[job.split], chosen))

@@ -99,6 +99,8 @@ def test_what_is_not_downloaded_is_named(tmp_path):
         sources.read(tmp_path, sources.MODEL, ending=".gguf")
     with pytest.raises(FileNotFoundError, match="no model in"):
         base.load_base(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no model in"):
+        base.load_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no .*past\.json: run"):
         tasks.load_task(tmp_path, "past")
 
@@ -384,10 +386,10 @@ def test_the_real_base_learns_in_context():
 @prepared
 @pytest.mark.slow
 def test_methods_have_as_many_parameters_on_the_real_base():
-    tokenizer, _ = base.load_base(CACHE / "model")
+    tokenizer = base.load_tokenizer(CACHE / "model")
     rows, found = encode(tokenizer, SAMPLES["train"]), {}
     for name in ("hificl-paper", "prefix-demos", "lora-3"):
-        _, groups = METHODS[name].attach(base.load_base(CACHE / "model")[1], rows, 0.1)
+        _, groups = METHODS[name].attach(base.load_base(CACHE / "model"), rows, 0.1)
         found[name] = sum(parameter.numel() for group in groups for parameter in group["params"])
     assert found == {"hificl-paper": 311_040, "prefix-demos": 311_040, "lora-3": 345_600}
 
