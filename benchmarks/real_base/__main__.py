@@ -56,19 +56,14 @@ def main() -> None:
         if unknown := sorted(set(named or ()) - set(known)):
             parser.error(f"unknown: {', '.join(unknown)}; known are {', '.join(known)}")
     chosen = args.tasks or list(tasks.TASKS)
+    done = runner.load(args.results, chosen)
+    methods = args.methods or list(METHODS)
     try:
-        jobs = runner.plan(
-            chosen,
-            args.methods or list(METHODS),
-            args.samples,
-            args.seeds,
-            args.split,
-            args.rates or (),
-            runner.load(args.results, chosen),
-        )
-        runner.run(list(jobs), args.results, args.cache.resolve(), args.processes)
+        jobs = list(runner.plan(chosen, methods, args.samples, args.seeds, args.split, args.rates or (), done))
+        runner.check(jobs, args.cache)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
+    runner.run(jobs, args.results, args.cache.resolve(), args.processes)
 
 
 if __name__ == "__main__":

@@ -170,18 +170,22 @@ def _rounded(record: Record) -> Record:
     return {name: round(value, 5) for name, value in record.items()}
 
 
-def run(jobs: Sequence[Job], results: Path, cache: Path, processes: int) -> None:
-    """Perform what is not there yet.
+def check(jobs: Sequence[Job], cache: Path) -> None:
+    """See that every job can be performed.
 
     Raises:
+        FileNotFoundError: the tasks have not been prepared.
         ValueError: a task has fewer training samples than a job asks for.
     """
-    tasks = {job.task for job in jobs}
-    available = {task: len(load_task(cache / "tasks", task)["train"]) for task in tasks}
+    available = {task: len(load_task(cache / "tasks", task)["train"]) for task in {job.task for job in jobs}}
     for job in jobs:
         if job.samples > available[job.task]:
             raise ValueError(f"{job.task} has {available[job.task]} training samples, {job.samples} were asked for.")
-    done = load(results, tasks)
+
+
+def run(jobs: Sequence[Job], results: Path, cache: Path, processes: int) -> None:
+    """Perform what is not there yet."""
+    done = load(results, {job.task for job in jobs})
     left = [job for job in jobs if job not in done]
     if not left:
         return

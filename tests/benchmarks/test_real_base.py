@@ -5,6 +5,7 @@ import json
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -322,15 +323,18 @@ def test_a_killed_run_goes_on_where_it_stopped(cache, in_threads, tmp_path, monk
 
 
 def test_too_few_samples_are_refused_before_anything_runs(cache, tmp_path):
+    job = Job("past", "lora-3", 13, 0, "validation", 0.1)
     with pytest.raises(ValueError, match="past has 12 training samples, 13 were asked for"):
-        run([Job("past", "lora-3", 13, 0, "validation", 0.1)], tmp_path, cache, 1)
-    assert not list(tmp_path.iterdir())
+        runner.check([replace(job, samples=12), job], cache)
+    with pytest.raises(FileNotFoundError, match="run `python -m benchmarks.real_base prepare`"):
+        runner.check([job], tmp_path)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [(["--tasks", "none"], "unknown: none; known are past"), (["--methods", "none"], "unknown: none; known are zero"),
-     (["--tasks", "past", "--methods", "ia3", "--split", "test"], "Not every rate of ia3 was tried")],
+     (["--tasks", "past", "--methods", "ia3", "--split", "test"], "Not every rate of ia3 was tried"),
+     (["--tasks", "past", "--methods", "ia3", "--samples", "99"], "past has 12 training samples, 99 were")],
 )  # fmt: skip
 def test_what_a_command_cannot_do_is_said(arguments, error, cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x", "run", "--cache", str(cache), "--results", str(tmp_path), *arguments])
