@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup quality test test-benchmarks test-slow test-integration mutation quickstart quality-run quality-report base-model \
+.PHONY: help setup quality test test-benchmarks test-slow test-integration mutation quickstart quality-run quality-report base-model real-base \
 	architectures peer-suite docs clean
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' Makefile
@@ -51,6 +51,9 @@ quality-report: setup  ## the report of what is in benchmarks/results/quality
 base-model: setup  ## a sibling of the shipped base model, from nothing
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.base_model.train --threads 2 --out out/base_model
 	$(BIN)/python -m benchmarks.base_model.evaluate --model out/base_model/model
+
+real-base: setup  ## download a real language model and the data of its tasks, into out/real_base
+	$(BIN)/python -m benchmarks.real_base prepare
 
 docs: setup  ## the documentation site, in out/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from transformers.utils import logging
+
+from . import files
 
 PACKAGES = ("peft-hificl", "peft", "torch", "transformers", "datasets", "evaluate")
 
@@ -39,6 +42,13 @@ def environment() -> dict[str, Any]:
         hardware |= {"cuda": torch.version.cuda}
     versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
     return {"hardware": hardware, "versions": versions}
+
+
+def note_environment(path: Path) -> None:
+    """Each that had a part in these results, once."""
+    known = json.loads(path.read_text()) if path.exists() else []
+    if (this := environment()) not in known:
+        files.write(path, [*known, this])
 
 
 def command() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
@@ -14,8 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import set_seed
 
 from ..base_model.model import load_base
-from ..common import files
-from ..common.environment import environment, prepare
+from ..common.environment import note_environment, prepare
 from ..common.tables import Record
 from .encoding import CHECKPOINT, encoded_task
 from .methods import ALL_METHODS, Setup
@@ -71,13 +69,6 @@ def perform(job: Job, rate: float | None) -> Record:
             name: round(value, 5) for name, value in measure(fitted.model, job.task, splits, split, shown).items()
         }
     return record
-
-
-def note_environment(path: Path) -> None:
-    """Each that had a part in these results, once."""
-    known = json.loads(path.read_text()) if path.exists() else []
-    if (this := environment()) not in known:
-        files.write(path, [*known, this])
 
 
 def run(jobs: Sequence[Job], results: Path, processes: int) -> None:

@@ -9,6 +9,7 @@ from threading import Event
 
 import pytest
 
+from benchmarks.common import environment
 from benchmarks.quality import costs, frame, plan, runner
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.encoding import encoded_task
@@ -230,8 +231,8 @@ def test_the_same_job_gives_the_same_record(quick):
 def test_hardware_is_noted_once(tmp_path, monkeypatch):
     path = tmp_path / "environment.json"
     for cores in (2, 2, 4, 2):
-        monkeypatch.setattr(runner, "environment", lambda cores=cores: {"cores": cores})
-        runner.note_environment(path)
+        monkeypatch.setattr(environment, "environment", lambda cores=cores: {"cores": cores})
+        environment.note_environment(path)
     assert json.loads(path.read_text()) == [{"cores": 2}, {"cores": 4}]
 
 

