@@ -34,7 +34,9 @@ class Method:
 
 
 def adapter(
-    config: Callable[[], PeftConfig], start: Callable[[PeftModel, Sequence[Row]], None] | None = None
+    config: Callable[[], PeftConfig],
+    start: Callable[[PeftModel, Sequence[Row]], None] | None = None,
+    weight_lr_ratio: float = 1.0,
 ) -> Attach:
     """An adapter of PEFT, which may begin as the training samples say; HiFICL's keys learn more slowly than values."""
 
@@ -43,7 +45,7 @@ def adapter(
         if start is not None:
             start(model, rows)
         if isinstance(model.active_peft_config, HiFICLConfig):
-            return model, parameter_groups(model, rate)
+            return model, parameter_groups(model, rate, weight_lr_ratio=weight_lr_ratio)
         return model, [{"params": trainable(model), "lr": rate}]
 
     return attach
@@ -72,6 +74,12 @@ def pairs_from_answers(model: PeftModel, rows: Sequence[Row]) -> None:
     initialize_from_demonstrations(model, {"input_ids": _prompt(model, ids)}, one_word_each(answers))
 
 
+def pairs_from_prompt(model: PeftModel, rows: Sequence[Row]) -> None:
+    """Pairs begin as the tokens and weights that come nearest to a prompt of eight demonstrations."""
+    ids = [token for row in rows[:8] for token in row.ids]
+    initialize_from_demonstrations(model, {"input_ids": _prompt(model, ids)})
+
+
 @torch.no_grad()
 def prefix_from_prompt(model: PeftModel, rows: Sequence[Row]) -> None:
     """A prefix begins as the first tokens of a prompt of demonstrations."""
@@ -86,6 +94,8 @@ def _prompt(model: PeftModel, ids: list[int]) -> torch.Tensor:
 
 _LORA, _PAIRS, _IA3 = (3e-4, 1e-3, 3e-3, 1e-2), (1.5e-3, 5e-3, 1.5e-2, 5e-2), (1e-2, 3e-2, 1e-1, 3e-1)
 
+_WHOLE = {"pair_weights": True, "skip_first_token": True}
+
 METHODS: dict[str, Method] = {
     "zero-shot": Method("zero-shot"),
     **{f"{k}-shot": Method(f"{k}-shot", shots=k) for k in (1, 4, 8)},
@@ -98,7 +108,22 @@ METHODS: dict[str, Method] = {
     "hificl-paper": Method("HiFICL, the paper's start", rates=_PAIRS, attach=adapter(hificl())),
     "hificl-alpha-1": Method("HiFICL, alpha = 1", rates=_PAIRS, attach=adapter(hificl(scale_self_attention=False))),
     "hificl-weights": Method("HiFICL with log-weights", rates=_PAIRS, attach=adapter(hificl(pair_weights=True))),
-    "hificl-demos": Method(
-        "HiFICL from demonstrations", rates=_PAIRS, attach=adapter(hificl(), pairs_from_answers)
+    "hificl-demos": Method("HiFICL from answer words", rates=_PAIRS, attach=adapter(hificl(), pairs_from_answers)),
+    "hificl-skip": Method(
+        "HiFICL, the first token skipped", rates=_PAIRS, attach=adapter(hificl(skip_first_token=True))
+    ),
+    "hificl-skip-weights": Method(
+        "HiFICL with log-weights, the first token skipped", rates=_PAIRS, attach=adapter(hificl(**_WHOLE))
+    ),
+    "hificl-identity": Method(
+        "HiFICL from the identity", rates=_PAIRS,
+        attach=adapter(hificl(init_weights="identity", **_WHOLE), weight_lr_ratio=30),
+    ),
+    "hificl-skip-demos": Method(
+        "HiFICL from answer words, the first token skipped", rates=_PAIRS,
+        attach=adapter(hificl(skip_first_token=True), pairs_from_answers),
+    ),
+    "hificl-matched": Method(
+        "HiFICL from matched demonstrations", rates=_PAIRS, attach=adapter(hificl(**_WHOLE), pairs_from_prompt)
     ),
 }  # fmt: skip
