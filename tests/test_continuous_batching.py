@@ -95,6 +95,16 @@ def assert_same(found: list[tuple[list[int], Tensor]], wanted: list[tuple[list[i
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_first_token_of_each_request_is_skipped(implementation: str) -> None:
+    model = adapted("gqa", skip_first_token=True)
+    model.get_base_model().set_attn_implementation(implementation)
+    wanted = [alone(model, prompt) for prompt in [*PROMPTS, [9]]]
+    assert_same(batch(model, [*PROMPTS, [9]]), wanted)
+    other = adapted("gqa")
+    assert [tokens for tokens, _ in wanted] != [alone(other, prompt)[0] for prompt in [*PROMPTS, [9]]]
+
+
 class Manager:
     """A manager that lives on between requests."""
 

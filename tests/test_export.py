@@ -253,6 +253,7 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[PeftModel], Any]]] = {
     "two": ({"names": ("a", "b")}, lambda model: model.base_model.set_adapter(["a", "b"])),
     "disabled": ({}, lambda model: model.base_model.disable_adapter_layers()),
     "alpha-one": ({"scale_self_attention": False}, lambda model: None),
+    "first-token-skipped": ({"skip_first_token": True, "pair_weights": True}, lambda model: None),
     "whole": ({"factorize_keys": False, "factorize_values": False}, lambda model: None),
 }
 
@@ -277,10 +278,11 @@ def test_kinds_of_adapters(kind: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=SLOW)], ids=["", "strict"])
+@pytest.mark.parametrize("skip", [False, True], ids=["", "first-token-skipped"])
 @pytest.mark.parametrize("heads", ["mha", "gqa"])
-def test_symbolic_shapes(heads: str, strict: bool) -> None:
+def test_symbolic_shapes(heads: str, skip: bool, strict: bool) -> None:
     """Named dimensions, of which torch.export wants to prove all that it uses."""
-    module, rows, length = Logits(adapted(heads)), Dim("rows"), Dim("length")
+    module, rows, length = Logits(adapted(heads, skip_first_token=skip)), Dim("rows"), Dim("length")
     shapes = ({0: rows, 1: length},) * 3
     run = exported(module, prompt(padded=True), dynamic_shapes=shapes, strict=strict)
     for other in (prompt(3, 7, padded=True), prompt(1, 12)):
