@@ -295,7 +295,7 @@ def test_a_switch_while_requests_are_running_ends_them(change: Callable[[PeftMod
         result = ask.manager.get_result(timeout=20)
         while not result.is_finished():  # tokens from before the pause
             result = ask.manager.get_result(timeout=20)
-        assert "have changed from ['default'] to" in result.error and "let the manager finish" in result.error
+        assert "have changed from {'default': 1.0} to" in result.error and "let the manager finish" in result.error
     assert_same(batch(model), [alone(model, prompt) for prompt in PROMPTS])
 
 
