@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from .config import HiFICLConfig
 from .names import HeadShape
 from .offloading import accelerate_hooks
-from .ops.formula import VirtualPairs, concatenate_pairs, select_rows, without_autocast
+from .ops.formula import VirtualPairs, concatenate_pairs, select_rows, weighted, without_autocast
 from .rows import running
 
 
@@ -212,24 +212,26 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         # Compiled code does not look at the number: strength 0 is a log-weight of -inf there.
         return torch.compiler.is_compiling() or self.scaling[adapter_name] != 0
 
-    def _pairs(self, adapter_name: str) -> VirtualPairs:
+    def pairs_of(self, adapter_name: str) -> VirtualPairs:
+        """The pairs of an adapter as it was trained, whatever its strength: (1, H, n, d), (1, H, n, e), (1, H, n)."""
         keys, values = self._product("hificl_K", adapter_name), self._product("hificl_V", adapter_name)
+        log_weights = self.hificl_W[adapter_name]()[None] if adapter_name in self.hificl_W else None
+        return VirtualPairs(keys, values, log_weights, self.scale_self_attention[adapter_name])
+
+    def _pairs(self, adapter_name: str) -> VirtualPairs:
+        pairs = self.pairs_of(adapter_name)
         if torch.is_grad_enabled() and not self.had_gradient[adapter_name] and not torch.compiler.is_compiling():
-            for product in (keys, values):
+            for product in pairs[:2]:
                 if product.requires_grad:
                     self.awaits_gradient.add(adapter_name)
                     product.register_hook(lambda grad: self._gradient_came(adapter_name))
-        log_weights = self.hificl_W[adapter_name]()[None] if adapter_name in self.hificl_W else None  # (1, H, n)
         log_strength: float | Tensor | None
         if torch.compiler.is_compiling():
             log_strength = self.log_scaling.get(adapter_name)
         else:
             strength = self.scaling[adapter_name]
             log_strength = None if strength == 1 else math.log(strength)
-        if log_strength is not None:
-            weights = keys.new_zeros(1, 1, keys.shape[2]) if log_weights is None else log_weights
-            log_weights = weights + log_strength
-        return VirtualPairs(keys, values, log_weights, self.scale_self_attention[adapter_name])
+        return pairs if log_strength is None else weighted(pairs, log_strength)
 
     def _gradient_came(self, adapter_name: str) -> None:
         self.awaits_gradient.discard(adapter_name)
