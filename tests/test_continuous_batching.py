@@ -283,7 +283,12 @@ def test_a_running_manager_of_the_time_before_the_adapter() -> None:
         assert_same([ask(block), ask(PROMPT)], [alone(model, block), alone(model, PROMPT)])
 
 
-@pytest.mark.parametrize("change", [switch, disable, delete])
+def weaken(model: PeftModel) -> None:
+    for layer in hificl_layers(model):
+        layer.set_scale("default", 0.5)
+
+
+@pytest.mark.parametrize("change", [switch, disable, delete, weaken])
 def test_a_switch_while_requests_are_running_ends_them(change: Callable[[PeftModel], None]) -> None:
     model = adapted("gqa")
     model.add_adapter("b", config())
