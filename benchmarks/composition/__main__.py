@@ -70,10 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "seconds": time.perf_counter() - start,
     }
     files.write(args.out / "results.json", results)
-    table = table_of(records)
-    Console().print(table.rich())
-    text = f"Written by `{results['command']}`. Means over {len(args.seeds)} seeds, in %."
-    (args.out / "composition.md").write_text("\n".join(["# Composition", "", text, "", *table.markdown()]) + "\n")
+    Console().print(table_of(records).rich())
+    (args.out / "composition.md").write_text(report(results))
+
+
+def report(results: Record) -> str:
+    """composition.md."""
+    text = f"Written by `{results['command']}`. Means over seeds {results['seeds']}, in %."
+    return "\n".join(["# Composition", "", text, "", *table_of(results["records"]).markdown()]) + "\n"
 
 
 def run(seed: int, folder: Path) -> Iterator[Record]:
