@@ -10,6 +10,7 @@ add_peft_type()  # before the imports below, whose classes refer to PeftType.HIF
 
 from .config import HiFICLConfig  # noqa: E402
 from .demonstrations import initialize_from_demonstrations  # noqa: E402
+from .hotswap import hotswap_adapter  # noqa: E402
 from .layer import HiFICLLayer  # noqa: E402
 from .model import HiFICLModel  # noqa: E402
 from .model_card import keep_usage  # noqa: E402
@@ -22,6 +23,7 @@ from .ops.formula import (  # noqa: E402
     virtual_attention,
 )
 from .optimizer import parameter_groups  # noqa: E402
+from .strength import rescale_adapter_scale  # noqa: E402
 
 register(HiFICLConfig, HiFICLModel)
 register_key_renaming()
@@ -36,8 +38,10 @@ __all__ = [
     "Scoring",
     "VirtualPairs",
     "concatenate_pairs",
+    "hotswap_adapter",
     "initialize_from_demonstrations",
     "parameter_groups",
+    "rescale_adapter_scale",
     "select_rows",
     "virtual_attention",
 ]

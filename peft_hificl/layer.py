@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -19,6 +20,7 @@ from .ops.formula import (
     concatenate_pairs,
     disagreement,
     select_rows,
+    weighted,
     without_autocast,
 )
 from .rows import running
@@ -59,6 +61,10 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         V_D = V_A V_B    hificl_V_A (H, n, r), hificl_V_B (H, r, e)    or whole: hificl_V (H, n, e)
         w                hificl_W (H, n), log-weights of the pairs, with `pair_weights`
 
+    An adapter's strength, `scaling[name]`, adds its logarithm to the log-weights of all pairs: 1 is the adapter as it
+    was trained, 0 the base model.  It is a setting of the running model, which is not saved.  `set_scale`,
+    `scale_layer` and `unscale_layer` change it, with the meanings that they have in PEFT's LoRA layers.
+
     The layer does not wrap the attention module but sits *inside* it (``self_attn.virtual_pairs``).  No module of the
     base model is renamed, so base checkpoints, disk offload and other adapters (such as a LoRA on q_proj) still find
     every module under its name.  The attention function that this package registers takes the layer from the
@@ -72,7 +78,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
 
     hificl_W: Any  # noqa: N815  # a ModuleDict, as the others that are looked up by name
     adapter_layer_names = ("hificl_K_A", "hificl_K_B", "hificl_V_A", "hificl_V_B", "hificl_K", "hificl_V", "hificl_W")
-    other_param_names = ("n", "r", *OF_THE_SOFTMAX, "awaits_weights", "had_gradient")
+    other_param_names = ("n", "r", *OF_THE_SOFTMAX, "scaling", "log_scaling", "awaits_weights", "had_gradient")
 
     def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape) -> None:
         super().__init__()
@@ -85,6 +91,10 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.scale_self_attention: dict[str, bool] = {}
         self.skip_first_token: dict[str, bool] = {}
+        self.scaling: dict[str, float] = {}
+        # The logarithms of strengths that have been set, for compiled code, which would be compiled anew for another
+        # float.  On the CPU, wherever the layer is: a tensor without dimensions mixes with those of every device.
+        self.log_scaling: dict[str, Tensor] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
@@ -110,6 +120,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self.r[adapter_name] = config.r
         for name in OF_THE_SOFTMAX:
             getattr(self, name)[adapter_name] = getattr(config, name)
+        self.scaling[adapter_name] = 1.0
         self.awaits_weights[adapter_name] = self.had_gradient[adapter_name] = False
         self.reset_parameters(adapter_name, config.init_weights)
         self._device_and_dtype = device, dtype
@@ -191,7 +202,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         if rows is not None:
             adapter_names = rows.spread(len(query))
             names = sorted(set(adapter_names))
-            choices = [self._pairs(name) if self._is_loaded(name) else None for name in names]
+            choices = [self._pairs(name) if self._takes_part(name) else None for name in names]
             return select_rows(choices, [names.index(name) for name in adapter_names])
         active = self.active_names
         return concatenate_pairs([self._pairs(name) for name in active]) if active else None
@@ -199,7 +210,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
     @property
     def active_names(self) -> list[str]:
         """The adapters that take part in a call without `adapter_names`."""
-        return [] if self.disable_adapters else [name for name in self.active_adapters if self._is_loaded(name)]
+        return [] if self.disable_adapters else [name for name in self.active_adapters if self._takes_part(name)]
 
     @property
     def is_active(self) -> bool:
@@ -209,19 +220,34 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         """Whether this layer has parameters of an adapter."""
         return adapter_name in self.n
 
-    def _is_loaded(self, adapter_name: str) -> bool:
-        return self.has(adapter_name) and not self.awaits_weights[adapter_name]
+    def _takes_part(self, adapter_name: str) -> bool:
+        """Whether an adapter that is asked for gives pairs: it is here, loaded, and of a strength above 0."""
+        if not self.has(adapter_name) or self.awaits_weights[adapter_name]:
+            return False
+        # Compiled code does not look at the number: strength 0 is a log-weight of -inf there.
+        return torch.compiler.is_compiling() or self.scaling[adapter_name] != 0
+
+    def pairs_of(self, adapter_name: str) -> VirtualPairs:
+        """The pairs of an adapter as it was trained, whatever its strength: (1, H, n, d), (1, H, n, e), (1, H, n)."""
+        keys, values = self._product("hificl_K", adapter_name), self._product("hificl_V", adapter_name)
+        log_weights = self.hificl_W[adapter_name]()[None] if adapter_name in self.hificl_W else None
+        of_the_softmax = (getattr(self, name)[adapter_name] for name in OF_THE_SOFTMAX)
+        return VirtualPairs(keys, values, log_weights, *of_the_softmax)
 
     def _pairs(self, adapter_name: str) -> VirtualPairs:
-        keys, values = self._product("hificl_K", adapter_name), self._product("hificl_V", adapter_name)
+        pairs = self.pairs_of(adapter_name)
         if torch.is_grad_enabled() and not self.had_gradient[adapter_name] and not torch.compiler.is_compiling():
-            for product in (keys, values):
+            for product in pairs[:2]:
                 if product.requires_grad:
                     self.awaits_gradient.add(adapter_name)
                     product.register_hook(lambda grad: self._gradient_came(adapter_name))
-        log_weights = self.hificl_W[adapter_name]()[None] if adapter_name in self.hificl_W else None  # (1, H, n)
-        of_the_softmax = (getattr(self, name)[adapter_name] for name in OF_THE_SOFTMAX)
-        return VirtualPairs(keys, values, log_weights, *of_the_softmax)
+        log_strength: float | Tensor | None
+        if torch.compiler.is_compiling():
+            log_strength = self.log_scaling.get(adapter_name)
+        else:
+            strength = self.scaling[adapter_name]
+            log_strength = None if strength == 1 else math.log(strength)
+        return pairs if log_strength is None else weighted(pairs, log_strength)
 
     def _gradient_came(self, adapter_name: str) -> None:
         self.awaits_gradient.discard(adapter_name)
@@ -236,6 +262,46 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             left, right = getattr(self, f"{name}_A")[adapter_name], getattr(self, f"{name}_B")[adapter_name]
             product = right(left())
         return product[None]  # (1, H, n, d)
+
+    # -- strength --------------------------------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the strength of an adapter; nothing happens if this layer does not have it.
+
+        Raises:
+            ValueError: a strength that is negative or not finite.
+            TypeError: a strength that is not a number.
+        """
+        scale = checked_strength(scale)
+        if self.has(adapter):
+            self._set_scaling({adapter: scale})
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strengths of the active adapters; errors are those of `set_scale`."""
+        scale = checked_strength(scale)
+        if scale != 1:
+            self._set_scaling({name: self.scaling[name] * scale for name in self.active_adapters if self.has(name)})
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the strengths of the active adapters, or set them to 1; errors are those of `set_scale`."""
+        names = [name for name in self.active_adapters if self.has(name)]
+        if scale is None:
+            self._set_scaling(dict.fromkeys(names, 1.0))
+            return
+        if checked_strength(scale) == 0:
+            raise ValueError("A strength cannot be divided by 0: unscale_layer() without a number sets it back to 1.")
+        self._set_scaling({name: self.scaling[name] / scale for name in names})
+
+    @torch.inference_mode(False)  # a tensor made in inference mode could not be changed outside of it
+    def _set_scaling(self, strengths: dict[str, float]) -> None:
+        """Set strengths, all or none."""
+        for name, strength in {name: checked_strength(value) for name, value in strengths.items()}.items():
+            log = math.log(strength) if strength else -math.inf
+            if name in self.log_scaling:
+                self.log_scaling[name].fill_(log)
+            else:
+                self.log_scaling[name] = torch.tensor(log, dtype=torch.float64, device="cpu")
+            self.scaling[name] = strength
 
     # -- what PEFT asks of a tuner layer -------------------------------------------------------------------------
 
@@ -287,6 +353,24 @@ def forget_unloaded(model: nn.Module, adapter_name: str) -> None:
     for layer in layers_with(model, adapter_name):
         if layer.awaits_weights[adapter_name]:
             layer.delete_adapter(adapter_name)
+
+
+def checked_strength(strength: float) -> float:
+    """The strength of an adapter as a float.
+
+    Raises:
+        ValueError: it is negative or not finite.
+        TypeError: it is not a number.
+    """
+    if not isinstance(strength, Real):
+        raise TypeError(f"The strength of an adapter must be a number, found {type(strength).__name__}: {strength!r}.")
+    if not (math.isfinite(strength) and strength >= 0):
+        raise ValueError(
+            f"The strength of an adapter must be a finite number of at least 0, found {strength}: it multiplies the "
+            "weights of the pairs in the softmax, which cannot be negative. 0 is the base model, 1 the adapter as it "
+            "was trained."
+        )
+    return float(strength)
 
 
 def _refuse_gradient(gradient: Tensor) -> NoReturn:

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch._dynamo import OptimizedModule
 
 from . import (
     checkpoint,
+    composition,
     continuous_batching,
     hooks,
     interface,
@@ -205,7 +206,8 @@ class HiFICLModel(BaseTuner):
         """Set the active adapters; several of them share one softmax.
 
         Raises:
-            ValueError: the adapters disagree about scale_self_attention, or the weights of one were never read.
+            ValueError: the adapters disagree about scale_self_attention or skip_first_token, or the weights of one
+                were never read.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         _check_loaded(self.model, names)
@@ -215,11 +217,91 @@ class HiFICLModel(BaseTuner):
                 module.check_together(names)  # all of them before the first one is switched
         super().set_adapter(adapter_name, inference_mode)
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(
-            "HiFICL adapters cannot be combined into a weighted one yet. Adapters that are active together share one "
-            "softmax, which weighs their pairs by each query: model.base_model.set_adapter(['a', 'b'])."
-        )
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: Literal["cat", "svd"] = "cat",
+        n: int | None = None,
+        r: int | None = None,
+    ) -> dict[str, float]:
+        """Add an adapter that combines others: their pairs in one softmax, each adapter with a strength of its own.
+
+            Z_D = sum over adapters a of  weight_a * sum over pairs i of a  exp(s(k_D,i) + w_i)
+
+        The others stay as they are.  As with LoRA's method of this name, the new adapter is not active, and is saved
+        and loaded like any other.
+
+        Args:
+            adapters (`list[str]`): The adapters to combine.  Layers that only some of them have are included.
+            weights (`list[float]`): The strength of each; 0 leaves an adapter out.  What `set_scale` has set for the
+                running model does not count.
+            adapter_name (`str`): The name of the new adapter.
+            combination_type (`str`): "cat" keeps all pairs: n is the sum of all n, and the model answers as it does
+                with these adapters active together at these strengths.  "svd" brings them back to `n` pairs per head,
+                merged into weighted ones, of rank `r` (truncated singular value decomposition).
+            n (`int`, *optional*): Of "svd"; None: the largest n of the adapters.
+            r (`int`, *optional*): Of "svd"; None: the largest r of the adapters.
+
+        Returns:
+            `dict[str, float]`: For each adapted module, the relative error of the attention output, 0.0 with "cat".  It
+            is measured with random queries (entries ~ N(0, 1)), each of which gives half of its attention to the pairs:
+            0.1 means that what the pairs write changes by 10 % in norm.
+
+        Raises:
+            ValueError: adapters that do not exist, disagree about `scale_self_attention` or `skip_first_token`, have
+                trained more than pairs, are offloaded or sharded; a name that is taken; a weight that is negative or
+                not finite, or none above 0; `n` or `r` that do not fit.
+
+        Example:
+
+            >>> from peft import get_peft_model
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> from peft_hificl import HiFICLConfig
+            >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+            >>> base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+            >>> model = get_peft_model(base, HiFICLConfig(task_type="CAUSAL_LM", n=2, r=2), adapter_name="a")
+            >>> model.add_adapter("b", HiFICLConfig(task_type="CAUSAL_LM", n=3, r=2))
+            >>> model.add_weighted_adapter(["a", "b"], [1.0, 0.5], "both")
+            {'model.layers.0.self_attn': 0.0}
+            >>> model.peft_config["both"].n
+            5
+        """
+        if combination_type not in ("cat", "svd"):
+            raise ValueError(
+                f"combination_type must be 'cat' or 'svd', found {combination_type!r}: HiFICL has no other, as its "
+                "adapters are not added up but share a softmax."
+            )
+        if combination_type == "cat" and (n, r) != (None, None):
+            raise ValueError("combination_type='cat' keeps all pairs, so it takes no n and r: use 'svd' for fewer.")
+        parts = composition.check(self.peft_config, self.model, adapters, weights, adapter_name)
+        _check_loaded(self.model, parts)
+        configs = {name: self.peft_config[name] for name in parts}
+        config = composition.config_of_union(configs, parts, self.model)
+        if combination_type == "svd":
+            config = composition.condensed(config, configs, n, r)
+        targeted = list(self.targeted_module_names)
+        names = {module: name.rpartition(".")[0] for name, module in self.model.named_modules()}
+        errors = {}
+        try:
+            with Undo(self.model, adapter_name):
+                self.peft_config[adapter_name] = config
+                self.inject_adapter(self.model, adapter_name)
+                for layer in layers_with(self.model, adapter_name):
+                    attention = self.model.get_submodule(names[layer])
+                    scaling = getattr(attention, "scaling", layer.head_shape.key_dim**-0.5)
+                    errors[plain(names[layer])] = (
+                        composition.fill_with_union(layer, adapter_name, configs, parts)
+                        if combination_type == "cat"
+                        else composition.fill_with_condensed(layer, adapter_name, parts, scaling)
+                    )
+        except BaseException:
+            self.peft_config.pop(adapter_name, None)
+            self.targeted_module_names = targeted
+            raise
+        return errors
 
     # -- detaching ------------------------------------------------------------------------------------------------
 

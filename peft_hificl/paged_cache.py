@@ -18,8 +18,8 @@ from .layer import HiFICLLayer
 
 _TAKES_KEYWORDS = "kwargs" in inspect.signature(PagedAttentionCache.update).parameters  # since transformers 5.19
 
-# The adapters that each layer ran when it last wrote to a cache.
-_writers: WeakKeyDictionary[PagedAttentionCache, dict[HiFICLLayer, list[str]]] = WeakKeyDictionary()
+# The adapters that each layer ran when it last wrote to a cache, with their strengths.
+_writers: WeakKeyDictionary[PagedAttentionCache, dict[HiFICLLayer, dict[str, float]]] = WeakKeyDictionary()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -38,7 +38,7 @@ def check(cache: PagedAttentionCache, layer: HiFICLLayer, keywords: dict[str, An
     """
     layers = _writers.setdefault(cache, {})
     before = layers.get(layer)
-    now = layer.active_names
+    now = {name: layer.scaling[name] for name in layer.active_names}
     if not layers and _has_common_blocks(cache) and _has_past(keywords):
         raise ValueError(
             "This continuous batching manager has served the model without its HiFICL adapter, and would reuse keys "
@@ -46,9 +46,9 @@ def check(cache: PagedAttentionCache, layer: HiFICLLayer, keywords: dict[str, An
         )
     if before is not None and before != now and _has_past(keywords):
         raise ValueError(
-            f"The active HiFICL adapters have changed from {before} to {now} while requests were running, whose keys "
-            "and values the former have made: let the manager finish its requests, or cancel them, before the adapter "
-            "is switched."
+            f"The active HiFICL adapters, with their strengths, have changed from {before} to {now} while requests "
+            "were running, whose keys and values the former have made: let the manager finish its requests, or cancel "
+            "them, before adapter or strength is changed."
         )
     layers[layer] = now
     cache.use_prefix_sharing = cache.allow_block_sharing = False

@@ -131,14 +131,6 @@ def test_a_model_that_prepare_pippy_has_traced() -> None:
         get_peft_model(base, config())
 
 
-def test_adapters_cannot_be_weighted_yet() -> None:
-    model = adapted("gqa", name="a")
-    model.add_adapter("b", config())
-    with unchanged(model), pytest.raises(NotImplementedError, match=r"yet.*set_adapter\(\['a', 'b'\]\)"):
-        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "both")
-    model.base_model.set_adapter(["a", "b"])
-
-
 def test_attention_that_depends_on_the_implementations_name_is_refused() -> None:
     """It would leave out its sparse mask if it saw a name that it does not know."""
     modeling = pytest.importorskip("transformers.models.deepseek_v32.modeling_deepseek_v32")

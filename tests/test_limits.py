@@ -98,6 +98,8 @@ ROWS: dict[str, tuple[str, ...] | str] = {
     ),
     "peft.utils.hotswap": (
         "test_limits.py::test_pefts_hotswap_knows_lora_alone",
+        "test_strength.py::test_rescaling_without_pairs",
+        "test_hotswap.py::test_the_weights_are_replaced_in_place",
         "test_peft_api.py::test_weights_are_replaced_in_place",
         "test_attention.py::test_compiles_whole_and_does_not_recompile_when_weights_are_swapped",
     ),
@@ -154,7 +156,21 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_limits.py::test_transformers_activates_each_layers_own_after_a_deletion",
         "test_peft_api.py::test_deleting_an_active_adapter",
     ),
-    "add_weighted_adapter": ("test_bad_input.py::test_adapters_cannot_be_weighted_yet",),
+    "add_weighted_adapter": (
+        "test_composition.py::test_what_cannot_be_combined",
+        "test_composition.py::test_adapters_that_disagree_about_alpha",
+        "test_composition.py::test_adapters_with_more_than_pairs",
+        "test_composition.py::test_weights_that_are_not_here",
+    ),
+    "The strength of an adapter": (
+        "test_strength.py::test_it_is_no_part_of_what_is_saved",
+        "test_strength.py::test_strengths_that_cannot_be",
+        "test_strength.py::test_compiled_code_is_traced_once_more_at_most",
+        "test_strength.py::test_a_strength_that_was_set_before_compiling_never_traces_again",
+        "test_composition.py::test_one_adapter_with_a_strength_and_one_that_is_left_out",
+        "test_continuous_batching.py::test_a_switch_while_requests_are_running_ends_them",
+    ),
+    "hotswap_adapter onto a name": ("test_hotswap.py::test_an_adapter_that_does_not_fit",),
     "Saving under DeepSpeed ZeRO-3": (
         "test_loading.py::test_nothing_is_saved_empty",
         "test_loading.py::test_another_rank_may_have_nothing_to_save",

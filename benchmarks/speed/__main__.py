@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..common.environment import prepare
 from . import __doc__ as what_it_does
-from . import attention, inference, lifecycle, paper, report, training
+from . import attention, inference, lifecycle, paper, report, rows, training
 from .presets import PRESETS
 
 PARTS = {
@@ -21,6 +21,7 @@ PARTS = {
     "training": training,
     "inference": inference,
     "lifecycle": lifecycle,
+    "rows": rows,
     "paper": paper,
 }
 

@@ -102,6 +102,11 @@ def concatenate_pairs(pairs: list[VirtualPairs]) -> VirtualPairs:
     )
 
 
+def weighted(pairs: VirtualPairs, log_weight: float | Tensor) -> VirtualPairs:
+    """Virtual pairs that count ``exp(log_weight)`` times as often."""
+    return pairs._replace(log_weights=_log_weights(pairs) + log_weight)
+
+
 def select_rows(choices: list[VirtualPairs | None], rows: list[int]) -> VirtualPairs | None:
     """Virtual pairs that differ per batch row: row b gets ``choices[rows[b]]`` (None: no pairs at all).
 
