@@ -28,7 +28,9 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "factorize_values": _SWITCH,
     "scale_self_attention": _SWITCH,
     "pair_weights": _SWITCH,
+    "heads": ((str,), "'query' or 'kv'"),
 }
+_HEADS = ("query", "kv")
 
 
 @dataclass
@@ -36,7 +38,7 @@ class HiFICLConfig(PeftConfig):
     """The configuration of a [`HiFICLModel`]: n virtual key-value pairs per attention head, factorised at rank r.
 
     Parameters per adapted attention with H query heads and head dimension d: ``2 * H * r * (n + d)``, and ``H * n``
-    more with `pair_weights`.
+    more with `pair_weights`.  With ``heads="kv"``, H is the number of key/value heads.
 
     Args:
         n (`int`): Virtual key-value pairs per attention head.
@@ -63,9 +65,14 @@ class HiFICLConfig(PeftConfig):
             "w/o SA scaling").
         pair_weights (`bool`): True: each pair of each head also learns a log-weight w, starting at zero, which is added
             to its score: ``Z_D = sum_i exp(s(k_D,i) + w_i)``.  Not in the paper.  It adds ``H * n`` parameters.
+        heads (`Literal["query", "kv"]`): "query": each query head has pairs of its own, as in the paper.  "kv": each
+            key/value head has, which all its query heads share, as they share the keys and values of the context.
+            Where attention is grouped, such an adapter is smaller, and [`to_prefix_cache`] can hand it to engines that
+            do not know HiFICL.  If every query head has a key/value head of its own, both are the same.
 
     Raises:
-        ValueError: a number below 1, or `layers_pattern` without `layers_to_transform`.
+        ValueError: a number below 1, an unknown `init_weights` or `heads`, or `layers_pattern` without
+            `layers_to_transform`.
         TypeError: a value of the wrong type.
 
     Example:
@@ -126,6 +133,10 @@ class HiFICLConfig(PeftConfig):
         default=False,
         metadata={"help": "True: learn a log-weight per pair and query head, added to its score."},
     )
+    heads: Literal["query", "kv"] = field(
+        default="query",
+        metadata={"help": "Whose pairs: 'query', each query head its own; 'kv', each key/value head its own."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,6 +150,8 @@ class HiFICLConfig(PeftConfig):
             raise ValueError(
                 f"HiFICLConfig.init_weights must be {_TYPES['init_weights'][1]}, found {self.init_weights!r}."
             )
+        if self.heads not in _HEADS:
+            raise ValueError(f"HiFICLConfig.heads must be {_TYPES['heads'][1]}, found {self.heads!r}.")
         for name in ("n", "r"):
             if getattr(self, name) < 1:
                 raise ValueError(f"HiFICLConfig.{name} must be {_TYPES[name][1]}, found {getattr(self, name)}.")
@@ -152,7 +165,7 @@ class HiFICLConfig(PeftConfig):
             )
 
     def parameter_shapes(self, heads: int, key_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of each parameter of this adapter on one attention."""
+        """Name and shape of each parameter of this adapter on one attention with so many heads that have pairs."""
         shapes: dict[str, tuple[int, ...]] = {}
         for kind, factorize, dim in (("K", self.factorize_keys, key_dim), ("V", self.factorize_values, value_dim)):
             if factorize:

@@ -43,7 +43,8 @@ class Factor(nn.Module):
 class HiFICLLayer(nn.Module, BaseTunerLayer):
     """Virtual key-value pairs of one attention module, for any number of adapters.
 
-    Per adapter, with H query heads, n pairs, rank r and head dimensions d (keys) and e (values):
+    Per adapter, with H query heads (key/value heads, if its `heads` is "kv"), n pairs, rank r and head dimensions d
+    (keys) and e (values):
 
         K_D = K_A K_B    hificl_K_A (H, n, r), hificl_K_B (H, r, d)    or whole: hificl_K (H, n, d)
         V_D = V_A V_B    hificl_V_A (H, n, r), hificl_V_B (H, r, e)    or whole: hificl_V (H, n, e)
@@ -57,12 +58,12 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
     Args:
         base_config: the original configuration object of the attention module, from which the attention implementation
             is read on every call.
-        head_shape: query heads, head dimension of keys, head dimension of values.
+        head_shape: query and key/value heads, head dimension of keys, head dimension of values.
     """
 
     hificl_W: Any  # noqa: N815  # a ModuleDict, as the others that are looked up by name
     adapter_layer_names = ("hificl_K_A", "hificl_K_B", "hificl_V_A", "hificl_V_B", "hificl_K", "hificl_V", "hificl_W")
-    other_param_names = ("n", "r", "scale_self_attention", "awaits_weights", "had_gradient")
+    other_param_names = ("n", "r", "heads", "scale_self_attention", "awaits_weights", "had_gradient")
 
     def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape) -> None:
         super().__init__()
@@ -73,12 +74,13 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             setattr(self, name, nn.ModuleDict())
         self.n: dict[str, int] = {}
         self.r: dict[str, int] = {}
+        self.heads: dict[str, int] = {}  # how many have pairs: the query heads or the key/value heads
         self.scale_self_attention: dict[str, bool] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
         self.cast_input_dtype_enabled = True  # PEFT's helpers read and set it; it has no effect here
-        heads, key_dim, value_dim = head_shape
+        heads, key_dim, value_dim, _ = head_shape
         self.in_features, self.out_features = heads * key_dim, heads * value_dim
         self.awaits_weights: dict[str, bool] = {}  # True: has no effect until PEFT has loaded its weights
         # For `watch`: how often this layer was called, which adapters have ever had a gradient, and which adapters have
@@ -92,11 +94,14 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
 
         They get the device and dtype that the attention computes in; PEFT may cast them to float32 afterwards.
         """
-        factors = {name: Factor(shape) for name, shape in config.parameter_shapes(*self.head_shape).items()}
+        heads, key_dim, value_dim, groups = self.head_shape
+        heads = groups if config.heads == "kv" else heads
+        factors = {name: Factor(shape) for name, shape in config.parameter_shapes(heads, key_dim, value_dim).items()}
         for name, factor in factors.items():
             getattr(self, name)[adapter_name] = factor
         self.n[adapter_name] = config.n
         self.r[adapter_name] = config.r
+        self.heads[adapter_name] = heads
         self.scale_self_attention[adapter_name] = config.scale_self_attention
         self.awaits_weights[adapter_name] = self.had_gradient[adapter_name] = False
         self.reset_parameters(adapter_name, config.init_weights)
@@ -133,10 +138,18 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         With the singular value decomposition ``X = U S W`` truncated at rank r and a random rotation R,
         ``A = sqrt(n) U R`` and ``B = R' S W / sqrt(n)``.  So the entries of A have variance one, as in the other
         initialisations, and the rotation spreads the singular values over all rows of B.  Log-weights become zero.
+
+        Raises:
+            ValueError: more heads than the adapter has pairs for.
         """
+        heads = self.heads[adapter_name]
+        if heads % keys.shape[0]:
+            raise ValueError(
+                f"Pairs of {keys.shape[0]} heads for an adapter with pairs of {heads}: give those of the key/value "
+                'heads, or use an adapter of HiFICLConfig(heads="query").'
+            )
         if adapter_name in self.hificl_W:
             self.hificl_W[adapter_name].weight.zero_()
-        heads = self.head_shape.heads
         for kind, pairs in (("K", keys), ("V", values)):
             whole = pairs.repeat_interleave(heads // pairs.shape[0], dim=0).float()  # (H, n, d)
             if adapter_name in getattr(self, f"hificl_{kind}"):
@@ -202,7 +215,10 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
                 if product.requires_grad:
                     self.awaits_gradient.add(adapter_name)
                     product.register_hook(lambda grad: self._gradient_came(adapter_name))
-        log_weights = self.hificl_W[adapter_name]()[None] if adapter_name in self.hificl_W else None  # (1, H, n)
+        log_weights = None
+        if adapter_name in self.hificl_W:
+            log_weights = self.hificl_W[adapter_name]()[None]
+            log_weights = log_weights.repeat_interleave(self.head_shape.heads // self.heads[adapter_name], dim=1)
         return VirtualPairs(keys, values, log_weights, self.scale_self_attention[adapter_name])
 
     def _gradient_came(self, adapter_name: str) -> None:
@@ -249,8 +265,10 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         return self._device_and_dtype
 
     def extra_repr(self) -> str:
-        heads, key_dim, value_dim = self.head_shape
-        return f"heads={heads}, key_dim={key_dim}, value_dim={value_dim}, n={self.n}, r={self.r}"
+        heads, key_dim, value_dim, groups = self.head_shape
+        return (
+            f"heads={heads}, key/value heads={groups}, key_dim={key_dim}, value_dim={value_dim}, n={self.n}, r={self.r}"
+        )
 
     # BaseTunerLayer has properties of these names that read the wrapped module; this layer wraps none.
     weight: Any = None
