@@ -22,6 +22,7 @@ from .ops.formula import (  # noqa: E402
     virtual_attention,
 )
 from .optimizer import parameter_groups  # noqa: E402
+from .prefix import to_prefix_cache, to_prefix_tuning  # noqa: E402
 
 register(HiFICLConfig, HiFICLModel)
 register_key_renaming()
@@ -39,5 +40,7 @@ __all__ = [
     "initialize_from_demonstrations",
     "parameter_groups",
     "select_rows",
+    "to_prefix_cache",
+    "to_prefix_tuning",
     "virtual_attention",
 ]

@@ -105,7 +105,7 @@ def test_gradients_are_the_sums_over_the_query_heads(shared: PeftModel, implemen
 
 def test_generation_with_and_without_a_cache(shared: PeftModel) -> None:
     ids = inputs_for("gqa")["input_ids"]
-    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(*(shared.generate(input_ids=ids, use_cache=cache, **options) for cache in (True, False)))
 
 
