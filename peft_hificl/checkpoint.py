@@ -213,8 +213,8 @@ def check_shapes(
     for key, shape in shapes.items():
         if shape != expected[key]:
             remedy = (
-                "load it with the HiFICLConfig (n, r, heads) and onto the base model that it was trained with; to train "
-                "a fresh adapter, write a new HiFICLConfig instead of loading one."
+                "load it with the HiFICLConfig (n, r, heads) and onto the base model that it was trained with; to "
+                "train a fresh adapter, write a new HiFICLConfig instead of loading one."
                 if module_of(key)
                 else "load it onto the base model it was trained on (resize_token_embeddings() first, if that was "
                 "done), or load it with ignore_mismatched_sizes=True to leave such tensors out."

@@ -37,7 +37,7 @@ from .layer import HiFICLLayer
 from .names import MODULE
 from .ops.formula import VirtualPairs, concatenate_pairs
 
-_LAST_POSITION = 2**14  # beyond, angles in float32 are too coarse to compare
+_LENGTH = "original_max_position_embeddings"
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -248,10 +248,11 @@ def _rotated(base: Any, attentions: list[_Attention]) -> Iterator[Tensor]:
     at p + n of the rotated virtual keys and of tokens n positions later must be those at p.
     """
     n = attentions[0].pairs.keys.shape[2]
-    last = min(getattr(base.config.get_text_config(), "max_position_embeddings", 0) or 2048, _LAST_POSITION)
-    # Before and after each power of two: scales of queries that change with the position change there.
-    powers = [2**k for k in range(last.bit_length())]
-    positions = sorted({p for power in powers for p in (power - 2, power - 1) if p >= 0 and (p + n < last or p == 0)})
+    config = base.config.get_text_config()
+    last = getattr(config, "max_position_embeddings", None) or 2048
+    # Where models that scale queries by their position change the scale: at multiples of the length they first had.
+    marks = {2**k for k in range(15)} | {(getattr(config, "rope_parameters", None) or {}).get(_LENGTH) or 1}
+    positions = [0, *sorted({p for mark in marks for p in (mark - 2, mark - 1) if 0 < p < last - n})]
     grid = torch.cartesian_prod(torch.tensor([0, n]), torch.tensor(positions), _some_tokens(base, 4)).to(base.device)
     read = _read(base, attentions, tokens=grid[:, 2:], positions=grid[:, :1] + grid[:, 1:2])
     rotary = [m for m in targets.text_modules(base) if "Rotary" in type(m).__name__]

@@ -297,9 +297,9 @@ def rope(**parameters: object) -> PreTrainedModel:
 
 
 def scaled_by_position() -> PreTrainedModel:
-    """Queries are multiplied by a factor that grows at position 64."""
+    """Queries are multiplied by a factor that grows at position 50."""
     parameters = {
-        "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64,
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 50,
         "llama_4_scaling_beta": 0.5,
     }  # fmt: skip
     return tf.Ministral3ForCausalLM(
