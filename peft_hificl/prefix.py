@@ -155,11 +155,14 @@ def _prefix(model: Any, base: Any, adapter_name: str | None) -> Prefix:
     _check_pairs(attentions)
     _check_beside(model, base, adapter_name)
     _check_model(base)
-    layers = {attention.module.layer_idx: attention for attention in attentions}
+    layers = {getattr(attention.module, "layer_idx", None): attention for attention in attentions}
     expected = range(len(DynamicCache(config=base.config).layers))
-    missing = sorted(set(expected) - layers.keys())
-    if missing:
-        _refuse(f"it does not cover the layers {missing}, which a cache would give entries too", "adapt all layers")
+    if len(layers) != len(attentions) or layers.keys() != set(expected):
+        _refuse(
+            f"it is on {len(attentions)} attentions ({attentions[0].name!r}, ...), not on one for each of the "
+            f"{len(expected)} layers of the cache of {type(base).__name__}",
+            "adapt all self-attentions of the decoder, and no others",
+        )
     ordered = [layers[index] for index in expected]
     prefix = []
     for attention, keys in zip(ordered, _rotated(base, ordered), strict=True):
@@ -173,7 +176,7 @@ def _attentions(base: nn.Module, adapter_name: str | None) -> list[_Attention]:
     found = []
     for name, layer in base.named_modules():
         if isinstance(layer, HiFICLLayer):
-            names = layer.active_names if adapter_name is None else [adapter_name] * layer.has(adapter_name)
+            names = layer.active_names if adapter_name is None else [adapter_name] * layer._is_loaded(adapter_name)
             if names:
                 module = name.removesuffix(f".{MODULE}")
                 pairs = concatenate_pairs([layer._pairs(each) for each in names])

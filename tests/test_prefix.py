@@ -336,7 +336,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "alpha-1": (lambda: adapt(base_of("llama"), scale_self_attention=False), "scale_self_attention=False (alpha = 1)"),
     "log-weights": (with_one_weight, "the pairs of 'model.layers.0.self_attn' have log-weights"),
-    "a-layer": (lambda: adapt(base_of("llama"), layers_to_transform=[0]), "does not cover the layers [1]"),
+    "a-layer": (
+        lambda: adapt(base_of("llama"), layers_to_transform=[0]),
+        "it is on 1 attentions ('model.layers.0.self_attn', ...), not on one for each of the 2",
+    ),
+    "tower": (
+        lambda: adapt(build("vlm"), target_modules=["self_attn"]),
+        "it is on 4 attentions ('model.vision_tower.encoder.layers.0.self_attn', ...), not on one for each of the 2",
+    ),
     "unequal": (partly_covered, "its layers have [3, 6] pairs"),
     "whole-modules": (
         lambda: adapt(base_of("llama"), modules_to_save=["lm_head"]),
