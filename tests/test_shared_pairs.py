@@ -79,11 +79,12 @@ def test_every_call_is_the_definition(shared: PeftModel, implementation: str) ->
     assert len(calls) == 2
     times = HEADS // groups_of(shared)
     for call in calls:
-        pairs = pairs_for(call.module.virtual_pairs, len(call.query))
-        assert pairs.keys.shape == (1, groups_of(shared), 3, 16) and pairs.log_weights.shape == (1, HEADS, 3)
+        layer = call.module.virtual_pairs
+        pairs, weights = pairs_for(layer, len(call.query)), layer.hificl_W["default"].weight
+        assert pairs.keys.shape == (1, groups_of(shared), 3, 16) and weights.shape == (groups_of(shared), 3)
         want, _ = oracle.hificl(
             call.query, call.key, call.value, *(t.repeat_interleave(times, dim=1) for t in pairs[:2]),
-            scaling=call.options["scaling"], log_weights=pairs.log_weights,
+            scaling=call.options["scaling"], log_weights=weights.repeat_interleave(times, dim=0)[None],
             mask=torch.ones(9, 9, dtype=torch.bool).tril()[None, None],
         )  # fmt: skip
         torch.testing.assert_close(call.output, want.transpose(1, 2), rtol=1e-4, atol=1e-5)
