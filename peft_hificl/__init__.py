@@ -23,6 +23,7 @@ from .ops.formula import (  # noqa: E402
     virtual_attention,
 )
 from .optimizer import parameter_groups  # noqa: E402
+from .prefix import to_prefix_cache, to_prefix_tuning  # noqa: E402
 from .strength import rescale_adapter_scale  # noqa: E402
 
 register(HiFICLConfig, HiFICLModel)
@@ -43,5 +44,7 @@ __all__ = [
     "parameter_groups",
     "rescale_adapter_scale",
     "select_rows",
+    "to_prefix_cache",
+    "to_prefix_tuning",
     "virtual_attention",
 ]

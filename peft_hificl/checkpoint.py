@@ -120,7 +120,7 @@ def check_fits(stored: Mapping[str, Tensor], saved: Saved, model: nn.Module, con
         }
     expected = {key: optional[key] for key in shapes if key in optional}
     expected |= {_comparable(key): shape for key, shape in saved.always.items()}
-    adapter = f"this adapter (n={config.n}, r={config.r}) on {type(model).__name__}"
+    adapter = f"this adapter (n={config.n}, r={config.r}, heads={config.heads!r}) on {type(model).__name__}"
     check_names("The adapter file", set(expected), shapes, adapter, what="tensors")
     check_shapes("the adapter file", shapes, expected, adapter)
 
@@ -213,8 +213,8 @@ def check_shapes(
     for key, shape in shapes.items():
         if shape != expected[key]:
             remedy = (
-                "load it with the HiFICLConfig (n, r) and onto the base model that it was trained with; to train a "
-                "fresh adapter, write a new HiFICLConfig instead of loading one."
+                "load it with the HiFICLConfig (n, r, heads) and onto the base model that it was trained with; to "
+                "train a fresh adapter, write a new HiFICLConfig instead of loading one."
                 if module_of(key)
                 else "load it onto the base model it was trained on (resize_token_embeddings() first, if that was "
                 "done), or load it with ignore_mismatched_sizes=True to leave such tensors out."

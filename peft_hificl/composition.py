@@ -15,7 +15,7 @@ from .config import HiFICLConfig
 from .layer import HiFICLLayer, checked_strength
 from .names import MODULE, plain
 from .ops.condense import condense, output_error
-from .ops.formula import OF_THE_SOFTMAX, concatenate_pairs, disagreement, weighted
+from .ops.formula import OF_THE_SOFTMAX, VirtualPairs, concatenate_pairs, disagreement, weighted
 
 # The log-weight of pairs that take no part: finite in every dtype, and exp of it is 0.
 ABSENT = -3e4
@@ -72,7 +72,8 @@ def check(
 
 
 def _check_whole(layer: HiFICLLayer, adapter: str, config: HiFICLConfig) -> None:
-    shapes = config.parameter_shapes(*layer.head_shape) if layer.has(adapter) else {}
+    _, key_dim, value_dim, _ = layer.head_shape
+    shapes = config.parameter_shapes(layer.heads[adapter], key_dim, value_dim) if layer.has(adapter) else {}
     for name, shape in shapes.items():
         weight = getattr(layer, name)[adapter].weight
         if weight.is_meta or hasattr(weight, "device_mesh") or weight.shape != shape:
@@ -102,6 +103,7 @@ def config_of_union(configs: Mapping[str, HiFICLConfig], parts: Parts, model: nn
         factorize_keys=factorize[0],
         factorize_values=factorize[1],
         pair_weights=weights or not everywhere,
+        heads=those[0].heads if len({config.heads for config in those}) == 1 else "query",
     )
     if not everywhere:
         names = sorted({name.removesuffix(f".{MODULE}") for found in having.values() for name in found})
@@ -143,12 +145,12 @@ def fill_with_union(layer: HiFICLLayer, name: str, configs: Mapping[str, HiFICLC
         K_A = diag(K_A', K_A'', ...)    K_B = [K_B' ; K_B'' ; ...]    w = [w' + log strength' ; ...]
 
     and V likewise.  Where an adapter holds K whole, its factors are I and K.  A layer that lacks one of the adapters
-    gets pairs of weight 0 in its place.
+    gets pairs of weight 0 in its place.  Pairs of key/value heads are repeated where others have those of query heads.
     """
-    heads, key_dim, value_dim = layer.head_shape
+    heads, (_, key_dim, value_dim, _) = layer.heads[name], layer.head_shape
     values: dict[str, Tensor] = {}
     for kind, dim in (("K", key_dim), ("V", value_dim)):
-        pieces = [_factors(layer, kind, adapter, configs[adapter].n, dim) for adapter in parts]
+        pieces = [_factors(layer, kind, adapter, configs[adapter].n, dim, heads) for adapter in parts]
         if name in getattr(layer, f"hificl_{kind}"):
             values[f"hificl_{kind}"] = torch.cat([left @ right for left, right in pieces], dim=1)
             continue
@@ -163,33 +165,37 @@ def fill_with_union(layer: HiFICLLayer, name: str, configs: Mapping[str, HiFICLC
         values |= {f"hificl_{kind}_A": whole_left, f"hificl_{kind}_B": whole_right}
     if name in layer.hificl_W:
         like = next(iter(values.values()))
-        logs = [_log_weights(layer, adapter, weight, configs[adapter].n, like) for adapter, weight in parts.items()]
+        logs = [
+            _log_weights(layer, adapter, weight, configs[adapter].n, heads, like) for adapter, weight in parts.items()
+        ]
         values["hificl_W"] = torch.cat(logs, dim=1)
     for parameter, value in values.items():
         getattr(layer, parameter)[name].weight.data = value
     return 0.0
 
 
-def _factors(layer: HiFICLLayer, kind: str, adapter: str, n: int, dim: int) -> tuple[Tensor, Tensor]:
+def _factors(layer: HiFICLLayer, kind: str, adapter: str, n: int, dim: int, heads: int) -> tuple[Tensor, Tensor]:
     """Two factors, (H, n, x) and (H, x, d), of an adapter's keys ("K") or values ("V"); x = 0 where there are none."""
-    heads, like = layer.head_shape.heads, next(layer.parameters())
+    like = next(layer.parameters())
     if not layer.has(adapter):
         return like.new_zeros(heads, n, 0), like.new_zeros(heads, 0, dim)
     if adapter in getattr(layer, f"hificl_{kind}"):
-        whole = getattr(layer, f"hificl_{kind}")[adapter].weight
+        whole = _repeated(getattr(layer, f"hificl_{kind}")[adapter].weight, heads)
         return torch.eye(n, dtype=whole.dtype, device=whole.device).expand(heads, n, n), whole
-    left, right = (getattr(layer, f"hificl_{kind}_{end}")[adapter].weight for end in "AB")
+    left, right = (_repeated(getattr(layer, f"hificl_{kind}_{end}")[adapter].weight, heads) for end in "AB")
     return left, right
 
 
-def _log_weights(layer: HiFICLLayer, adapter: str, strength: float, n: int, like: Tensor) -> Tensor:
+def _repeated(weight: Tensor, heads: int) -> Tensor:
+    return weight.repeat_interleave(heads // len(weight), dim=0)
+
+
+def _log_weights(layer: HiFICLLayer, adapter: str, strength: float, n: int, heads: int, like: Tensor) -> Tensor:
     """The log-weights (H, n) of an adapter's pairs at a strength."""
-    heads = layer.head_shape.heads
     if not layer.has(adapter):
         return like.new_full((heads, n), ABSENT)
     if adapter in layer.hificl_W:
-        trained: Tensor = layer.hificl_W[adapter].weight
-        return trained + math.log(strength)
+        return _repeated(layer.hificl_W[adapter].weight, heads) + math.log(strength)
     return like.new_full((heads, n), math.log(strength))
 
 
@@ -201,7 +207,7 @@ def fill_with_condensed(layer: HiFICLLayer, name: str, parts: Parts, scaling: fl
     union = concatenate_pairs(
         [weighted(layer.pairs_of(adapter), math.log(weight)) for adapter, weight in parts.items() if layer.has(adapter)]
     )
-    n = layer.n[name]
+    n, union = layer.n[name], _one_weight_each(union, layer.heads[name])
     few = condense(union, n)
     missing = n - few.keys.shape[2]
     keys, values = (nn.functional.pad(tensor[0], (0, 0, 0, missing)) for tensor in few[:2])
@@ -211,4 +217,12 @@ def fill_with_condensed(layer: HiFICLLayer, name: str, parts: Parts, scaling: fl
     assert few.log_weights is not None  # those of a weighted union
     logs = nn.functional.pad(few.log_weights[0].clamp_min(ABSENT), (0, missing), value=ABSENT)
     layer.set_pairs(name, keys, values, logs)
-    return output_error(layer.pairs_of(name), union, scaling)
+    return output_error(_one_weight_each(layer.pairs_of(name), layer.heads[name]), union, scaling)
+
+
+def _one_weight_each(pairs: VirtualPairs, heads: int) -> VirtualPairs:
+    """Pairs of so many heads with one log-weight each, where the formula has one for each query head that shares it."""
+    keys, values = (_repeated(tensor[0], heads)[None] for tensor in pairs[:2])
+    logs = pairs.log_weights
+    assert logs is not None  # of a weighted set, or of an adapter with pair_weights
+    return pairs._replace(keys=keys, values=values, log_weights=logs[:, :: max(logs.shape[1] // heads, 1)])

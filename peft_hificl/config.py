@@ -29,7 +29,9 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "scale_self_attention": _SWITCH,
     "pair_weights": _SWITCH,
     "skip_first_token": _SWITCH,
+    "heads": ((str,), "'query' or 'kv'"),
 }
+_HEADS = ("query", "kv")
 
 
 @dataclass
@@ -37,7 +39,7 @@ class HiFICLConfig(PeftConfig):
     """The configuration of a [`HiFICLModel`]: n virtual key-value pairs per attention head, factorised at rank r.
 
     Parameters per adapted attention with H query heads and head dimension d: ``2 * H * r * (n + d)``, and ``H * n``
-    more with `pair_weights`.
+    more with `pair_weights`.  With ``heads="kv"``, H is the number of key/value heads.
 
     Args:
         n (`int`): Virtual key-value pairs per attention head.
@@ -70,9 +72,14 @@ class HiFICLConfig(PeftConfig):
         skip_first_token (`bool`): True: a token that sees no token but itself (the first of a row, or of a packed
             document) attends without the virtual pairs.  Not in the paper.  Many language models make their first
             token an attention sink by that very self-attention, and the pairs would take most of it.
+        heads (`Literal["query", "kv"]`): "query": each query head has pairs of its own, as in the paper.  "kv": each
+            key/value head has, which all its query heads share, as they share the keys and values of the context.
+            Where attention is grouped, such an adapter is smaller, and [`to_prefix_cache`] can hand it to engines that
+            do not know HiFICL.  If every query head has a key/value head of its own, both are the same.
 
     Raises:
-        ValueError: a number below 1, or `layers_pattern` without `layers_to_transform`.
+        ValueError: a number below 1, an unknown `init_weights` or `heads`, or `layers_pattern` without
+            `layers_to_transform`.
         TypeError: a value of the wrong type.
 
     Example:
@@ -137,6 +144,10 @@ class HiFICLConfig(PeftConfig):
         default=False,
         metadata={"help": "True: a token that sees only itself (the first of a row) attends without the pairs."},
     )
+    heads: Literal["query", "kv"] = field(
+        default="query",
+        metadata={"help": "Whose pairs: 'query', each query head its own; 'kv', each key/value head its own."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,6 +169,8 @@ class HiFICLConfig(PeftConfig):
                     f"HiFICLConfig.init_weights='identity' needs {' and '.join(f'{name}=True' for name in missing)}: "
                     "set it, or set scale_self_attention=False, with which every start is the identity but False."
                 )
+        if self.heads not in _HEADS:
+            raise ValueError(f"HiFICLConfig.heads must be {_TYPES['heads'][1]}, found {self.heads!r}.")
         for name in ("n", "r"):
             if getattr(self, name) < 1:
                 raise ValueError(f"HiFICLConfig.{name} must be {_TYPES[name][1]}, found {getattr(self, name)}.")
@@ -171,7 +184,7 @@ class HiFICLConfig(PeftConfig):
             )
 
     def parameter_shapes(self, heads: int, key_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of each parameter of this adapter on one attention."""
+        """Name and shape of each parameter of this adapter on one attention with so many heads that have pairs."""
         shapes: dict[str, tuple[int, ...]] = {}
         for kind, factorize, dim in (("K", self.factorize_keys, key_dim), ("V", self.factorize_values, value_dim)):
             if factorize:

@@ -132,13 +132,14 @@ def initialize_from_demonstrations(
 
 def _set(layer: HiFICLLayer, adapter_name: str, found: _Read, tokens: Sequence[int] | None) -> float:
     """Set the pairs of one layer, and return how far they are from the whole prompt."""
-    heads, size = layer.head_shape.heads, found.key.shape[2]
-    key, value = (t[0].repeat_interleave(heads // t.shape[1], dim=0) for t in (found.key, found.value))  # (H, T, d)
+    heads, size = layer.heads[adapter_name], found.key.shape[2]
+    key, value = (t[0].repeat_interleave(heads // t.shape[1], dim=0) for t in (found.key, found.value))
     # The last ones have read other demonstrations, as the queries to come will have.
     places = torch.linspace(size // 2, size - 1, min(size - size // 2, _QUERIES)).round().long()
     chosen = layer.n[adapter_name] if tokens is None else torch.tensor(tokens, device=key.device) % size
     first = int(tokens is None and layer.skip_first_token[adapter_name])
-    match = match_attention(found.query[0][:, places], key, value, found.scaling, chosen, first)
+    query = found.query[0][:, places].reshape(heads, -1, found.query.shape[-1])  # of all heads that share pairs
+    match = match_attention(query, key, value, found.scaling, chosen, first)
     keys, values = (t.gather(1, match.places[..., None].expand(-1, -1, t.shape[-1])) for t in (key, value))
     layer.set_pairs(adapter_name, keys, values, match.log_weights)
     return float(match.error.mean())

@@ -17,7 +17,7 @@ from .model import HiFICLModel
 from .ops.formula import OF_THE_SOFTMAX
 
 # What decides the shapes of tensors, or how they are used, and is the same for two adapters that can be exchanged.
-_FIELDS = ("n", "r", "factorize_keys", "factorize_values", "pair_weights", *OF_THE_SOFTMAX)
+_FIELDS = ("n", "r", "heads", "factorize_keys", "factorize_values", "pair_weights", *OF_THE_SOFTMAX)
 
 
 @torch.no_grad()
@@ -40,8 +40,9 @@ def hotswap_adapter(
 
     Raises:
         ValueError: no such HiFICL adapter on the model; a stored adapter of another method, or of other `n`, `r`,
-            `factorize_keys`, `factorize_values`, `pair_weights`, `scale_self_attention` or `skip_first_token`;
-            tensors with other names, shapes or numbers that are not finite; an adapter whose weights are offloaded or sharded.
+            `heads`, `factorize_keys`, `factorize_values`, `pair_weights`, `scale_self_attention` or
+            `skip_first_token`; tensors with other names, shapes or numbers that are not finite; an adapter whose
+            weights are offloaded or sharded.
 
     Example:
 

@@ -71,7 +71,7 @@ def hificl_attention_forward(
         attend = dispatch.function_of(implementation)
         return attend(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
-    _check_call(module, layer, dispatch, query, value, pairs, kwargs)
+    _check_call(module, layer, dispatch, query, key, value, pairs, kwargs)
     key, value = _with_paged_past(module, layer, key, value, kwargs)
     scoring = Scoring(
         scaling=scale,
@@ -92,6 +92,7 @@ def _check_call(
     layer: HiFICLLayer,
     dispatch: Dispatch,
     query: Tensor,
+    key: Tensor,
     value: Tensor,
     pairs: VirtualPairs,
     keywords: dict[str, Any],
@@ -108,11 +109,11 @@ def _check_call(
             "adapter_names needs a PeftModel (get_peft_model, PeftModel.from_pretrained), which hands each row its "
             "adapter; a model with adapters added by its own add_adapter() runs the active adapters for every row."
         )
-    found = (query.shape[1], query.shape[3], value.shape[3])
+    found = HeadShape(query.shape[1], query.shape[3], value.shape[3], key.shape[1])
     if found != layer.head_shape:
         raise ValueError(
-            f"{type(module).__name__} attends with (query heads, key dim, value dim) = {found}, but its HiFICL adapter "
-            f"was made for {layer.head_shape}: this attention is not supported; please report it."
+            f"{type(module).__name__} attends with {found}, but its HiFICL adapter was made for {layer.head_shape}: "
+            "this attention is not supported; please report it."
         )
     if pairs.keys.device != query.device:
         remedy = (

@@ -55,7 +55,8 @@ class Factor(nn.Module):
 class HiFICLLayer(nn.Module, BaseTunerLayer):
     """Virtual key-value pairs of one attention module, for any number of adapters.
 
-    Per adapter, with H query heads, n pairs, rank r and head dimensions d (keys) and e (values):
+    Per adapter, with H query heads (key/value heads, if its `heads` is "kv"), n pairs, rank r and head dimensions d
+    (keys) and e (values):
 
         K_D = K_A K_B    hificl_K_A (H, n, r), hificl_K_B (H, r, d)    or whole: hificl_K (H, n, d)
         V_D = V_A V_B    hificl_V_A (H, n, r), hificl_V_B (H, r, e)    or whole: hificl_V (H, n, e)
@@ -73,12 +74,14 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
     Args:
         base_config: the original configuration object of the attention module, from which the attention implementation
             is read on every call.
-        head_shape: query heads, head dimension of keys, head dimension of values.
+        head_shape: query and key/value heads, head dimension of keys, head dimension of values.
     """
 
     hificl_W: Any  # noqa: N815  # a ModuleDict, as the others that are looked up by name
     adapter_layer_names = ("hificl_K_A", "hificl_K_B", "hificl_V_A", "hificl_V_B", "hificl_K", "hificl_V", "hificl_W")
-    other_param_names = ("n", "r", *OF_THE_SOFTMAX, "scaling", "log_scaling", "awaits_weights", "had_gradient")
+    other_param_names = (
+        "n", "r", "heads", *OF_THE_SOFTMAX, "scaling", "log_scaling", "awaits_weights", "had_gradient",
+    )  # fmt: skip
 
     def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape) -> None:
         super().__init__()
@@ -89,6 +92,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             setattr(self, name, nn.ModuleDict())
         self.n: dict[str, int] = {}
         self.r: dict[str, int] = {}
+        self.heads: dict[str, int] = {}  # how many have pairs: the query heads or the key/value heads
         self.scale_self_attention: dict[str, bool] = {}
         self.skip_first_token: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
@@ -99,7 +103,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
         self.cast_input_dtype_enabled = True  # PEFT's helpers read and set it; it has no effect here
-        heads, key_dim, value_dim = head_shape
+        heads, key_dim, value_dim, _ = head_shape
         self.in_features, self.out_features = heads * key_dim, heads * value_dim
         self.awaits_weights: dict[str, bool] = {}  # True: has no effect until PEFT has loaded its weights
         # For `watch`: how often this layer was called, which adapters have ever had a gradient, and which adapters have
@@ -113,11 +117,14 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
 
         They get the device and dtype that the attention computes in; PEFT may cast them to float32 afterwards.
         """
-        factors = {name: Factor(shape) for name, shape in config.parameter_shapes(*self.head_shape).items()}
+        heads, key_dim, value_dim, groups = self.head_shape
+        heads = groups if config.heads == "kv" else heads
+        factors = {name: Factor(shape) for name, shape in config.parameter_shapes(heads, key_dim, value_dim).items()}
         for name, factor in factors.items():
             getattr(self, name)[adapter_name] = factor
         self.n[adapter_name] = config.n
         self.r[adapter_name] = config.r
+        self.heads[adapter_name] = heads
         for name in OF_THE_SOFTMAX:
             getattr(self, name)[adapter_name] = getattr(config, name)
         self.scaling[adapter_name] = 1.0
@@ -158,12 +165,20 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         With the singular value decomposition ``X = U S W`` truncated at rank r and a random rotation R,
         ``A = sqrt(n) U R`` and ``B = R' S W / sqrt(n)``.  So the entries of A have variance one, as in the other
         initialisations, and the rotation spreads the singular values over all rows of B.  Log-weights, where
-        the adapter has them, become `log_weights` (H, n), or zero.
+        the adapter has them, become `log_weights`, of the heads that have pairs, or zero.
+
+        Raises:
+            ValueError: more heads than the adapter has pairs for.
         """
+        heads = self.heads[adapter_name]
+        if heads % keys.shape[0]:
+            raise ValueError(
+                f"Pairs of {keys.shape[0]} heads for an adapter with pairs of {heads}: give those of the key/value "
+                'heads, or use an adapter of HiFICLConfig(heads="query").'
+            )
         if adapter_name in self.hificl_W:
-            weight = self.hificl_W[adapter_name].weight
-            weight.copy_(torch.zeros_like(weight) if log_weights is None else log_weights)
-        heads = self.head_shape.heads
+            logs = torch.zeros(1, 1) if log_weights is None else log_weights
+            self.hificl_W[adapter_name].weight.copy_(logs.repeat_interleave(heads // len(logs), dim=0))
         for kind, pairs in (("K", keys), ("V", values)):
             whole = pairs.repeat_interleave(heads // pairs.shape[0], dim=0).float()  # (H, n, d)
             if adapter_name in getattr(self, f"hificl_{kind}"):
@@ -230,7 +245,10 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
     def pairs_of(self, adapter_name: str) -> VirtualPairs:
         """The pairs of an adapter as it was trained, whatever its strength: (1, H, n, d), (1, H, n, e), (1, H, n)."""
         keys, values = self._product("hificl_K", adapter_name), self._product("hificl_V", adapter_name)
-        log_weights = self.hificl_W[adapter_name]()[None] if adapter_name in self.hificl_W else None
+        log_weights = None
+        if adapter_name in self.hificl_W:
+            log_weights = self.hificl_W[adapter_name]()[None]
+            log_weights = log_weights.repeat_interleave(self.head_shape.heads // self.heads[adapter_name], dim=1)
         of_the_softmax = (getattr(self, name)[adapter_name] for name in OF_THE_SOFTMAX)
         return VirtualPairs(keys, values, log_weights, *of_the_softmax)
 
@@ -335,8 +353,10 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         return self._device_and_dtype
 
     def extra_repr(self) -> str:
-        heads, key_dim, value_dim = self.head_shape
-        return f"heads={heads}, key_dim={key_dim}, value_dim={value_dim}, n={self.n}, r={self.r}"
+        heads, key_dim, value_dim, groups = self.head_shape
+        return (
+            f"heads={heads}, key/value heads={groups}, key_dim={key_dim}, value_dim={value_dim}, n={self.n}, r={self.r}"
+        )
 
     # BaseTunerLayer has properties of these names that read the wrapped module; this layer wraps none.
     weight: Any = None

@@ -116,10 +116,11 @@ def _usage(config: dict[str, Any], adapter: str) -> str:
         base = "the base model: a folder or its id on the Hub"
     elif os.path.isdir(base):
         base = os.path.abspath(base)  # the snippet runs in the adapter's folder
+    head = "key/value" if config.get("heads") == "kv" else "attention"
     subfolder = f", subfolder={adapter!r}" if named else ""
     return f"""{heading}
 
-{config.get("n", 8)} virtual key-value pairs per attention head, rank {config.get("r", 8)} ([HiFICL](https://arxiv.org/abs/2603.12760)).
+{config.get("n", 8)} virtual key-value pairs per {head} head, rank {config.get("r", 8)} ([HiFICL](https://arxiv.org/abs/2603.12760)).
 
 ```bash
 pip install peft-hificl

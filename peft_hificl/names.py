@@ -15,11 +15,13 @@ class HeadShape(NamedTuple):
         heads: query heads.
         key_dim: head dimension of queries and keys.
         value_dim: head dimension of values.
+        groups: key/value heads; each is shared by the same number of query heads.
     """
 
     heads: int
     key_dim: int
     value_dim: int
+    groups: int
 
 
 def uncompiled(name: str) -> str:

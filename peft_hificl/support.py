@@ -208,7 +208,9 @@ def _source_of(thing: Callable[..., Any]) -> ast.Module:
 
 
 def head_shape_of(module: nn.Module) -> HeadShape:
-    """Query heads and head dimensions of an attention module, from its attributes or its configuration.
+    """Heads and head dimensions of an attention module, from its attributes or its configuration.
+
+    transformers' attention functions read from the module, too, how many query heads share a key/value head.
 
     Raises:
         ValueError: it does not state them.
@@ -228,4 +230,4 @@ def head_shape_of(module: nn.Module) -> HeadShape:
     value_dim = first((module, ("v_head_dim",))) or key_dim
     if heads is None or key_dim is None or value_dim is None:
         raise ValueError(f"{type(module).__name__} does not state its number of heads and head dimension")
-    return HeadShape(heads, key_dim, value_dim)
+    return HeadShape(heads, key_dim, value_dim, groups=heads // getattr(module, "num_key_value_groups", 1))

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_hificl import HiFICLConfig, HiFICLLayer, checkpoint
+from peft_hificl.names import HeadShape
 
 from .helpers import VOCAB, adapted, build, config, hificl_layers, inputs_for, llama, logits, unchanged
 
@@ -174,8 +175,8 @@ def test_an_adapter_on_another_device() -> None:
 
 def test_heads_that_differ_at_run_time() -> None:
     model = adapted("gqa")
-    hificl_layers(model)[0].head_shape = (8, 16, 16)
-    with pytest.raises(ValueError, match=r"\(4, 16, 16\).*was made for \(8, 16, 16\)"):
+    hificl_layers(model)[0].head_shape = HeadShape(8, 16, 16, groups=2)
+    with pytest.raises(ValueError, match=r"heads=4, .*was made for HeadShape\(heads=8, "):
         model(**inputs_for("gqa"))
 
 

@@ -30,6 +30,8 @@ HELD = {
         {"skip_first_token": True, "init_weights": "identity", "pair_weights": True},
         {"n": 5, "skip_first_token": True},
     ),
+    "shared heads": ({"heads": "kv"}, {"n": 5, "heads": "kv", "pair_weights": True}),
+    "shared and own heads": ({"heads": "kv", "pair_weights": True}, {"n": 5}),
     "alpha = 1": ({"scale_self_attention": False}, {"n": 5, "scale_self_attention": False, "pair_weights": True}),
 }
 
@@ -197,8 +199,14 @@ def test_the_dtype_of_the_adapters_stays(dtype: torch.dtype) -> None:
 # -- svd --------------------------------------------------------------------------------------------------------------
 
 
-def test_svd_is_exact_where_nothing_is_lost() -> None:
-    model = with_two()
+@pytest.mark.parametrize(
+    "shared",
+    [({}, {"n": 5, "pair_weights": True}), ({"heads": "kv"}, {"n": 5, "heads": "kv", "pair_weights": True}),
+     ({"heads": "kv"}, {"n": 5}), ({"heads": "kv", "layers_to_transform": [1]}, {"n": 5, "layers_to_transform": [0]})],
+    ids=["own", "shared", "shared and own", "shared here and own there"],
+)  # fmt: skip
+def test_svd_is_exact_where_nothing_is_lost(shared: tuple[dict[str, object], dict[str, object]]) -> None:
+    model = with_two("gqa", *shared)
     want = union_logits(model, "gqa", a=0.5, b=2)
     errors = model.add_weighted_adapter(["a", "b"], [0.5, 2], "both", "svd", n=8, r=8)
     assert max(errors.values()) < 1e-5

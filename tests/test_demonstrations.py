@@ -86,6 +86,20 @@ def test_each_head_gets_the_keys_and_values_of_its_own_tokens():
         torch.testing.assert_close(pairs.log_weights[0], match.log_weights.float())
 
 
+def test_query_heads_that_share_pairs_choose_together():
+    model = adapted("gqa", n=2, r=2, heads="kv", pair_weights=True)
+    with torch.no_grad(), recorded_attention() as calls:
+        errors = initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS})
+    for layer, call, error in zip(layers(model), calls, errors.values(), strict=True):
+        query = torch.stack([torch.cat([call.query[0, 2 * g, 2:], call.query[0, 2 * g + 1, 2:]]) for g in (0, 1)])
+        match = match_attention(query, call.key[0], call.value[0], call.options["scaling"], 2)
+        pairs = pairs_for(layer)
+        for head in range(2):
+            torch.testing.assert_close(pairs.keys[0, head], call.key[0, head, match.places[head]], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(pairs.log_weights[0, ::2], match.log_weights.float())
+        assert error == pytest.approx(float(match.error.mean()))
+
+
 def test_without_the_first_token_where_every_row_keeps_its_own():
     model = adapted("gqa", n=4, r=4, pair_weights=True, skip_first_token=True)
     assert max(initialize_from_demonstrations(model, {"input_ids": DEMONSTRATIONS}).values()) < 1e-5

@@ -205,6 +205,16 @@ ROWS: dict[str, tuple[str, ...] | str] = {
     ),
     "CUDA other than one H100": "no CUDA device is here; test_gpu.py runs where there is one",
     "Speed on CUDA": "a measurement on an H100, stored with the benchmarks",
+    "to_prefix_cache and to_prefix_tuning": (
+        "test_prefix.py::test_refused_with_the_reason",
+        "test_prefix.py::test_architectures_that_are_refused",
+        "test_prefix.py::test_every_architecture_is_exact_or_refused",
+    ),
+    "to_prefix_tuning of keys and values": (
+        "test_prefix.py::test_heads_that_peft_lays_out_in_another_way",
+        "test_prefix.py::test_keys_and_values_of_different_shapes",
+    ),
+    "python -m peft_hificl convert": ("test_convert.py::test_bad_files", "test_convert.py::test_damaged_files"),
     "initialize_from_demonstrations with padding": (
         "test_demonstrations.py::test_padding_is_refused",
         "test_demonstrations.py::test_a_merged_adapter_is_refused",

@@ -65,10 +65,10 @@ def parameters(name: str) -> Record:
         "hificl": hificl.get_nb_trainable_parameters()[0],
         "lora_decoder": attached(LoraConfig(r=16, target_modules=in_decoder)).get_nb_trainable_parameters()[0],
         "lora_everywhere": attached(CONFIGS[LORA]()).get_nb_trainable_parameters()[0],
-        "mimic": sum(heads * (e + d + 1) for heads, d, e in shapes),
-        "mimic_projection": sum(heads * (e * e + e + d + 1) for heads, d, e in shapes),
-        "mimic_projection_counted": sum(heads * e * e for heads, d, e in shapes),
-        "mimic_projection_read": sum(heads * e for heads, d, e in shapes),
+        "mimic": sum(heads * (e + d + 1) for heads, d, e, _ in shapes),
+        "mimic_projection": sum(heads * (e * e + e + d + 1) for heads, d, e, _ in shapes),
+        "mimic_projection_counted": sum(heads * e * e for heads, d, e, _ in shapes),
+        "mimic_projection_read": sum(heads * e for heads, d, e, _ in shapes),
     }
 
 

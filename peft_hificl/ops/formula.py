@@ -77,6 +77,8 @@ class Scoring(NamedTuple):
 def concatenate_pairs(pairs: list[VirtualPairs]) -> VirtualPairs:
     """The union of several sets of virtual pairs, which then share one softmax.
 
+    If some sets have pairs of H heads and others of G, those of G are repeated.
+
     Raises:
         ValueError: if the sets disagree about ``scale_self_attention`` or ``skip_first_token``, which belong to the
             whole softmax.
@@ -93,6 +95,8 @@ def concatenate_pairs(pairs: list[VirtualPairs]) -> VirtualPairs:
         weights = [_log_weights(p) for p in pairs]
         batch, heads = (max(w.shape[i] for w in weights) for i in (0, 1))
         log_weights = torch.cat([w.expand(batch, heads, -1) for w in weights], dim=-1)
+    most = max(p.keys.shape[1] for p in pairs)
+    pairs = [_repeated(p, most) for p in pairs]
     return VirtualPairs(
         keys=_cat_pairs([p.keys for p in pairs]),
         values=_cat_pairs([p.values for p in pairs]),
@@ -110,10 +114,11 @@ def weighted(pairs: VirtualPairs, log_weight: float | Tensor) -> VirtualPairs:
 def select_rows(choices: list[VirtualPairs | None], rows: list[int]) -> VirtualPairs | None:
     """Virtual pairs that differ per batch row: row b gets ``choices[rows[b]]`` (None: no pairs at all).
 
-    Shorter sets are padded with pairs of log-weight ``-inf``, which no query can see.
+    Shorter sets are padded with pairs of log-weight ``-inf``, which no query can see.  If some sets have pairs of H
+    heads and others of G, those of G are repeated.
 
     Args:
-        choices: sets with a batch dimension of 1 and the same heads, or None.
+        choices: sets with a batch dimension of 1, or None.
         rows: one index into ``choices`` per row.
 
     Raises:
@@ -125,11 +130,13 @@ def select_rows(choices: list[VirtualPairs | None], rows: list[int]) -> VirtualP
     differing = disagreement({name: [getattr(c, name) for c in present] for name in OF_THE_SOFTMAX})
     if differing:
         raise ValueError(f"The adapters of one batch disagree about {differing}: run them in batches of their own.")
+    most = max(c.keys.shape[1] for c in present)
+    present = [_repeated(c, most) for c in present]
     n = max(c.keys.shape[2] for c in present)
     heads = max(_log_weights(c).shape[1] for c in present)
 
     def padded(choice: VirtualPairs | None) -> tuple[Tensor, Tensor, Tensor]:
-        like, real = (present[0], 0) if choice is None else (choice, choice.keys.shape[2])
+        like, real = (present[0], 0) if choice is None else (_repeated(choice, most), choice.keys.shape[2])
         keys = torch.nn.functional.pad(like.keys[:, :, :real], (0, 0, 0, n - real))
         values = torch.nn.functional.pad(like.values[:, :, :real], (0, 0, 0, n - real))
         log_weights = torch.nn.functional.pad(
@@ -260,6 +267,15 @@ def _log_weights(pairs: VirtualPairs) -> Tensor:
     if pairs.log_weights is not None:
         return pairs.log_weights
     return pairs.keys.new_zeros(1, 1, pairs.keys.shape[2])
+
+
+def _repeated(pairs: VirtualPairs, heads: int) -> VirtualPairs:
+    """The pairs with those of a key/value head repeated for each of its query heads."""
+    times = heads // pairs.keys.shape[1]
+    if times == 1:
+        return pairs
+    keys, values = (tensor.repeat_interleave(times, dim=1) for tensor in (pairs.keys, pairs.values))
+    return pairs._replace(keys=keys, values=values)
 
 
 def _cat_pairs(tensors: list[Tensor]) -> Tensor:
