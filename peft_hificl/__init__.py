@@ -22,6 +22,7 @@ from .ops.formula import (  # noqa: E402
     virtual_attention,
 )
 from .optimizer import parameter_groups  # noqa: E402
+from .pruning import prune_pairs  # noqa: E402
 
 register(HiFICLConfig, HiFICLModel)
 register_key_renaming()
@@ -38,6 +39,7 @@ __all__ = [
     "concatenate_pairs",
     "initialize_from_demonstrations",
     "parameter_groups",
+    "prune_pairs",
     "select_rows",
     "virtual_attention",
 ]

@@ -259,22 +259,22 @@ def test_only_this_models_calls_are_recorded() -> None:
     assert not records and list(of_other) == ["self_attn"]
 
 
-def test_a_compiled_model_is_recorded_and_not_traced_again_afterwards() -> None:
+def test_a_compiled_model_is_recorded() -> None:
     model, inputs = adapted("gqa"), inputs_for("gqa")
     with torch.no_grad(), inspection.record(model) as want:
         model(**inputs)
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model.get_base_model(), backend=counter)
-    output = logits(compiled, **inputs)
+    output, traced = logits(compiled, **inputs), []
     for _ in range(2):
         with inspection.record(model) as records:
             assert torch.equal(logits(compiled, **inputs), output)
         for name, record in want.items():
             torch.testing.assert_close(records[name].beta, record.beta)
-        recorded = counter.frame_count
-    assert torch.equal(logits(compiled, **inputs), output)
-    assert counter.frame_count == recorded > 1
+        assert torch.equal(logits(compiled, **inputs), output)
+        traced.append(counter.frame_count)
+    assert traced[0] == traced[1] > 1  # the second time, all is in dynamo's cache
 
 
 def test_a_whole_graph_cannot_be_recorded() -> None:

@@ -4,7 +4,8 @@ The tensors need nothing more.  `Records.table` needs pandas, `plots` and the co
 ``inspection``.
 """
 
+from .effects import Effects, pair_effects
 from .kinds import token_kinds
 from .recording import Column, Record, Records, Weights, record
 
-__all__ = ["Column", "Record", "Records", "Weights", "record", "token_kinds"]
+__all__ = ["Column", "Effects", "Record", "Records", "Weights", "pair_effects", "record", "token_kinds"]

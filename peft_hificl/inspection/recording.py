@@ -223,8 +223,8 @@ def record(model: nn.Module) -> Iterator[Records]:
     Raises:
         ValueError: no module of the model has an adapter.
 
-    Compiled code works, but is traced once more, with a break at each attention; compiled with ``fullgraph=True``, it
-    raises an error.
+    Compiled code is recorded, too, but is traced anew for it, with a break at each attention, which it keeps until
+    ``torch.compiler.reset()``; compiled with ``fullgraph=True``, it raises an error.
 
     Example:
 
