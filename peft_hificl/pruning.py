@@ -73,7 +73,9 @@ def prune_pairs(
         (2, torch.Size([2, 2]), 2)
     """
     if not hasattr(model, "peft_config"):
-        raise ValueError(f"{type(model).__name__} holds no configuration of an adapter: give the model that was adapted.")
+        raise ValueError(
+            f"{type(model).__name__} holds no configuration of an adapter: give the model that was adapted."
+        )
     adapter = adapter_of(model, adapter_name)
     before = _number(adapter)
     if (n is None) == (threshold is None):
@@ -84,7 +86,9 @@ def prune_pairs(
     limit = math.inf if threshold is None else loss + threshold
     for left in range(1, before) if n is None else [n]:
         kept = {name: _best(estimate, left, adapter, name) for name, estimate in estimates.items()}
-        gone = {name: torch.ones_like(e, dtype=torch.bool).scatter(1, kept[name], False) for name, e in estimates.items()}
+        gone = {
+            name: torch.ones_like(e, dtype=torch.bool).scatter(1, kept[name], False) for name, e in estimates.items()
+        }
         after = loss_without(model, data, adapter, gone)
         if after <= limit:
             _keep(model, adapter, kept, left)

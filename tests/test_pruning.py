@@ -200,7 +200,9 @@ def test_a_model_without_the_configuration_or_the_parameters_is_refused() -> Non
     with pytest.raises(ValueError, match="LlamaDecoderLayer holds no configuration of an adapter"):
         prune_pairs(model.get_base_model().model.layers[0], data_for("gqa"), n=1)
     hificl_layers(model)[1].hificl_V_A["default"].to("meta")
-    with pytest.raises(ValueError, match=r"hificl_V_A of 'model.layers.1.self_attn' .* on meta: the adapter is offloaded"):
+    with pytest.raises(
+        ValueError, match=r"hificl_V_A of 'model.layers.1.self_attn' .* on meta: the adapter is offloaded"
+    ):
         prune_pairs(model, data_for("gqa"), n=1)
 
 

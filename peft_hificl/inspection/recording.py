@@ -196,8 +196,6 @@ class Records(Mapping[str, Record]):
         return "\n".join(lines)
 
 
-
-
 @contextmanager
 def record(model: nn.Module) -> Iterator[Records]:
     """Record the weights of virtual pairs in all attention calls that this thread makes within the block.
@@ -266,7 +264,12 @@ def weights_of(call: Call) -> Weights:
     nothing = key.new_zeros(*key.shape[:-1], width)
     with without_autocast(query.device):
         output, _ = call.attend(
-            call.module, query, key, nothing, pairs._replace(keys=keys, values=units), call.scoring._replace(dropout=0.0)
+            call.module,
+            query,
+            key,
+            nothing,
+            pairs._replace(keys=keys, values=units),
+            call.scoring._replace(dropout=0.0),
         )
     beta = output[..., :n]
     alpha = 1 - beta.sum(dim=-1) if pairs.scale_self_attention else torch.ones_like(beta[..., 0])
