@@ -38,10 +38,10 @@ def prune_pairs(
 ) -> Pruned:
     """Remove the virtual pairs of an adapter that matter least, in place: each head keeps its best n pairs.
 
-    Which pairs of a head are best is *estimated*, by the first-order effect of removing each (`inspection.pair_effects`:
-    one forward and backward over the data).  What it costs is *measured*: the loss on the data before and after.  With
-    `threshold`, n is the smallest number at which the measured loss is at most `threshold` above that of the whole
-    adapter; so it is measured for n = 1, 2, ... until one fits.
+    Which pairs of a head are best is *estimated*, by the first-order effect of removing each: one forward and backward
+    over the data (`inspection.pair_effects`).  What it costs is *measured*: the loss on the data before and after.
+    With `threshold`, n is the smallest number at which the measured loss is at most `threshold` above that of the whole
+    adapter; so it is measured for n = 1, 2, ... until one fits.  If none does, nothing is removed.
 
     The configuration's n and the parameters change together; the pairs that are left are the same as before, of the
     same rank r.  Measure again on data that pruning has not seen, and give a trainer a new optimizer: the parameters
@@ -55,8 +55,8 @@ def prune_pairs(
         adapter_name: which adapter; it must be the only active one.  None: the active one.
 
     Raises:
-        ValueError: not one of `n` and `threshold`, an n that is not below the adapter's, no such adapter, several active
-            ones, data without labels, or parameters that are offloaded or sharded.  Nothing has changed then.
+        ValueError: not one of `n` and `threshold`, an n that is not below the adapter's, no such adapter, several
+            active ones, data without labels, or parameters that are offloaded or sharded.  Nothing has changed then.
 
     Example:
 
@@ -106,8 +106,8 @@ def _number(adapter: Adapter) -> int:
         for kind, weight in _sized(layer, adapter.name).items():
             if weight.is_meta or weight.ndim < 2 or weight.shape[1] != layer.n[adapter.name]:
                 raise ValueError(
-                    f"{kind} of {name!r} has shape {tuple(weight.shape)} on {weight.device}: the adapter is offloaded or "
-                    "sharded. Prune it where it is whole, on a model that is not dispatched."
+                    f"{kind} of {name!r} has shape {tuple(weight.shape)} on {weight.device}: the adapter is offloaded "
+                    "or sharded. Prune it where it is whole, on a model that is not dispatched."
                 )
     return next(iter(adapter.layers.values())).n[adapter.name]
 

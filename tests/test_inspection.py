@@ -9,11 +9,11 @@ import threading
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
-from peft_hificl import HiFICLConfig, Scoring, VirtualPairs, inspection
+from peft_hificl import Scoring, VirtualPairs, inspection
 from peft_hificl.backends import BACKENDS
 from peft_hificl.inspection.recording import weights_of
 from peft_hificl.listeners import Call, heard_by, listening
@@ -43,8 +43,9 @@ def definition(call: Call, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     n, heads, scoring = call.pairs.keys.shape[2], call.query.shape[1], call.scoring
     weights = call.pairs.log_weights
     units = torch.eye(n, dtype=call.query.dtype).expand(*call.pairs.keys.shape[:2], n, n)
+    nothing = torch.zeros_like(call.key[..., :1]).expand(*call.key.shape[:3], n)
     beta, alpha = oracle.hificl(
-        call.query, call.key, torch.zeros_like(call.key[..., :1]).expand(*call.key.shape[:3], n), call.pairs.keys, units,
+        call.query, call.key, nothing, call.pairs.keys, units,
         scaling=scoring.scaling, mask=mask, bias=scoring.bias, softcap=scoring.softcap, sinks=scoring.sinks,
         log_weights=None if weights is None else weights.expand(-1, heads, -1), alpha_one=True,
     )  # fmt: skip
@@ -65,9 +66,8 @@ def check(records: inspection.Records, calls: list[Call], rows: slice = slice(No
     """Every call's weights are those of the definition, up to the precision of float32."""
     assert calls
     numbers: dict[str, int] = {}
-    names = {layer: name for layer, name in records._names.items()}
     for call in calls:
-        name = names[call.layer]
+        name = records._names[call.layer]
         number = numbers[name] = numbers.get(name, -1) + 1
         found = records[name].calls[number]
         alpha, beta = definition(call, mask_seen(call))
@@ -282,9 +282,9 @@ def test_a_whole_graph_cannot_be_recorded() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model.get_base_model(), backend="eager", fullgraph=True)
     logits(compiled, **inputs)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="record the model before it is compiled"):
-        with inspection.record(model):
-            logits(compiled, **inputs)
+    refused = pytest.raises(torch._dynamo.exc.Unsupported, match="record the model before it is compiled")
+    with refused, inspection.record(model):
+        logits(compiled, **inputs)
     logits(compiled, **inputs)
 
 

@@ -214,7 +214,7 @@ def test_a_loss_that_is_not_finite_or_has_no_gradient_is_refused(monkeypatch: py
         prune_pairs(model, data_for("gqa"), n=1)
     model = adapted("gqa")
     forward = type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: torch.no_grad()(forward)(*args, **kwargs))
+    monkeypatch.setattr(type(model), "forward", torch.no_grad()(forward))
     with pytest.raises(ValueError, match="passes no gradient on"):
         prune_pairs(model, data_for("gqa"), n=1)
 

@@ -157,7 +157,7 @@ def test_duplicates() -> None:
         for factor in ("K", "V"):
             weight = getattr(hificl_layers(model)[1], f"hificl_{factor}_A")["default"].weight
             weight[2, 2] = 3 * weight[2, 0]  # longer, in the same direction
-        getattr(hificl_layers(model)[0], "hificl_K_A")["default"].weight[1] = 1.0  # the same keys, other values
+        hificl_layers(model)[0].hificl_K_A["default"].weight[1] = 1.0  # the same keys, other values
     (found,) = inspection.duplicate_pairs(model, "default", threshold=0.999)
     assert found[:3] == ("model.layers.1.self_attn", 2, (0, 2))
     assert found.keys == pytest.approx(1) == found.values

@@ -123,7 +123,9 @@ def _chosen(record: Record, row: int, head: int | None) -> tuple[Tensor, list[Co
     weights = record.weights
     rows, heads = weights.beta.shape[:2]
     if not 0 <= row < rows or not (head is None or 0 <= head < heads):
-        raise ValueError(f"row={row}, head={head} of {record.name!r}, of which {rows} rows and {heads} heads were recorded.")
+        raise ValueError(
+            f"row={row}, head={head} of {record.name!r}, of which {rows} rows and {heads} heads were recorded."
+        )
     beta = weights.beta[row].mean(dim=0) if head is None else weights.beta[row, head]
     real = [i for i, column in enumerate(weights.columns[row]) if column is not None]
     if not real:

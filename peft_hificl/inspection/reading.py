@@ -22,7 +22,8 @@ class Reading(NamedTuple):
         module: the name of the attention module.
         head: the query head.
         pair: the number of the pair.
-        words: what it writes, as the nearest words of the vocabulary (token ids, if there is no tokenizer).
+        words: what it writes, as the nearest words of the vocabulary (token ids, if there is no tokenizer); none, if
+            its virtual value is zero.
         effect: the *measured* rise of the loss when this pair alone is removed; negative: the pair does harm.
         estimate: the rise as `pair_effects` estimates it.
     """
@@ -46,10 +47,10 @@ def read_pairs(
     """Read the pairs with the largest estimated effects: their nearest words, beside their measured effect.
 
     A pair of head h adds ``beta_i * W_h v_i`` to the residual stream, v_i being its virtual value and W_h the part of
-    the attention's output projection for this head.  That vector goes through the model's final norm and unembedding, as
-    if it were the whole stream ("direct logit attribution"); the words are those of the largest logits.  This leaves out
-    whatever later layers make of it, so words and effect may well disagree: trust the effect, which is measured, one
-    forward over the data for each pair.
+    the attention's output projection for this head.  That vector goes through the model's final norm and unembedding,
+    as if it were the whole stream; the words are those of the largest logits.  This leaves out whatever later layers
+    make of it, so words and effect may disagree: trust the effect, which is measured by one forward over the data for
+    each pair.
 
     Output projection, norm and unembedding are found by running the first batch: the projection is the module that is
     called with the attention's output, the norm the last one whose output the unembedding is called with.
@@ -97,7 +98,8 @@ def read_pairs(
         removed = torch.zeros(estimates[name].shape, dtype=torch.bool)
         removed[head, pair] = True
         effect = loss_without(model, data, adapter, {name: removed}) - loss
-        ids = path.logits(name, adapter.layers[name], head, pair).topk(words).indices.tolist()
+        scores = path.logits(name, adapter.layers[name], head, pair)
+        ids = scores.topk(words).indices.tolist() if scores.any() else []
         found = ids if tokenizer is None else [tokenizer.decode([token]) for token in ids]
         readings.append(Reading(name, head, pair, found, effect, estimates[name][head, pair].item()))
     return sorted(readings, key=lambda reading: -reading.effect)
@@ -131,7 +133,9 @@ def _path_to_words(model: nn.Module, batch: Any, layers: dict[str, HiFICLLayer])
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     unembedding = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if unembedding is None:
-        raise ValueError(f"{type(base).__name__} has no output embeddings: what its pairs write cannot be read as words.")
+        raise ValueError(
+            f"{type(base).__name__} has no output embeddings: what its pairs write cannot be read as words."
+        )
     names = {layer: name for name, layer in layers.items()}
     projections: dict[str, nn.Module] = {}
     waiting: dict[str, Tensor] = {}  # outputs of attentions that no module has been called with yet

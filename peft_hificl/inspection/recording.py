@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -183,9 +183,9 @@ class Records(Mapping[str, Record]):
             scaled = any(bool((record.alpha < 1).any()) for record in self.values())
             if kind == "first" and many.any() and scaled:
                 lines.append(
-                    "Its own attention is scaled down by as much. A model that uses its first token as an attention "
-                    "sink is damaged by that before training begins: compare its loss with that of the base model "
-                    "(model.disable_adapter()), or start with scale_self_attention=False."
+                    "Its own attention is scaled down by as much. That damages a model whose first token is an "
+                    "attention sink: before training, compare the loss with that of the base model "
+                    "(model.disable_adapter()). With scale_self_attention=False it starts whole."
                 )
         weights = [record.weights for record in self.values()]
         known = checked(kinds, *self._masses()[0].shape[:2])

@@ -1,0 +1,24 @@
+"""The command line: ``python -m peft_hificl COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+
+from .inspection import command
+
+COMMANDS = {"inspect": command}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m peft_hificl")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        command = subparsers.add_parser(name, help=module.HELP, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    options = parser.parse_args(arguments)
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()
