@@ -38,10 +38,10 @@ def prune_pairs(
 ) -> Pruned:
     """Remove the virtual pairs of an adapter that matter least, in place: each head keeps its best n pairs.
 
-    Which pairs of a head are best is *estimated*, by the first-order effect of removing each: one forward and backward
-    over the data (`inspection.pair_effects`).  What it costs is *measured*: the loss on the data before and after.
-    With `threshold`, n is the smallest number at which the measured loss is at most `threshold` above that of the whole
-    adapter; so it is measured for n = 1, 2, ... until one fits.  If none does, nothing is removed.
+    The best pairs of a head are those whose removal, each alone, raises the loss on the data most
+    (`inspection.pair_effects`: one forward over the data for each pair).  What it costs to remove all others together
+    is measured as well, before anything is changed.  With `threshold`, n is the smallest number at which the loss is at
+    most `threshold` above that of the whole adapter; if none is, nothing is removed.
 
     The configuration's n and the parameters change together; the pairs that are left are the same as before, of the
     same rank r.  Measure again on data that pruning has not seen, and give a trainer a new optimizer: the parameters
@@ -82,18 +82,16 @@ def prune_pairs(
         raise ValueError(f"Give prune_pairs either n or threshold, found n={n} and threshold={threshold}.")
     if n is not None and not 1 <= n < before:
         raise ValueError(f"n={n} for an adapter of {before} pairs per head: give a number from 1 to {before - 1}.")
-    loss, estimates = pair_effects(model, data, adapter.name)
+    loss, effects = pair_effects(model, data, adapter.name)
     limit = math.inf if threshold is None else loss + threshold
     for left in range(1, before) if n is None else [n]:
-        kept = {name: _best(estimate, left, adapter, name) for name, estimate in estimates.items()}
-        gone = {
-            name: torch.ones_like(e, dtype=torch.bool).scatter(1, kept[name], False) for name, e in estimates.items()
-        }
+        kept = {name: _best(effect, left, adapter, name) for name, effect in effects.items()}
+        gone = {name: torch.ones_like(e, dtype=torch.bool).scatter(1, kept[name], False) for name, e in effects.items()}
         after = loss_without(model, data, adapter, gone)
         if after <= limit:
             _keep(model, adapter, kept, left)
             return Pruned(left, loss, after, kept)
-    return Pruned(before, loss, loss, {name: torch.arange(before).expand(e.shape) for name, e in estimates.items()})
+    return Pruned(before, loss, loss, {name: torch.arange(before).expand(e.shape) for name, e in effects.items()})
 
 
 def _number(adapter: Adapter) -> int:
@@ -118,14 +116,14 @@ def _sized(layer: HiFICLLayer, adapter_name: str) -> dict[str, nn.Parameter]:
     return {n: getattr(layer, n)[adapter_name].weight for n in names if adapter_name in getattr(layer, n)}
 
 
-def _best(estimate: Tensor, number: int, adapter: Adapter, name: str) -> Tensor:
-    """The pairs (H, number) of the largest estimated effect of each head, in their order.
+def _best(effect: Tensor, number: int, adapter: Adapter, name: str) -> Tensor:
+    """The pairs (H, number) of the largest effect of each head, in their order.
 
     Heads that share their pairs keep the same ones, which are best for them together.
     """
-    heads, n = estimate.shape
+    heads, n = effect.shape
     sets = min(len(weight) for weight in _sized(adapter.layers[name], adapter.name).values())
-    together = estimate.reshape(sets, heads // sets, n).sum(dim=1)
+    together = effect.reshape(sets, heads // sets, n).sum(dim=1)
     best = together.topk(number, dim=1).indices.sort(dim=1).values
     return best.repeat_interleave(heads // sets, dim=0)
 

@@ -1,4 +1,4 @@
-"""`inspection.pair_effects` and `prune_pairs`: estimates against finite differences, losses against masked pairs."""
+"""`inspection.pair_effects` and `prune_pairs`: losses against those of models whose pairs have other log-weights."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def loss_of(model: nn.Module, data: list[dict[str, Tensor]]) -> float:
     return torch.cat(losses)[counted].mean().item()
 
 
-def with_log_weight(model: PeftModel, layer: int, head: int, pair: int, value: float) -> PeftModel:
-    """A copy of a model with `pair_weights` whose pair has another log-weight."""
+def with_log_weight(model: PeftModel, layer: int, head: int, pair: int | slice, value: float) -> PeftModel:
+    """A copy of a model with `pair_weights` whose pairs have another log-weight."""
     changed = copy.deepcopy(model)
     with torch.no_grad():
         hificl_layers(changed)[layer].hificl_W["default"].weight[head, pair] += value
@@ -47,27 +47,29 @@ def with_log_weight(model: PeftModel, layer: int, head: int, pair: int, value: f
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
-def test_estimates_are_derivatives_of_the_measured_loss(implementation: str) -> None:
-    model, data = adapted("gqa", pair_weights=True).double(), data_for("gqa")
+def test_each_pair_and_each_head_is_removed_alone(implementation: str) -> None:
+    model, data = adapted("gqa", pair_weights=True), data_for("gqa")
     model.get_base_model().set_attn_implementation(implementation)
-    found = inspection.pair_effects(model, data)
-    assert found.loss == pytest.approx(loss_of(model, data))
-    step = 0.03  # transformers normalises in float32, whose noise would drown a smaller one
-    for layer, head, pair in [(0, 0, 0), (0, 3, 2), (1, 1, 1), (1, 2, 0)]:
-        up, down = (loss_of(with_log_weight(model, layer, head, pair, s), data) for s in (step, -step))
-        estimate = found.estimates[f"model.layers.{layer}.self_attn"][head, pair].item()
-        assert estimate == pytest.approx((down - up) / (2 * step), rel=0.02, abs=2e-5)
+    loss = loss_of(model, data)
+    pairs, heads = inspection.pair_effects(model, data), inspection.head_effects(model, data)
+    assert pairs.loss == heads.loss == pytest.approx(loss, rel=1e-5)
+    for layer in (0, 1):
+        name = f"model.layers.{layer}.self_attn"
+        assert (pairs.effects[name].shape, heads.effects[name].shape) == ((4, 3), (4,))
+        for head, pair in [(0, 0), (3, 2), (1, 1)]:
+            want = loss_of(with_log_weight(model, layer, head, pair, float("-inf")), data) - loss
+            assert pairs.effects[name][head, pair].item() == pytest.approx(want, abs=1e-5)
+        want = loss_of(with_log_weight(model, layer, 2, slice(None), float("-inf")), data) - loss
+        assert heads.effects[name][2].item() == pytest.approx(want, abs=1e-5)
+    assert min(effect.abs().max() for effect in pairs.effects.values()) > 1e-3
 
 
-def test_removal_is_measured(kind: str) -> None:
+def test_pairs_of_every_kind_of_model_are_removed(kind: str) -> None:
     model, data = adapted(kind, pair_weights=True), data_for(kind)
-    adapter = effects.adapter_of(model, None)
-    name = next(iter(adapter.layers))
-    removed = torch.zeros(4, 3, dtype=torch.bool)
-    removed[2, 1] = True
-    want = loss_of(with_log_weight(model, 0, 2, 1, float("-inf")), data)
-    assert effects.loss_without(model, data, adapter, {name: removed}) == pytest.approx(want, rel=1e-5)
-    assert want != pytest.approx(loss_of(model, data), rel=1e-5)
+    want = loss_of(with_log_weight(model, 0, 2, 1, float("-inf")), data) - loss_of(model, data)
+    name, effects_of_layer = next(iter(inspection.pair_effects(model, data).effects.items()))
+    assert name.endswith("layers.0.self_attn")
+    assert effects_of_layer[2, 1].item() == pytest.approx(want, abs=1e-5) and abs(want) > 1e-4
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -93,18 +95,18 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_head_keeps_its_best_pairs(kind: str, variant: str, tmp_path: Path) -> None:
     model, data = adapted(kind, n=4, **VARIANTS[variant]), data_for(kind)
-    estimates = inspection.pair_effects(model, data).estimates
+    measured = inspection.pair_effects(model, data).effects
     before = [pairs for layer in hificl_layers(model) for pairs in [effects.pairs_of(layer)]]
     loss = loss_of(model, data)
     pruned = prune_pairs(model, data, n=2)
     assert (pruned.n, model.peft_config["default"].n) == (2, 2)
     assert pruned.loss_before == pytest.approx(loss, rel=1e-5)
     assert pruned.loss_after == pytest.approx(loss_of(model, data), rel=1e-5) != pruned.loss_before
-    for layer, old, (name, estimate) in zip(hificl_layers(model), before, estimates.items(), strict=True):
+    for layer, old, (name, effect) in zip(hificl_layers(model), before, measured.items(), strict=True):
         assert layer.n == {"default": 2}
         pairs = effects.pairs_of(layer)
         for head in range(4):
-            best = sorted(sorted(range(4), key=lambda pair: -estimate[head, pair])[:2])
+            best = sorted(sorted(range(4), key=lambda pair: -effect[head, pair])[:2])
             assert pruned.kept[name][head].tolist() == best
             torch.testing.assert_close(pairs.keys[0, head], old.keys[0, head, best])
             torch.testing.assert_close(pairs.values[0, head], old.values[0, head, best])
@@ -206,16 +208,11 @@ def test_a_model_without_the_configuration_or_the_parameters_is_refused() -> Non
         prune_pairs(model, data_for("gqa"), n=1)
 
 
-def test_a_loss_that_is_not_finite_or_has_no_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_is_refused() -> None:
     model = adapted("gqa")
     with torch.no_grad():
         model.get_base_model().lm_head.weight.mul_(float("nan"))
     with pytest.raises(ValueError, match="The loss on data is nan"):
-        prune_pairs(model, data_for("gqa"), n=1)
-    model = adapted("gqa")
-    forward = type(model).forward
-    monkeypatch.setattr(type(model), "forward", torch.no_grad()(forward))
-    with pytest.raises(ValueError, match="passes no gradient on"):
         prune_pairs(model, data_for("gqa"), n=1)
 
 

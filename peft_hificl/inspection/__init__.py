@@ -4,7 +4,7 @@ The tensors need nothing more.  `Records.table` needs pandas; the module `plots`
 Both come with the extra ``inspection``.
 """
 
-from .effects import Effects, pair_effects
+from .effects import Effects, head_effects, pair_effects
 from .kinds import token_kinds
 from .reading import Reading, read_pairs
 from .recording import Column, Record, Records, Weights, record
@@ -20,6 +20,7 @@ __all__ = [
     "Similarity",
     "Weights",
     "duplicate_pairs",
+    "head_effects",
     "pair_effects",
     "pair_similarity",
     "read_pairs",

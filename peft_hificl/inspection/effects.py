@@ -26,26 +26,26 @@ class Adapter(NamedTuple):
 
 
 class Effects(NamedTuple):
-    """The estimated effect of each virtual pair of an adapter.
+    """What the virtual pairs of an adapter do, measured.
 
     Attributes:
-        loss: the measured loss with all pairs.
-        estimates: by module, ``(H, n)``: how much the loss would rise, to first order, if this pair alone were removed.
+        loss: the loss with all pairs.
+        effects: by module, how much the loss rises without a pair, ``(H, n)``, or without all pairs of a head,
+            ``(H,)``; negative: it does harm.
     """
 
     loss: float
-    estimates: dict[str, Tensor]
+    effects: dict[str, Tensor]
 
 
 def pair_effects(model: nn.Module, data: Data, adapter_name: str | None = None) -> Effects:
-    """Estimate, for every virtual pair at once, how much the loss rises when it is removed.
+    """Measure, for every virtual pair, how much the loss rises when this pair alone is removed.
 
-    With a gate g on the pair, ``Z_D = sum_i g_i exp s(k_D,i)``, removing it means g = 1 -> 0, and to first order
+        effect_i = L(w_i = -inf) - L            the log-weight -inf takes pair i out of every softmax
 
-        L(g_i = 0) - L(g_i = 1)  ~  -dL/dg_i  =  -dL/dw_i        at g_i = 1, w_i = log g_i = 0
-
-    which one backward gives for all pairs.  It is an estimate: removing a pair is no small step, and pairs that do the
-    same stand in for one another.  `read_pairs` and `prune_pairs` measure beside it.
+    One forward over the data for each of L * H * n pairs: give it few data.  Derivatives with respect to the
+    log-weights would take one backward, but once an adapter is trained they are near zero and order its pairs badly.
+    Pairs that do the same stand in for one another, so effects need not add up.
 
     Args:
         model: the adapted model.
@@ -54,7 +54,7 @@ def pair_effects(model: nn.Module, data: Data, adapter_name: str | None = None) 
         adapter_name: which adapter; it must be the only active one.  None: the active one.
 
     Raises:
-        ValueError: no such adapter, several active ones, data without labels, or a model that passes no gradient on.
+        ValueError: no such adapter, several active ones, data without labels, or a loss that is not finite.
 
     Example:
 
@@ -66,32 +66,53 @@ def pair_effects(model: nn.Module, data: Data, adapter_name: str | None = None) 
         >>> base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
         >>> model = get_peft_model(base, HiFICLConfig(task_type="CAUSAL_LM", n=4, r=2))
         >>> ids = torch.tensor([[1, 2, 3]])
-        >>> effects = inspection.pair_effects(model, [{"input_ids": ids, "labels": ids}])
-        >>> effects.estimates["model.layers.0.self_attn"].shape
+        >>> found = inspection.pair_effects(model, [{"input_ids": ids, "labels": ids}])
+        >>> found.effects["model.layers.0.self_attn"].shape
         torch.Size([2, 4])
     """
-    layers = adapter_of(model, adapter_name).layers
-    gates = {
-        name: torch.zeros(layer.head_shape.heads, pairs_of(layer).keys.shape[2], requires_grad=True)
-        for name, layer in layers.items()
+    adapter = adapter_of(model, adapter_name)
+    every = {
+        (name, head, pair): pairs_removed(layer, head, pair)
+        for name, layer in adapter.layers.items()
+        for head in range(layer.head_shape.heads)
+        for pair in range(layer.n[adapter.name])
     }
-    sums = {name: torch.zeros_like(gate, requires_grad=False) for name, gate in gates.items()}
-    total, number = 0.0, 0
-    with at_rest(model), weighed(layers, gates), torch.enable_grad():
-        for batch in checked(data):
-            loss, count = _loss(model, batch)
-            if not loss.requires_grad:
-                raise ValueError(
-                    f"The loss of {type(model).__name__} passes no gradient on to the adapter's pairs: estimate their "
-                    "effects on a base without kernels made for inference."
-                )
-            gradients = torch.autograd.grad(loss, list(gates.values()), allow_unused=True, materialize_grads=True)
-            for name, gradient in zip(gates, gradients, strict=True):
-                sums[name] -= gradient * count
-            total, number = total + loss.item() * count, number + count
-    if not math.isfinite(total):
-        raise ValueError(f"The loss on data is {total / number}: nothing can be said about single pairs.")
-    return Effects(total / number, {name: estimate / number for name, estimate in sums.items()})
+    return _measured(model, data, adapter, every)
+
+
+def head_effects(model: nn.Module, data: Data, adapter_name: str | None = None) -> Effects:
+    """Measure, for every head, how much the loss rises when all its virtual pairs are removed.
+
+    As `pair_effects`, with one forward over the data for each of L * H heads.
+    """
+    adapter = adapter_of(model, adapter_name)
+    every = {
+        (name, head): pairs_removed(layer, head, slice(None))
+        for name, layer in adapter.layers.items()
+        for head in range(layer.head_shape.heads)
+    }
+    return _measured(model, data, adapter, every)
+
+
+def pairs_removed(layer: HiFICLLayer, head: int, pairs: int | slice) -> Tensor:
+    """A mask (H, n), True for these pairs of one head of the active adapter."""
+    removed = torch.zeros(layer.head_shape.heads, layer.n[layer.active_names[0]], dtype=torch.bool)
+    removed[head, pairs] = True
+    return removed
+
+
+def _measured(model: nn.Module, data: Data, adapter: Adapter, every: Mapping[tuple[Any, ...], Tensor]) -> Effects:
+    """The effect of each removal, whose key is the module's name and the place in the result."""
+    loss = loss_without(model, data, adapter, {})
+    if not math.isfinite(loss):
+        raise ValueError(f"The loss on data is {loss}: nothing can be said about single pairs.")
+    found: dict[str, list[float]] = {name: [] for name in adapter.layers}
+    for (name, *_), removed in every.items():
+        found[name].append(loss_without(model, data, adapter, {name: removed}) - loss)
+    heads = {name: layer.head_shape.heads for name, layer in adapter.layers.items()}
+    return Effects(
+        loss, {name: torch.tensor(values).reshape(heads[name], -1).squeeze(-1) for name, values in found.items()}
+    )
 
 
 def loss_without(model: nn.Module, data: Data, adapter: Adapter, removed: Mapping[str, Tensor]) -> float:
@@ -100,8 +121,8 @@ def loss_without(model: nn.Module, data: Data, adapter: Adapter, removed: Mappin
     total, number = 0.0, 0
     with at_rest(model), weighed(adapter.layers, extra), torch.no_grad():
         for batch in checked(data):
-            loss, count = _loss(model, batch)
-            total, number = total + loss.item() * count, number + count
+            count = _count(batch)
+            total, number = total + model(**batch).loss.item() * count, number + count
     return total / number
 
 
@@ -158,17 +179,12 @@ def weighed(layers: Mapping[str, HiFICLLayer], extra: Mapping[str, Tensor]) -> I
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in evaluation mode, and none of its parameters requires a gradient."""
+    """Within the block the model is in evaluation mode."""
     modes = {module: module.training for module in model.modules()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         model.eval()
-        for parameter in trained:
-            parameter.requires_grad = False
         yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad = True
         for module, mode in modes.items():
             module.training = mode
 
@@ -183,10 +199,6 @@ def checked(data: Data) -> Data:
         if not _count(batch):
             raise ValueError(f"Batch {number} of data has no label that counts: all of them are -100.")
     return data
-
-
-def _loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
-    return model(**batch).loss, _count(batch)
 
 
 def _count(batch: Mapping[str, Any]) -> int:

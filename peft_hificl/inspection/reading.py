@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layer import HiFICLLayer
 from ..listeners import Call, heard_by
-from .effects import Data, adapter_of, at_rest, checked, loss_without, pair_effects, pairs_of
+from .effects import Data, adapter_of, at_rest, head_effects, loss_without, pairs_of, pairs_removed
 
 
 class Reading(NamedTuple):
@@ -24,8 +24,7 @@ class Reading(NamedTuple):
         pair: the number of the pair.
         words: what it writes, as the nearest words of the vocabulary (token ids, if there is no tokenizer); none, if
             its virtual value is zero.
-        effect: the *measured* rise of the loss when this pair alone is removed; negative: the pair does harm.
-        estimate: the rise as `pair_effects` estimates it.
+        effect: how much the measured loss rises when this pair alone is removed; negative: the pair does harm.
     """
 
     module: str
@@ -33,7 +32,6 @@ class Reading(NamedTuple):
     pair: int
     words: list[Any]
     effect: float
-    estimate: float
 
 
 def read_pairs(
@@ -41,16 +39,18 @@ def read_pairs(
     data: Data,
     tokenizer: Any = None,
     adapter_name: str | None = None,
-    number: int = 10,
+    heads: int = 4,
     words: int = 6,
 ) -> list[Reading]:
-    """Read the pairs with the largest estimated effects: their nearest words, beside their measured effect.
+    """Read the pairs of the heads that matter most: their nearest words, beside their measured effect.
+
+    The heads are those without whose pairs the loss rises most (`head_effects`).
 
     A pair of head h adds ``beta_i * W_h v_i`` to the residual stream, v_i being its virtual value and W_h the part of
     the attention's output projection for this head.  That vector goes through the model's final norm and unembedding,
     as if it were the whole stream; the words are those of the largest logits.  This leaves out whatever later layers
-    make of it, so words and effect may disagree: trust the effect, which is measured by one forward over the data for
-    each pair.
+    make of it, so words and effect may disagree: trust the effect, which is measured, by one forward over the data for
+    each head of the model, and one for each pair that is read.
 
     Output projection, norm and unembedding are found by running the first batch: the projection is the module that is
     called with the attention's output, the norm the last one whose output the unembedding is called with.
@@ -60,7 +60,7 @@ def read_pairs(
         data: batches with labels, for which the model returns its loss.
         tokenizer: turns token ids into words (its ``decode``).  None: ids are returned.
         adapter_name: which adapter; it must be the only active one.  None: the active one.
-        number: how many pairs are read.
+        heads: of how many heads the pairs are read.
         words: how many words for each.
 
     Returns:
@@ -80,28 +80,25 @@ def read_pairs(
         >>> base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
         >>> model = get_peft_model(base, HiFICLConfig(task_type="CAUSAL_LM", n=4, r=2, init_weights=False))
         >>> ids = torch.tensor([[1, 2, 3]])
-        >>> readings = inspection.read_pairs(model, [{"input_ids": ids, "labels": ids}], number=3, words=2)
-        >>> len(readings), len(readings[0].words), readings[0].effect >= readings[2].effect
-        (3, 2, True)
+        >>> readings = inspection.read_pairs(model, [{"input_ids": ids, "labels": ids}], heads=1, words=2)
+        >>> len(readings), len(readings[0].words), readings[0].effect >= readings[3].effect
+        (4, 2, True)
     """
     adapter = adapter_of(model, adapter_name)
-    loss, estimates = pair_effects(model, data, adapter.name)
-    path = _path_to_words(model, checked(data)[0], adapter.layers)
+    loss, effects = head_effects(model, data, adapter.name)
+    path = _path_to_words(model, data[0], adapter.layers)
     every = [
-        (abs(estimate), name, head, pair)
-        for name, of_module in estimates.items()
-        for head, of_head in enumerate(of_module.tolist())
-        for pair, estimate in enumerate(of_head)
+        (effect, name, head) for name, of_module in effects.items() for head, effect in enumerate(of_module.tolist())
     ]
     readings = []
-    for _, name, head, pair in sorted(every, reverse=True)[:number]:
-        removed = torch.zeros(estimates[name].shape, dtype=torch.bool)
-        removed[head, pair] = True
-        effect = loss_without(model, data, adapter, {name: removed}) - loss
-        scores = path.logits(name, adapter.layers[name], head, pair)
-        ids = scores.topk(words).indices.tolist() if scores.any() else []
-        found = ids if tokenizer is None else [tokenizer.decode([token]) for token in ids]
-        readings.append(Reading(name, head, pair, found, effect, estimates[name][head, pair].item()))
+    for _, name, head in sorted(every, reverse=True)[:heads]:
+        layer = adapter.layers[name]
+        for pair in range(layer.n[adapter.name]):
+            effect = loss_without(model, data, adapter, {name: pairs_removed(layer, head, pair)}) - loss
+            scores = path.logits(name, layer, head, pair)
+            ids = scores.topk(words).indices.tolist() if scores.any() else []
+            found = ids if tokenizer is None else [tokenizer.decode([token]) for token in ids]
+            readings.append(Reading(name, head, pair, found, effect))
     return sorted(readings, key=lambda reading: -reading.effect)
 
 

@@ -26,6 +26,7 @@ table { border-collapse: collapse } td, th { padding: .2rem .7rem; text-align: l
 td.number { text-align: right; font-variant-numeric: tabular-nums }
 img { max-width: 100% } pre { white-space: pre-wrap }
 """
+_READ = 12  # pairs in the table
 _SHOWN = 3  # heads over the sequence and the picture
 
 
@@ -81,16 +82,13 @@ def _pairs(
 ) -> Iterable[str]:
     yield "<h3>What single pairs write and do</h3>"
     yield (
-        "<p>The pairs with the largest estimated effects. Effect: how much the loss of the answer rises when this pair "
-        "alone is removed, measured. Words: the nearest words to what the pair writes, read through the output "
-        "projection, the final norm and the unembedding; they leave out what later layers make of it.</p>"
+        "<p>The pairs of the heads without whose pairs the loss of the answer rises most. Effect: how much it rises "
+        "when this pair alone is removed, measured. Words: the nearest words to what the pair writes, read through the "
+        "output projection, the final norm and the unembedding; they leave out what later layers make of it.</p>"
     )
     yield _table(
-        ("module", "head", "pair", "effect", "estimate", "words"),
-        [
-            (r.module, r.head, r.pair, f"{r.effect:+.4f}", f"{r.estimate:+.4f}", " ".join(map(repr, r.words)))
-            for r in readings
-        ],
+        ("module", "head", "pair", "effect", "words"),
+        [(r.module, r.head, r.pair, f"{r.effect:+.4f}", " ".join(map(repr, r.words))) for r in readings[:_READ]],
     )
     yield "<h3>Where these heads look at their pairs</h3>"
     places = list(dict.fromkeys((reading.module, reading.head) for reading in readings))[:_SHOWN]
