@@ -30,7 +30,7 @@ from peft_hificl.inspection.effects import adapter_of, weighed
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "results" / "inspection" / "results.json"
 OUT = Path("out/inspection")
-ROWS, NUMBERS = 48, (1, 2, 4, 6, 8)
+ROWS, NUMBERS = 32, (2, 4, 6, 8)
 KINDS = {"first": "#595959", "image": "#e08214", "question": "#5aa655", "answer": "#2171b5"}
 
 
@@ -44,7 +44,8 @@ def measure() -> dict[str, Any]:
     for part in ("keys", "values"):
         best = [getattr(layer, part).amax(dim=2).mean() for layer in cosines]
         found[f"nearest {part}"] = torch.stack(best).mean().item()
-    random = torch.nn.functional.normalize(torch.randn(1000, 8, base.config.text_config.head_dim), dim=-1)
+    layer = next(iter(adapter_of(model, None).layers.values()))
+    random = torch.nn.functional.normalize(torch.randn(1000, NUMBERS[-1], layer.head_shape.key_dim), dim=-1)
     found["nearest random"] = random[..., 0].amax(dim=1).mean().item()
     return found
 
@@ -110,7 +111,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             start, after = of_task["mass at the start"][kind], of_task["mass"][kind]
             mass.plot(after, color=color, marker="o", label=f"{kind} token" + "s" * (kind != "first"))
             mass.plot(start, color=color, linestyle=":")
-        mass.set(title=f"{task}: share of attention", xlabel="layer", ylabel="taken by the pairs", ylim=(0, 1))
+        mass.set(title=f"{task}: share of attention", xlabel="layer", ylabel="taken by the pairs", ylim=(-0.25, 1))
         of_pairs = torch.tensor(list(of_task["effects"].values())).flatten(1)  # (layers, heads * pairs)
         image = effects.imshow(of_pairs.clamp_min(0.001).log10(), cmap="Blues", aspect="auto", vmin=-3, vmax=0)
         heads = len(next(iter(of_task["effects"].values())))
@@ -127,7 +128,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         pruned.plot(numbers, [100 * of_task["pruned"][str(n)]["score"] for n in numbers], color="#2171b5", marker="o")
         pruned.axhline(100 * of_task["base score"], color="#595959", linestyle="--", label="base model")
         pruned.set(title=f"{task}: pruned", xlabel="pairs per head", ylabel="test score, %", ylim=(0, 100))
-        mass.legend(frameon=False, fontsize=8, loc="lower left")
+        mass.legend(frameon=False, fontsize=8, loc="lower center", ncol=2)
         pruned.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
