@@ -24,6 +24,7 @@ from .ops.formula import (  # noqa: E402
 )
 from .optimizer import parameter_groups  # noqa: E402
 from .prefix import to_prefix_cache, to_prefix_tuning  # noqa: E402
+from .pruning import prune_pairs  # noqa: E402
 from .strength import rescale_adapter_scale  # noqa: E402
 
 register(HiFICLConfig, HiFICLModel)
@@ -42,6 +43,7 @@ __all__ = [
     "hotswap_adapter",
     "initialize_from_demonstrations",
     "parameter_groups",
+    "prune_pairs",
     "rescale_adapter_scale",
     "select_rows",
     "to_prefix_cache",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from . import convert
+from .inspection import command
 
-COMMANDS = {"convert": convert}
+COMMANDS = {"convert": convert, "inspect": command}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,6 +21,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from . import paged_cache
 from .backends import BACKENDS
 from .layer import HiFICLLayer
+from .listeners import listening, tell
 from .names import MODULE, HeadShape
 from .ops.formula import Scoring, VirtualPairs
 from .support import Dispatch, check_backend, dispatch_of
@@ -84,6 +85,8 @@ def hificl_attention_forward(
     )
     backend = BACKENDS[implementation.removeprefix("paged|")]
     output, weights = backend.attend(module, query, key, value, pairs, scoring)
+    if listening.each:
+        tell(layer, backend.attend, module, query, key, value, pairs, scoring, output)
     return output.transpose(1, 2).contiguous(), weights
 
 

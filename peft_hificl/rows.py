@@ -102,12 +102,12 @@ def of_call(model: nn.Module, names: list[str], args: tuple[Any, ...], kwargs: d
     main = getattr(model, "main_input_name", "input_ids")
     first = args[0] if args else kwargs.get("inputs")  # of generate
     inputs = kwargs if first is None else {main: first, **kwargs}
-    ids, placeholders = inputs.get("input_ids"), _placeholders(model)
+    ids, of_media = inputs.get("input_ids"), placeholders(model)
     places = None  # (B, T) per placeholder; None: the model takes one image or sound per prompt
     if isinstance(mask := inputs.get("image_embeds_position_mask"), Tensor):  # of Kosmos-2
         places = [mask != 0]
-    elif placeholders:
-        places = [] if ids is None else [ids == placeholder for placeholder in placeholders]
+    elif of_media:
+        places = [] if ids is None else [ids == placeholder for placeholder in of_media]
     for name in ("input_ids", "inputs_embeds", *([main] if places is None else [])):
         if isinstance(batch := inputs.get(name), Tensor):
             if len(batch) != len(names):
@@ -128,7 +128,7 @@ def _setting(name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     return kwargs.get(name) or getattr(given, name, None) or getattr(own, name, None) or 1
 
 
-def _placeholders(model: nn.Module) -> set[int]:
+def placeholders(model: nn.Module) -> set[int]:
     """The token ids that stand for images, videos and sounds in a prompt."""
     configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
     found = [value for config in configs for name, value in vars(config).items() if _PLACEHOLDER.fullmatch(name)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from mkdocstrings import Inventory
 import peft_hificl
 from benchmarks.quality.frame import load
 from benchmarks.quality.statistics import interval
-from docs.figures import head
+from docs.figures import head, pairs
+from peft_hificl import inspection
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -75,6 +77,11 @@ def test_tables_and_picture_show_the_stored_results(tmp_path: Path) -> None:
     assert (tmp_path / "head.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_of_the_pairs_is_drawn_from_the_stored_results(tmp_path: Path) -> None:
+    pairs.draw(json.loads(pairs.RESULTS.read_text()), tmp_path / "pairs.png")
+    assert (tmp_path / "pairs.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built strictly: a link or an anchor that leads nowhere is an error."""
@@ -89,6 +96,7 @@ def test_the_api_reference_has_every_public_name(site: Path) -> None:
     with (site / "objects.inv").open("rb") as file:
         described = set(Inventory.parse_sphinx(file))
     assert {f"peft_hificl.{name}" for name in peft_hificl.__all__} <= described
+    assert {f"peft_hificl.inspection.{name}" for name in inspection.__all__} <= described
 
 
 class Loads(HTMLParser):

@@ -227,6 +227,16 @@ ROWS: dict[str, tuple[str, ...] | str] = {
     "initialize_from_demonstrations on a model that counts": (
         "test_demonstrations.py::test_demonstrations_lie_too_far_off_where_positions_begin_at_1",
     ),
+    "inspection.record and compiled code": (
+        "test_inspection.py::test_a_compiled_model_is_recorded",
+        "test_inspection.py::test_a_whole_graph_cannot_be_recorded",
+    ),
+    "inspection.record of calls": ("test_inspection.py::test_what_cannot_be_read_says_why",),
+    "inspection.read_pairs where": ("test_reading.py::test_what_cannot_be_read_is_refused",),
+    "prune_pairs, pair_effects": (
+        "test_pruning.py::test_an_adapter_that_is_not_active_alone_is_refused",
+        "test_pruning.py::test_a_model_without_the_configuration_or_the_parameters_is_refused",
+    ),
     "torch.compile: the first switch": (
         "test_attention.py::test_switching_by_name_traces_once_per_adapter",
         "test_limits.py::test_a_switch_of_a_lora_traces_once_more",
