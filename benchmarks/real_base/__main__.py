@@ -32,6 +32,11 @@ def main() -> None:
     run.add_argument("--split", choices=("validation", "test"), default="validation")
     run.add_argument("--rates", nargs="+", type=float, help="default: the method's own; on test data the best of them")
     run.add_argument("--processes", type=int, default=1)
+    moved = commands.add_parser(
+        "positions", parents=[cache, results], help="move texts that an adapter was not trained at"
+    )
+    moved.add_argument("--tasks", nargs="+", default=["past", "kind"])
+    moved.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     args = parser.parse_args()
     if args.command == "report":
         from . import report
@@ -51,6 +56,11 @@ def main() -> None:
         if not model.exists():
             base.convert(packages, model)
         print(args.cache)
+        return
+    if args.command == "positions":
+        from . import positions
+
+        positions.run(args.tasks, args.seeds, args.results, args.cache.resolve())
         return
     for named, known in ((args.tasks, tasks.TASKS), (args.methods, METHODS)):
         if unknown := sorted(set(named or ()) - set(known)):

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.real_base import base, methods, report, runner, sources, tasks
+from benchmarks.real_base import base, methods, positions, report, runner, sources, tasks
 from benchmarks.real_base.__main__ import CACHE, main
 from benchmarks.real_base.encoding import Batch, Row, encode, encode_text, forgetting, loss_of, measure
 from benchmarks.real_base.methods import METHODS
@@ -405,3 +405,24 @@ def test_tasks_are_made_alike_each_time(name):
     made = split(tasks.TASKS[name](CACHE / "packages"))
     assert made == tasks.load_task(CACHE / "tasks", name)
     assert len(made["test"]) == (94 if name == "demonym" else 300)
+
+
+# -- positions ---------------------------------------------------------------------------------------------------------
+
+
+def test_texts_move_and_scores_of_pairs_with_them(cache, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(positions, "SAMPLES", 4)
+    monkeypatch.setattr(positions, "OFFSETS", (0, 7, 0))
+    positions.run(["past"], [0], tmp_path, cache)
+    positions.run(["past"], [0], tmp_path, cache)  # nothing is left to do
+    here, there, again = map(json.loads, (tmp_path / positions.FILE).read_text().splitlines())
+    assert (here["moved"], again["moved"]) == (0.0, 0.0) and here["loss"] == again["loss"]
+    assert there["moved"] > 0 and there["loss"] != here["loss"] and here["spread"] > 0
+
+
+def test_without_an_adapter_a_moved_text_is_the_same(cache):
+    model = get_peft_model(tiny_base(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).eval()
+    rows = encode(tiny_tokenizer(), SAMPLES["validation"])
+    want = measure(model, rows)
+    with positions._at(model, 9):
+        assert measure(model, rows)["loss"] == pytest.approx(want["loss"], rel=1e-4)

@@ -55,12 +55,12 @@ def pytest_configure() -> None:
     custom.MLP, custom.DeepMLP = attention_models.MLP, attention_models.DeepMLP
 
 
+IDENTITY = {"init_weights": "identity", "scale_self_attention": False}  # bit by bit
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     exact = metafunc.function.__name__ == "test_disable_adapters"  # demands that a fresh adapter change nothing
-    rows = [
-        (*row, arguments | {"scale_self_attention": False}) if exact else (*row, arguments)
-        for *row, arguments in CUSTOM
-    ]
+    rows = [(*row, arguments | IDENTITY) if exact else (*row, arguments) for *row, arguments in CUSTOM]
     marks = metafunc.definition.own_markers
     for place, mark in enumerate(marks):
         if mark.name == "parametrize":
