@@ -31,7 +31,9 @@ ROWS: dict[str, tuple[str, ...] | str] = {
     "A fresh adapter is not the identity": (
         "test_peft_api.py::test_paper_init_is_not_the_identity",
         "test_peft_api.py::test_alpha_one_at_paper_init_is_the_identity",
+        "test_first_token.py::test_a_fresh_adapter_answers_as_the_base_does",
     ),
+    "A model's attention sink": ("test_first_token.py::test_the_first_token_is_the_base_models",),
     "It cannot be merged": (
         "test_peft_api.py::test_merging_is_refused_in_one_sentence",
         "test_peft_api.py::test_unload_restores_the_base_model",
@@ -103,9 +105,10 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_peft_api.py::test_weights_are_replaced_in_place",
         "test_attention.py::test_compiles_whole_and_does_not_recompile_when_weights_are_swapped",
     ),
-    "Adapters with different scale_self_attention": (
+    "Adapters with different scale_self_attention or skip_first_token": (
         "test_peft_api.py::test_adapters_that_disagree_about_alpha_cannot_be_active_together",
         "test_adapter_names.py::test_adapters_that_disagree_about_alpha_share_no_batch",
+        "test_first_token.py::test_sets_that_disagree_are_refused",
         "test_limits.py::test_a_union_refused_by_transformers_has_switched_the_layers_before",
     ),
     "Padded rows where positions are learned": ("test_positions.py::test_a_padded_row_equals_the_row_alone",),
@@ -158,7 +161,7 @@ ROWS: dict[str, tuple[str, ...] | str] = {
     ),
     "add_weighted_adapter": (
         "test_composition.py::test_what_cannot_be_combined",
-        "test_composition.py::test_adapters_that_disagree_about_alpha",
+        "test_composition.py::test_adapters_that_disagree_about_the_softmax",
         "test_composition.py::test_adapters_with_more_than_pairs",
         "test_composition.py::test_weights_that_are_not_here",
     ),
@@ -220,6 +223,7 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_demonstrations.py::test_a_merged_adapter_is_refused",
         "test_demonstrations.py::test_an_offloaded_adapter_is_refused",
         "test_demonstrations.py::test_positions_in_several_dimensions_are_refused_unless_given",
+        "test_demonstrations.py::test_tokens_of_its_own_need_weights_and_enough_tokens",
     ),
     "initialize_from_demonstrations on a model without": (
         "test_demonstrations.py::test_without_rotary_embeddings_the_prompt_is_read_where_any_other_is",
