@@ -230,4 +230,6 @@ def head_shape_of(module: nn.Module) -> HeadShape:
     value_dim = first((module, ("v_head_dim",))) or key_dim
     if heads is None or key_dim is None or value_dim is None:
         raise ValueError(f"{type(module).__name__} does not state its number of heads and head dimension")
-    return HeadShape(heads, key_dim, value_dim, groups=heads // getattr(module, "num_key_value_groups", 1))
+    # 0 where a configuration states fewer query heads than key/value heads: the first call will tell.
+    per_group = getattr(module, "num_key_value_groups", 1) or 1
+    return HeadShape(heads, key_dim, value_dim, groups=heads // per_group)

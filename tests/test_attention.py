@@ -139,7 +139,7 @@ def test_an_unsupported_implementation_is_refused_with_the_list() -> None:
 
 
 def test_an_unknown_cache_is_refused() -> None:
-    module = adapted("gqa").get_base_model().model.layers[0].self_attn
+    module = adapted("mha").get_base_model().model.layers[0].self_attn
     with pytest.raises(ValueError, match="does not know the cache.*LlamaAttention.*object"):
         interface.hificl_attention_forward(module, *torch.randn(3, 1, 4, 5, 16), None, cache=object())
 
@@ -297,7 +297,7 @@ def test_flex_attention_under_autocast_gets_one_dtype(monkeypatch: pytest.Monkey
 
 
 def test_dropout_is_the_modules_business() -> None:
-    module = adapted("gqa").get_base_model().model.layers[0].self_attn
+    module = adapted("mha").get_base_model().model.layers[0].self_attn
     args = torch.randn(3, 1, 4, 5, 16)
     plain = interface.hificl_attention_forward(module, *args, None)[0]
     assert torch.equal(interface.hificl_attention_forward(module, *args, None, dropout=0.5)[0], plain)
@@ -573,7 +573,7 @@ def test_meta_base_counts_parameters() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_heads_that_do_not_divide_are_an_error_as_in_the_base(implementation: str) -> None:
+def test_heads_that_do_not_divide_are_an_error_too(implementation: str) -> None:
     """A configuration that states too few query heads: the CPU's kernel, asked for it, ends the process."""
     base = tf.Qwen2ForCausalLM(
         tf.Qwen2Config(
@@ -581,6 +581,7 @@ def test_heads_that_do_not_divide_are_an_error_as_in_the_base(implementation: st
             num_key_value_heads=32, attn_implementation=implementation,
         )
     ).eval()  # fmt: skip
-    for model in (base, get_peft_model(base, config())):
-        with pytest.raises(RuntimeError):
-            model(**inputs_for("gqa"))
+    with pytest.raises(RuntimeError):
+        base(**inputs_for("gqa"))
+    with pytest.raises(ValueError, match=r"attends with HeadShape\(heads=2, .*groups=32\), but its .* groups=2\)"):
+        get_peft_model(base, config())(**inputs_for("gqa"))

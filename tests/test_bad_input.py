@@ -586,7 +586,7 @@ def test_a_subfolder_is_where_the_files_are_checked(route: str, saved: Path, tmp
         load()
     tensors = load_file(saved / "adapter_model.safetensors")  # of n = 3
     save_file(tensors, within / "adapter_model.safetensors", metadata={"format": "pt"})
-    with unchanged(model), pytest.raises(ValueError, match=r"adapter \(n=4, r=2\)"):
+    with unchanged(model), pytest.raises(ValueError, match=r"adapter \(n=4, r=2, heads='query'\)"):
         load()
 
 
@@ -596,7 +596,7 @@ def test_n_and_r_that_are_not_the_files(saved: Path, tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({**stored, "n": 10**12}))
     for load in (PeftModel.from_pretrained, lambda model, folder: model.load_adapter(folder)):
         base = build("gqa")
-        with unchanged(base), pytest.raises(ValueError, match=r"this adapter \(n=1000000000000, r=2\)"):
+        with unchanged(base), pytest.raises(ValueError, match=r"this adapter \(n=1000000000000, r=2, heads='query'\)"):
             load(base, folder)
 
 
@@ -732,7 +732,7 @@ def test_whose_names_are_not_whose(tmp_path: Path) -> None:
     without = {key: tensor for key, tensor in tensors.items() if key != first}
     layer = {key.replace(".layers.1.", ".layers.7."): tensor for key, tensor in tensors.items()}
     end = r" Use the files and the base model that belong together"
-    whose = r"its tensors are not those of this adapter \(n=3, r=2\) on LlamaForCausalLM"
+    whose = r"its tensors are not those of this adapter \(n=3, r=2, heads='query'\) on LlamaForCausalLM"
     for stored, message in (
         (without, rf"The adapter file lacks '\S*self_attn\S*hificl_V_B': {whose} \(9 expected, 8 found\)\.{end}"),
         (layer, r"The adapter file lacks '\S*layers.1\S*'.* and 1 more and has unexpected '\S*layers.7\S*'.* 1 more: "

@@ -65,10 +65,10 @@ def test_every_variant_loads_with_its_pairs(whole: str, alpha_one: bool, base: s
     layers = hificl_layers(model)
     assert len(layers) == L
     for index, layer in enumerate(layers):
-        keys, values, log_weights, scaled = pairs_for(layer)
+        keys, values, log_weights, scaled, skips = pairs_for(layer)
         torch.testing.assert_close(keys[0], product(tensors, "K", index))
         torch.testing.assert_close(values[0], product(tensors, "V", index))
-        assert log_weights is None and scaled is not alpha_one
+        assert log_weights is None and scaled is not alpha_one and not skips
     assert not torch.equal(logits(model, **inputs_for("gqa")), logits(build("gqa"), **inputs_for("gqa")))
     stored = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (stored["base_model_name_or_path"], stored["task_type"]) == (base, "CAUSAL_LM")

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peft_hificl import HiFICLConfig, HiFICLLayer
+from peft_hificl.names import HeadShape
 
 from .helpers import adapted, build, config, hificl_layers, inputs_for, llama, logits, pairs_for, train
 
@@ -705,10 +706,10 @@ def test_a_second_adapter_on_a_bf16_base_waits_without_gradients(frozen: bool, a
 
 
 def test_a_layer_tells_what_it_is() -> None:
-    layer = HiFICLLayer(build("gqa").config, (4, 16, 8))
+    layer = HiFICLLayer(build("gqa").config, HeadShape(4, 16, 8, 2))
     layer.update_layer("a", config(), torch.device("cpu"), torch.bfloat16)
     layer.update_layer("b", config(n=5), torch.device("meta"), torch.float64)
-    assert "heads=4, key_dim=16, value_dim=8, n={'a': 3, 'b': 5}, r={'a': 2, 'b': 2}" in repr(layer)
+    assert "heads=4, key/value heads=2, key_dim=16, value_dim=8, n={'a': 3, 'b': 5}, r={'a': 2, 'b': 2}" in repr(layer)
     assert (layer.in_features, layer.out_features) == (64, 32)
     assert layer.weight is None and layer.bias is None  # it wraps nothing that has them
     for name, place in (("a", ("cpu", torch.bfloat16)), ("b", ("meta", torch.float64))):
