@@ -34,6 +34,7 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_first_token.py::test_a_fresh_adapter_answers_as_the_base_does",
     ),
     "A model's attention sink": ("test_first_token.py::test_the_first_token_is_the_base_models",),
+    "With skip_first_token=True": ("test_first_token.py::test_the_first_token_is_the_base_models",),
     "It cannot be merged": (
         "test_peft_api.py::test_merging_is_refused_in_one_sentence",
         "test_peft_api.py::test_unload_restores_the_base_model",
