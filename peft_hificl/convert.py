@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 from typing import Any
 
 import torch
@@ -94,7 +93,9 @@ def read(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     name = os.fspath(file)
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what torch raises for a file of another kind depends on its first bytes
         raise ValueError(f"{name!r} is damaged, or holds more than tensors ({type(error).__name__}).") from error
     if not isinstance(tensors, dict):
         raise ValueError(f"{name!r} holds {type(tensors).__name__}, not a dict of tensors.")
@@ -117,9 +118,11 @@ def read(file: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _without_weights(base: str) -> PreTrainedModel:
-    """The base model on the meta device."""
+    """The base model on the meta device, with a head for text, as it has where it generates."""
     config = AutoConfig.from_pretrained(base)
     cls: Any = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config) if cls is None else cls(config)
+        model: PreTrainedModel = (
+            AutoModelForCausalLM.from_config(config) if cls is None or not cls.can_generate() else cls(config)
+        )
     return model

@@ -80,7 +80,7 @@ def prune_pairs(
     before = _number(adapter)
     if (n is None) == (threshold is None):
         raise ValueError(f"Give prune_pairs either n or threshold, found n={n} and threshold={threshold}.")
-    if n is not None and not 1 <= n < before:
+    if n is not None and (not isinstance(n, int) or not 1 <= n < before):
         raise ValueError(f"n={n} for an adapter of {before} pairs per head: give a number from 1 to {before - 1}.")
     loss, effects = pair_effects(model, data, adapter.name)
     limit = math.inf if threshold is None else loss + threshold

@@ -168,7 +168,7 @@ def test_bad_files(case: str, base: str, tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "adapter").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half"], ids=["empty", "text", "half"])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"hello\n", b"PK\x03\x04 half"])
 def test_damaged_files(content: bytes, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "encoder.pth"
     file.write_bytes(content)
@@ -179,6 +179,15 @@ def test_damaged_files(content: bytes, base: str, tmp_path: Path, capsys: pytest
 def test_a_folder_that_is_not_empty(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(encoder(), tmp_path / "encoder.pth")
     assert "is not empty: give" in refused(command(tmp_path / "encoder.pth", base, tmp_path), capsys)
+
+
+def test_a_base_model_that_was_saved_without_its_head(base: str, tmp_path: Path) -> None:
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaModel"]}))
+    torch.save(encoder(), tmp_path / "encoder.pth")
+    convert(tmp_path / "encoder.pth", base, tmp_path / "adapter")
+    model = PeftModel.from_pretrained(build("gqa"), tmp_path / "adapter")
+    torch.testing.assert_close(pairs_for(hificl_layers(model)[0]).keys[0], product(encoder(), "K", 0))
 
 
 def test_a_base_model_without_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

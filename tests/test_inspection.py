@@ -208,6 +208,25 @@ def test_columns_of_a_union_and_of_rows() -> None:
     assert records[name].columns == [[*a, *b]] * 3
 
 
+@pytest.mark.parametrize("case", ["rows", "union", "compiled"])
+def test_columns_beside_an_adapter_of_strength_0(case: str) -> None:
+    model = adapted("gqa", name="a")
+    model.add_adapter("b", config(n=5))
+    for layer in hificl_layers(model):
+        layer.set_scale("b", 0)
+    if case != "rows":
+        model.base_model.set_adapter(["b", "a"])
+    run = torch.compile(model, backend="eager") if case == "compiled" else model
+    with torch.no_grad(), inspection.record(model) as records:
+        run(**inputs_for("gqa"), **({"adapter_names": ["a", "b"]} if case == "rows" else {}))
+    torch.compiler.reset()
+    for found in records.values():
+        assert [len(row) for row in found.columns] == [found.beta.shape[-1]] * 2
+        silent = torch.tensor([[column is None or column.adapter == "b" for column in row] for row in found.columns])
+        assert found.beta.movedim(-1, 1)[silent].eq(0).all()
+        assert found.beta.movedim(-1, 1)[~silent].gt(0).any()
+
+
 def test_half_precision_is_recorded_in_float32() -> None:
     model, inputs = adapted("gqa"), inputs_for("gqa")
     with torch.no_grad(), inspection.record(model) as want:

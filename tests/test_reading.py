@@ -144,6 +144,21 @@ def test_cosines_one_by_one() -> None:
                 torch.testing.assert_close(getattr(cosines, part)[head, i, j], want)
 
 
+def test_strengths_do_not_matter_and_shared_pairs_stand_for_each_of_their_heads() -> None:
+    model = adapted("gqa", name="a", heads="kv")
+    model.add_adapter("b", config(n=2))
+    before = inspection.pair_similarity(model, "a", "b")
+    for layer in hificl_layers(model):
+        layer.set_scale("a", 0)
+    for layer, cosines, old in zip(
+        hificl_layers(model), inspection.pair_similarity(model, "a", "b").values(), before.values(), strict=True
+    ):
+        torch.testing.assert_close(cosines, old)
+        x, y = layer.pairs_of("a").keys[0, 1, 2], layer.pairs_of("b").keys[0, 3, 1]  # heads 2 and 3 share pairs 1
+        torch.testing.assert_close(cosines.keys[3, 2, 1], torch.cosine_similarity(x, y, dim=0))
+    assert inspection.pair_similarity(model, "a")["model.layers.0.self_attn"].keys.shape == (2, 3, 3)
+
+
 def test_duplicates() -> None:
     model = adapted("gqa")
     assert inspection.duplicate_pairs(model, "default", threshold=0.999) == []

@@ -32,12 +32,17 @@ FILE = "positions.jsonl"
 def run(tasks: Sequence[str], seeds: Sequence[int], results: Path, cache: Path) -> None:
     """Train on each task with each seed, and append a line for each offset that is not there yet."""
     path = results / FILE
-    done = {(r["task"], r["seed"]) for r in map(json.loads, files.lines(path)[0])} if path.exists() else set()
+    if path.exists():
+        files.drop_torn_line(path)  # what a killed process has left
+    there = list(map(json.loads, files.lines(path)[0])) if path.exists() else []
+    done = {(record["task"], record["seed"], record["offset"]) for record in there}
     note_environment(results / "environment.json")
-    jobs = [(task, seed) for task in tasks for seed in seeds if (task, seed) not in done]
+    jobs = [(task, seed) for task in tasks for seed in seeds if not done.issuperset((task, seed, o) for o in OFFSETS)]
     for task, seed in track(jobs, f"{len(jobs)} trainings"):
         model, rows = _trained(task, seed, cache)
         for record in records(model, rows["validation"]):
+            if (task, seed, record["offset"]) in done:
+                continue
             files.append(path, {"task": task, "seed": seed, "method": METHOD, "rate": RATE} | record)
 
 

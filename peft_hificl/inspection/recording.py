@@ -283,9 +283,12 @@ def _percent(share: Tensor) -> str:
 def _columns(layer: HiFICLLayer, rows: int, n: int) -> Columns:
     chosen = running.modules.get(layer)
     if chosen is None:
-        return [[Column(name, pair) for name in layer.active_names for pair in range(layer.n[name])]] * rows
+        names = layer.active_names
+        if sum(layer.n[name] for name in names) != n:  # compiled code, in which those of strength 0 take part, too
+            names = [name for name in layer.active_adapters if layer.has(name) and not layer.awaits_weights[name]]
+        return [[Column(name, pair) for name in names for pair in range(layer.n[name])]] * rows
     each: Columns = []
     for name in chosen.spread(rows):
-        own: list[Any] = [Column(name, pair) for pair in range(layer.n.get(name, 0))]
+        own: list[Any] = [Column(name, pair) for pair in range(layer.n.get(name, 0))][:n]
         each.append(own + [None] * (n - len(own)))
     return each

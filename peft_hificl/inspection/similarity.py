@@ -9,18 +9,20 @@ from torch import Tensor, nn
 
 from ..layer import layers_with
 from ..names import MODULE, plain
-from .effects import pairs_of
 
 
 class Similarity(NamedTuple):
-    """Cosines between virtual pairs of one attention module, ``(H, n, m)``, of their keys and of their values."""
+    """Cosines between virtual pairs of one attention module, ``(H, n, m)``, of their keys and of their values.
+
+    Two adapters of ``heads="kv"`` are compared by key/value head, ``(G, n, m)``.
+    """
 
     keys: Tensor
     values: Tensor
 
 
 class Duplicate(NamedTuple):
-    """Two pairs of one head that are nearly the same."""
+    """Two pairs of one head (key/value head, with ``heads="kv"``) that are nearly the same."""
 
     module: str
     head: int
@@ -69,7 +71,8 @@ def pair_similarity(model: nn.Module, first: str, second: str | None = None) -> 
     found = {}
     for name, layer in model.named_modules():
         if layer in both:
-            one, other = (pairs_of(layer, adapter) for adapter in (first, second))
+            with torch.no_grad():
+                one, other = (layer.pairs_of(adapter) for adapter in (first, second))
             cosines = [_cosines(a[0], b[0]) for a, b in ((one.keys, other.keys), (one.values, other.values))]
             found[plain(name).removesuffix(f".{MODULE}")] = Similarity(*cosines)
     return found
@@ -92,5 +95,6 @@ def duplicate_pairs(model: nn.Module, adapter_name: str, threshold: float = 0.95
 
 
 def _cosines(a: Tensor, b: Tensor) -> Tensor:
-    a, b = (nn.functional.normalize(t.float(), dim=-1) for t in (a, b))
+    heads = max(len(a), len(b))
+    a, b = (nn.functional.normalize(t.float(), dim=-1).repeat_interleave(heads // len(t), dim=0) for t in (a, b))
     return (a @ b.mT).cpu()

@@ -420,6 +420,17 @@ def test_texts_move_and_scores_of_pairs_with_them(cache, quick, tmp_path, monkey
     assert there["moved"] > 0 and there["loss"] != here["loss"] and here["spread"] > 0
 
 
+def test_texts_of_a_process_that_was_killed_are_moved_on(cache, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(positions, "SAMPLES", 4)
+    monkeypatch.setattr(positions, "OFFSETS", (0, 7))
+    positions.run(["past"], [0], tmp_path, cache)
+    path = tmp_path / positions.FILE
+    whole = path.read_text()
+    path.write_text(whole[:-20])
+    positions.run(["past"], [0], tmp_path, cache)
+    assert path.read_text() == whole
+
+
 def test_without_an_adapter_a_moved_text_is_the_same(cache):
     model = get_peft_model(tiny_base(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).eval()
     rows = encode(tiny_tokenizer(), SAMPLES["validation"])
