@@ -40,9 +40,9 @@ def hotswap_adapter(
 
     Raises:
         ValueError: no such HiFICL adapter on the model; a stored adapter of another method, or of other `n`, `r`,
-            `heads`, `factorize_keys`, `factorize_values`, `pair_weights`, `scale_self_attention` or
-            `skip_first_token`; tensors with other names, shapes or numbers that are not finite; an adapter whose
-            weights are offloaded or sharded.
+            `heads`, `factorize_keys`, `factorize_values`, `pair_weights`, `scale_self_attention`,
+            `skip_first_token` or `trainable_token_indices`; tensors with other names, shapes or numbers that are not
+            finite; an adapter whose weights are offloaded or sharded.
 
     Example:
 
@@ -72,6 +72,8 @@ def hotswap_adapter(
             f"which cannot replace the HiFICL adapter {adapter_name!r}."
         )
     other = [field for field in _FIELDS if getattr(stored, field) != getattr(current, field)]
+    if _tokens(stored) != _tokens(current):
+        other.append("trainable_token_indices")
     if other:
         raise ValueError(
             f"The adapter in {model_name_or_path!s} has "
@@ -96,3 +98,9 @@ def hotswap_adapter(
     values = {key: tensor.to(places[key]) for key, tensor in new.items()}
     for key, value in values.items():
         places[key].copy_(value)
+
+
+def _tokens(config: HiFICLConfig) -> Any:
+    """The trained tokens, which a file has as lists whatever they were given as."""
+    found = config.trainable_token_indices
+    return {name: list(tokens) for name, tokens in found.items()} if isinstance(found, dict) else list(found or ())

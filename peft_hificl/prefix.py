@@ -183,7 +183,7 @@ def _attentions(base: nn.Module, adapter_name: str | None) -> list[_Attention]:
                 found.append(_Attention(module, base.get_submodule(module), pairs))
     if not found:
         wanted = "active HiFICL adapter" if adapter_name is None else f"HiFICL adapter {adapter_name!r}"
-        raise ValueError(f"There is no {wanted} on this model.")
+        raise ValueError(f"There is no {wanted} of a strength above 0 on this model.")
     return found
 
 

@@ -113,6 +113,10 @@ def test_what_is_stored_in_half_precision(tmp_path: Path) -> None:
         ({"pair_weights": True}, "has pair_weights=True"),
         ({"scale_self_attention": False, "n": 4}, "has n=4, scale_self_attention=False, but .*has n=3, scale_self"),
         ({"skip_first_token": True}, "has skip_first_token=True"),
+        (
+            {"trainable_token_indices": [1, 2]},
+            "has trainable_token_indices=.1, 2., but .* has trainable_token_indices=None",
+        ),
         ({"layers_to_transform": [0]}, "The state dict lacks .*layers.1"),
         ({"modules_to_save": ["lm_head"]}, "The adapter file has unexpected 'base_model.model.lm_head"),
     ],
@@ -205,3 +209,13 @@ def test_nothing_is_half_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(MemoryError):
             hotswap_adapter(model, tmp_path, "default")
         monkeypatch.undo()
+
+
+def test_rows_of_other_tokens_are_not_put_in_the_place_of_these(tmp_path: Path) -> None:
+    of = {tokens: adapted("gqa", trainable_token_indices=list(tokens)) for tokens in ((1, 2), (7, 8))}
+    of[7, 8].save_pretrained(tmp_path)
+    with unchanged(of[1, 2]), pytest.raises(ValueError, match=r"has trainable_token_indices=\[7, 8\], but .*\[1, 2\]"):
+        hotswap_adapter(of[1, 2], tmp_path, "default")
+    same = adapted("gqa", seed=2, trainable_token_indices=[7, 8])
+    hotswap_adapter(same, tmp_path, "default")
+    assert torch.equal(logits(same, **inputs_for("gqa")), logits(of[7, 8], **inputs_for("gqa")))

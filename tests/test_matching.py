@@ -78,3 +78,12 @@ def test_a_sink_is_chosen_for_its_attention_though_its_value_is_nothing() -> Non
     query[..., 0], key[:, :1] = 4.0, 0.0
     key[:, 0, 0], value[:, 0] = 10.0, 0.0
     assert match_attention(query, key, value, SCALING, 2).places[0, 0] == 0
+
+
+def test_values_of_nothing_and_a_first_key_that_takes_all_leave_numbers() -> None:
+    query, key, value = tensors()
+    for found in (
+        match_attention(query, key, torch.zeros_like(value), SCALING, 3),
+        match_attention(1e4 * torch.ones_like(query), torch.eye(7, 4)[None].double().repeat(3, 1, 1), value, 1.0, 3, 1),
+    ):
+        assert found.log_weights.isfinite().all() and found.error.isfinite().all()

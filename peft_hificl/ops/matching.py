@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _SWEEPS = 50  # of coordinate descent, over weights that begin near their optimum
+_TINY = torch.finfo(torch.float64).tiny
 _LEAST = 1e-4  # a weight whose logarithm can still be trained
 
 
@@ -58,13 +59,13 @@ def match_attention(
     """
     query, key, value = query.double(), key.double(), value[:, first:].double()
     share = (query @ key.mT * scaling).softmax(-1)[:, :, first:]  # (P, m, T - first)
-    output = share @ value / share.sum(-1, keepdim=True)  # (P, m, e)
+    output = share @ value / share.sum(-1, keepdim=True).clamp_min(_TINY)  # (P, m, e)
     unit = output.square().sum(-1).mean(1).sqrt()[:, None, None].expand(-1, value.shape[1], -1)
     what = torch.cat([unit, value], dim=-1)  # (P, T - first, 1 + e)
     target = share @ what  # (P, m, 1 + e)
     aligned = ((share.mT @ target) * what).sum(-1)  # of each key with the target, (P, T - first)
     size = target.square().sum((1, 2))
-    norms = (share.square().sum(1) * what.square().sum(-1)).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    norms = (share.square().sum(1) * what.square().sum(-1)).sqrt().clamp_min(_TINY)
     heads = torch.arange(len(key), device=key.device)
 
     def products(place: Tensor) -> Tensor:
@@ -92,13 +93,13 @@ def match_attention(
     rest = (
         size - 2 * (weights * aligned.gather(1, places)).sum(1) + torch.einsum("pn,pnk,pk->p", weights, gram, weights)
     )
-    return Match(places + first, weights.clamp_min(_LEAST).log(), (rest / size).clamp_min(0).sqrt())
+    return Match(places + first, weights.clamp_min(_LEAST).log(), (rest / size.clamp_min(_TINY)).clamp_min(0).sqrt())
 
 
 def _not_negative(gram: Tensor, aligned: Tensor, weights: Tensor) -> Tensor:
     """The w >= 0 that minimises ``w G w - 2 a w``, by coordinate descent from `weights`; (P, k, k), (P, k), (P, k)."""
     weights = weights.clone()
-    diagonal = gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float64).tiny)
+    diagonal = gram.diagonal(dim1=1, dim2=2).clamp_min(_TINY)
     for _ in range(_SWEEPS):
         for place in range(weights.shape[1]):
             slope = aligned[:, place] - (gram[:, place] * weights).sum(1)

@@ -70,7 +70,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, sc
 
     Returns:
         ``(B, H, T, e)`` in the dtype of the inputs.  For half-precision inputs, scores, LSE and merge are float32, and
-        the virtual pairs are rounded to the dtype of the inputs.
+        the virtual pairs and their log-weights are rounded to the dtype of the inputs (bfloat16 has steps of 1/16
+        between 8 and 16).
 
     Source: arXiv 2603.12760, section 3, written in terms of log-sum-exps; exact.
     """
