@@ -175,7 +175,7 @@ def test_a_disabled_adapter_can_be_named() -> None:
     want = to_prefix_cache(model).layers[1].keys
     with model.disable_adapter():
         assert torch.equal(to_prefix_cache(model, "default").layers[1].keys, want)
-        with pytest.raises(ValueError, match="There is no active HiFICL adapter on this model"):
+        with pytest.raises(ValueError, match="There is no active HiFICL adapter of a strength above 0 on this model"):
             to_prefix_cache(model)
 
 
@@ -403,9 +403,9 @@ def test_architectures_that_are_refused(family: str, message: str) -> None:
 
 def test_no_such_adapter() -> None:
     model = adapt(base_of("llama"))
-    with pytest.raises(ValueError, match="There is no HiFICL adapter 'other' on this model"):
+    with pytest.raises(ValueError, match="There is no HiFICL adapter 'other' of a strength above 0 on this model"):
         to_prefix_cache(model, "other")
-    with pytest.raises(ValueError, match="There is no active HiFICL adapter on this model"):
+    with pytest.raises(ValueError, match="There is no active HiFICL adapter of a strength above 0 on this model"):
         to_prefix_tuning(build("gqa"), "nowhere")
 
 
