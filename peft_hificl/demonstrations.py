@@ -50,8 +50,9 @@ def initialize_from_demonstrations(
         model: the adapted model.
         inputs: the model's inputs for one prompt (a batch of 1) of demonstrations without a query.  Add your own
             ``position_ids`` if the model does not count positions from 0.
-        tokens: as many positions in the prompt as the adapter has pairs, the same in all heads; None: each head's own,
-            with weights, which needs `pair_weights`.
+        tokens: as many positions in the prompt as the adapter has pairs, the same in all heads.  A good choice is one
+            word of each demonstration's answer, or several spread over long answers.  None: each head's own, with
+            weights, which needs `pair_weights`.
         adapter_name: which adapter; None: the active one.
 
     Returns:
@@ -64,7 +65,7 @@ def initialize_from_demonstrations(
             for an adapter without `pair_weights` or for a prompt of less than n tokens, a batch of more than one
             prompt, padding, M-RoPE without ``position_ids``, or an adapter that is merged or offloaded.
 
-    Do not train on the demonstrations: their answers are in the pairs already.
+    A demonstration that is trained on, too, has its answer in the pairs already.
 
     Example:
 

@@ -196,21 +196,6 @@ def test_every_call_of_an_eager_model_is_the_definition() -> None:
         torch.testing.assert_close(call.output, want.transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
-def test_training_compiles_whole_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = skipping("gqa", pair_weights=True)
-    inputs = inputs_for("gqa")
-    inputs |= {"labels": inputs["input_ids"]}
-    model(**inputs).loss.backward()
-    want = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-    model.zero_grad()
-    monkeypatch.setattr(merged, "virtual_attention", lambda *args: pytest.fail("the formula"))
-    torch._dynamo.reset()
-    torch.compile(model.get_base_model(), backend="aot_eager", fullgraph=True)(**inputs).loss.backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(parameter.grad, want[name], rtol=1e-4, atol=1e-6, msg=name)
-
-
 def test_sets_that_disagree_are_refused() -> None:
     sets = [VirtualPairs(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), skip_first_token=skip) for skip in (0, 1)]
     with pytest.raises(ValueError, match="disagree about skip_first_token"):

@@ -121,9 +121,9 @@ def test_rows_and_unions() -> None:
     assert torch.equal(union.log_weights, torch.cat([of_a.log_weights, torch.zeros(1, 4, 2)], dim=-1))
 
 
-@pytest.mark.parametrize("scale_self_attention", [True, False], ids=["", "alpha-1"])
-def test_training_compiles_whole_on_the_kernels(scale_self_attention: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = weighted("gqa", scale_self_attention=scale_self_attention)
+@pytest.mark.parametrize("options", [{}, {"scale_self_attention": False}, {"skip_first_token": True}], ids=str)
+def test_training_compiles_whole_on_the_kernels(options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = weighted("gqa", **options)
     inputs = inputs_for("gqa")
     inputs["labels"] = inputs["input_ids"]
     model(**inputs).loss.backward()
