@@ -37,6 +37,7 @@ def fit(
     groups: list[dict[str, Any]],
     data: Iterator[list[int]],
     steps: int,
+    clip: Callable[[list[nn.Parameter], float], object] = clip_grad_norm_,
 ) -> float:
     """Train these groups of parameters; return the seconds that it took.
 
@@ -53,7 +54,7 @@ def fit(
         if not value.isfinite():
             raise FloatingPointError(f"the loss is {value.item()}: the rate is too high")
         value.backward()
-        clip_grad_norm_(parameters, CLIP)
+        clip(parameters, CLIP)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

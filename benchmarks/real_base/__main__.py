@@ -32,6 +32,9 @@ def main() -> None:
     run.add_argument("--split", choices=("validation", "test"), default="validation")
     run.add_argument("--rates", nargs="+", type=float, help="default: the method's own; on test data the best of them")
     run.add_argument("--processes", type=int, default=1)
+    run.add_argument(
+        "--at-once", type=int, default=1, help="trainings of a method that share a batch, as a GPU likes it"
+    )
     moved = commands.add_parser(
         "positions", parents=[cache, results], help="move texts that an adapter was not trained at"
     )
@@ -73,7 +76,7 @@ def main() -> None:
         runner.check(jobs, args.cache)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    runner.run(jobs, args.results, args.cache.resolve(), args.processes)
+    runner.run(jobs, args.results, args.cache.resolve(), args.processes, args.at_once)
 
 
 if __name__ == "__main__":

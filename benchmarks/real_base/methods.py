@@ -18,6 +18,7 @@ from ..quality.methods.learner import trainable
 from .encoding import Row
 
 PREFIX_TOKENS = 27  # 311,040 parameters on this base, as many as HiFICL with n = 8, r = 8
+LORA_RATIO = 0.2  # of the rates that are best for a LoRA and for HiFICL alone
 
 Attached = tuple[PeftModel, list[dict[str, Any]]]  # a model and the groups of parameters that are trained
 Attach = Callable[[LlamaForCausalLM, Sequence[Row], float], Attached]  # of a base, training samples and a rate
@@ -33,27 +34,39 @@ class Method:
     attach: Attach | None = None
 
 
-def adapter(
-    config: Callable[[], PeftConfig],
-    start: Callable[[PeftModel, Sequence[Row]], None] | None = None,
-    weight_lr_ratio: float = 1.0,
-) -> Attach:
-    """An adapter of PEFT, which may begin as the training samples say; HiFICL's keys learn more slowly than values."""
+@dataclass(frozen=True)
+class Adapter:
+    """Attaches an adapter of PEFT; HiFICL's keys learn more slowly than its values.
 
-    def attach(base: LlamaForCausalLM, rows: Sequence[Row], rate: float) -> Attached:
-        model = get_peft_model(base, config())
-        if start is not None:
-            start(model, rows)
-        if isinstance(model.active_peft_config, HiFICLConfig):
-            return model, parameter_groups(model, rate, weight_lr_ratio=weight_lr_ratio)
-        return model, [{"params": trainable(model), "lr": rate}]
+    Attributes:
+        config: of the adapter.
+        start: makes it begin as the training samples say.
+        weight_lr_ratio: rate of HiFICL's log-weights, as a fraction of that of its values.
+        beside: a LoRA on the same base, whose rate is `LORA_RATIO` of that of the values.
+    """
 
-    return attach
+    config: Callable[[], PeftConfig]
+    start: Callable[[PeftModel, Sequence[Row]], None] | None = None
+    weight_lr_ratio: float = 1.0
+    beside: Callable[[], PeftConfig] | None = None
+
+    def __call__(self, base: LlamaForCausalLM, rows: Sequence[Row], rate: float) -> Attached:
+        model = get_peft_model(base, self.config())
+        if self.start is not None:
+            self.start(model, rows)
+        if not isinstance(model.active_peft_config, HiFICLConfig):
+            return model, [{"params": trainable(model), "lr": rate}]
+        groups = parameter_groups(model, rate, weight_lr_ratio=self.weight_lr_ratio)
+        if self.beside is not None:
+            base.add_adapter(self.beside(), "beside")
+            base.set_adapter(["default", "beside"])
+            own = {id(parameter) for group in groups for parameter in group["params"]}
+            groups.append({"params": [p for p in trainable(model) if id(p) not in own], "lr": LORA_RATIO * rate})
+        return model, groups
 
 
-def lora(r: int) -> Callable[[], PeftConfig]:
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    return lambda: LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=2 * r, target_modules=targets)
+def lora(r: int, targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj")) -> Callable[[], PeftConfig]:
+    return lambda: LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=2 * r, target_modules=list(targets))
 
 
 def ia3() -> PeftConfig:
@@ -99,31 +112,38 @@ _WHOLE = {"pair_weights": True, "skip_first_token": True}
 METHODS: dict[str, Method] = {
     "zero-shot": Method("zero-shot"),
     **{f"{k}-shot": Method(f"{k}-shot", shots=k) for k in (1, 4, 8)},
-    "lora-3": Method("LoRA, r = 3", rates=_LORA, attach=adapter(lora(3))),
-    "lora-8": Method("LoRA, r = 8", rates=_LORA, attach=adapter(lora(8))),
-    "ia3": Method("IA3", rates=_IA3, attach=adapter(ia3)),
-    "prefix-demos": Method(
-        "prefix tuning from demonstrations", rates=_PAIRS, attach=adapter(prefix, prefix_from_prompt)
+    "lora-3": Method("LoRA, r = 3", rates=_LORA, attach=Adapter(lora(3))),
+    "lora-8": Method("LoRA, r = 8", rates=_LORA, attach=Adapter(lora(8))),
+    "lora-mlp": Method(
+        "LoRA on the MLP, r = 2", rates=_LORA, attach=Adapter(lora(2, ["gate_proj", "up_proj", "down_proj"]))
     ),
-    "hificl-paper": Method("HiFICL, the paper's start", rates=_PAIRS, attach=adapter(hificl())),
-    "hificl-alpha-1": Method("HiFICL, alpha = 1", rates=_PAIRS, attach=adapter(hificl(scale_self_attention=False))),
-    "hificl-weights": Method("HiFICL with log-weights", rates=_PAIRS, attach=adapter(hificl(pair_weights=True))),
-    "hificl-demos": Method("HiFICL from answer words", rates=_PAIRS, attach=adapter(hificl(), pairs_from_answers)),
+    "ia3": Method("IA3", rates=_IA3, attach=Adapter(ia3)),
+    "prefix-demos": Method(
+        "prefix tuning from demonstrations", rates=_PAIRS, attach=Adapter(prefix, prefix_from_prompt)
+    ),
+    "hificl-paper": Method("HiFICL, the paper's start", rates=_PAIRS, attach=Adapter(hificl())),
+    "hificl-alpha-1": Method("HiFICL, alpha = 1", rates=_PAIRS, attach=Adapter(hificl(scale_self_attention=False))),
+    "hificl-weights": Method("HiFICL with log-weights", rates=_PAIRS, attach=Adapter(hificl(pair_weights=True))),
+    "hificl-demos": Method("HiFICL from answer words", rates=_PAIRS, attach=Adapter(hificl(), pairs_from_answers)),
     "hificl-skip": Method(
-        "HiFICL, the first token skipped", rates=_PAIRS, attach=adapter(hificl(skip_first_token=True))
+        "HiFICL, the first token skipped", rates=_PAIRS, attach=Adapter(hificl(skip_first_token=True))
     ),
     "hificl-skip-weights": Method(
-        "HiFICL with log-weights, the first token skipped", rates=_PAIRS, attach=adapter(hificl(**_WHOLE))
+        "HiFICL with log-weights, the first token skipped", rates=_PAIRS, attach=Adapter(hificl(**_WHOLE))
     ),
     "hificl-identity": Method(
         "HiFICL from the identity", rates=_PAIRS,
-        attach=adapter(hificl(init_weights="identity", **_WHOLE), weight_lr_ratio=30),
+        attach=Adapter(hificl(init_weights="identity", **_WHOLE), weight_lr_ratio=30),
     ),
     "hificl-skip-demos": Method(
         "HiFICL from answer words, the first token skipped", rates=_PAIRS,
-        attach=adapter(hificl(skip_first_token=True), pairs_from_answers),
+        attach=Adapter(hificl(skip_first_token=True), pairs_from_answers),
+    ),
+    "hificl-lora": Method(
+        "HiFICL r = 5 from answer words, the first token skipped, and LoRA r = 1", rates=_PAIRS,
+        attach=Adapter(hificl(r=5, skip_first_token=True), pairs_from_answers, beside=lora(1)),
     ),
     "hificl-matched": Method(
-        "HiFICL from matched demonstrations", rates=_PAIRS, attach=adapter(hificl(**_WHOLE), pairs_from_prompt)
+        "HiFICL from matched demonstrations", rates=_PAIRS, attach=Adapter(hificl(**_WHOLE), pairs_from_prompt)
     ),
 }  # fmt: skip

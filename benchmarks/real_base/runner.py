@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import warnings
@@ -13,8 +14,8 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from rich.progress import track
-from transformers import set_seed
+from rich.progress import MofNCompleteColumn, Progress
+from transformers import LlamaForCausalLM, set_seed
 
 from ..common import files
 from ..common.environment import note_environment, prepare
@@ -22,10 +23,12 @@ from ..common.tables import Record
 from ..quality.methods.learner import trainable
 from ..quality.training import batches, fit, samples
 from ..speed.measure import peak_bytes
+from . import together
 from .base import load_base, load_tokenizer
 from .encoding import Row, encode, encode_text, forgetting, loss_of, measure
-from .methods import METHODS
+from .methods import METHODS, Adapter
 from .tasks import load_general, load_task
+from .together import State, Together, log_probabilities, state_of
 
 STEPS, BATCH = 50, 8
 SPLITS = ("validation", "test")
@@ -130,6 +133,11 @@ def _task(cache: Path, name: str) -> dict[str, list[Row]]:
 
 
 @functools.cache
+def _base(cache: Path) -> LlamaForCausalLM:
+    return load_base(cache / "model")
+
+
+@functools.cache
 def _general(cache: Path) -> list[Row]:
     tokenizer = load_tokenizer(cache / "model")
     return encode_text(tokenizer, load_general(cache / "tasks"))
@@ -161,9 +169,56 @@ def perform(job: Job, cache: Path) -> Record:
     return record | {"peak_bytes": peak_bytes(lambda: loss(longest).backward(), base.device)}
 
 
+def perform_together(jobs: Sequence[Job], cache: Path) -> list[Record]:
+    """Train and measure jobs of one method and rate as `perform` does, in one batch; see `together`."""
+    method, rate = METHODS[jobs[0].method], jobs[0].rate
+    assert method.attach is not None and rate is not None
+    base, tasks, general = _base(cache), [_task(cache, job.task) for job in jobs], _general(cache)
+    chosen = [
+        [rows["train"][number] for number in samples(len(rows["train"]), job.samples, job.seed)]
+        for rows, job in zip(tasks, jobs, strict=True)
+    ]
+    known, states = dict[tuple[int, str], State](), []
+    for job, rows in zip(jobs, chosen, strict=True):
+        reads = not isinstance(method.attach, Adapter) or method.attach.start is not None
+        key = job.seed, job.task if reads else ""
+        if key not in known:
+            set_seed(job.seed)
+            known[key] = state_of(method.attach(copy.deepcopy(base), rows, rate)[0])
+        states.append(known[key])
+    model, groups = method.attach(copy.deepcopy(base), chosen[0], rate)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = [([names[id(parameter)] for parameter in group["params"]], group["lr"]) for group in groups]
+    number = sum(parameter.numel() for parameter in trainable(model))
+    stacked, before = Together(model, states), log_probabilities(base, general)
+
+    def found() -> list[Record]:
+        scores = together.measure(stacked, [rows[job.split] for rows, job in zip(tasks, jobs, strict=True)])
+        lost = together.forgetting(stacked, general, before)
+        return [_rounded(score | _general_names(record)) for score, record in zip(scores, lost, strict=True)]
+
+    start = found()
+    data = [batches(range(len(rows)), STEPS, job.seed, BATCH) for rows, job in zip(chosen, jobs, strict=True)]
+    diverged, records = together.train(stacked, rates, chosen, data, STEPS), list[Record]()
+    common = {"steps": STEPS, "batch": BATCH, "parameters": number, "together": len(jobs), "device": _device(base)}
+    for job, begun, bad, record in zip(jobs, start, diverged, found(), strict=True):
+        end = {"diverged": "the loss is not finite: the rate is too high", "score": 0.0} if bad else record
+        records.append(asdict(job) | common | {"start": begun} | end)
+    return records
+
+
 def forgetting_of(model: torch.nn.Module, cache: Path) -> Record:
     """What the general sentences say of a model, by names of their own."""
-    return {f"general_{name}": value for name, value in forgetting(model, _general(cache)).items()}
+    return _general_names(forgetting(model, _general(cache)))
+
+
+def _general_names(record: Record) -> Record:
+    return {f"general_{name}": value for name, value in record.items()}
+
+
+def _device(base: torch.nn.Module) -> str:
+    device = next(base.parameters()).device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _rounded(record: Record) -> Record:
@@ -183,18 +238,47 @@ def check(jobs: Sequence[Job], cache: Path) -> None:
             raise ValueError(f"{job.task} has {available[job.task]} training samples, {job.samples} were asked for.")
 
 
-def run(jobs: Sequence[Job], results: Path, cache: Path, processes: int) -> None:
-    """Perform what is not there yet."""
+def run(jobs: Sequence[Job], results: Path, cache: Path, processes: int, at_once: int = 1) -> None:
+    """Perform what is not there yet.
+
+    Args:
+        jobs: what shall be there.
+        results: the folder of the JSON lines.
+        cache: the folder of the model and the tasks.
+        processes: how many work side by side.
+        at_once: how many trainings of one method and rate share a batch.
+    """
     done = load(results, {job.task for job in jobs})
     left = [job for job in jobs if job not in done]
     if not left:
         return
     note_environment(results / "environment.json")
     with ProcessPoolExecutor(processes, get_context("spawn"), prepare) as pool:
-        futures = {pool.submit(perform, job, cache): job for job in left}
+        futures = [pool.submit(_perform, part, cache) for part in parts_of(left, at_once)]
         try:
-            for future in track(as_completed(futures), f"{len(left)} jobs", total=len(left)):
-                files.append(results / f"{futures[future].task}.jsonl", future.result())
+            with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
+                shown = progress.add_task("jobs", total=len(left))
+                for future in as_completed(futures):
+                    for record in future.result():
+                        files.append(results / f"{record['task']}.jsonl", record)
+                        progress.advance(shown)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def parts_of(jobs: Sequence[Job], at_once: int) -> list[list[Job]]:
+    """Jobs that share a batch: trainings of one method and rate; prompts stay alone."""
+    if at_once == 1:
+        return [[job] for job in jobs]
+    of = dict[tuple[str, float | None], list[Job]]()
+    for job in jobs:
+        of.setdefault((job.method, job.rate), []).append(job)
+    sizes = {key: at_once if key[1] is not None else 1 for key in of}
+    return [
+        group[start : start + sizes[key]] for key, group in of.items() for start in range(0, len(group), sizes[key])
+    ]
+
+
+def _perform(jobs: Sequence[Job], cache: Path) -> list[Record]:
+    return [perform(jobs[0], cache)] if len(jobs) == 1 else perform_together(jobs, cache)

@@ -303,6 +303,53 @@ def test_a_prompt_shows_the_first_of_the_samples_that_others_train_on(cache, qui
     assert four == eight[:4] and eight == ten[:8] and other != eight
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_trainings_in_one_batch_are_those_of_each_alone(name, cache, monkeypatch):
+    """Other tasks, seeds, sizes and splits in one batch: every number is that of PEFT's own modules, job by job."""
+    monkeypatch.setattr(runner, "STEPS", 8)
+    rate = 0.01 if name.startswith("lora") else 0.3
+    jobs = [
+        Job("past", name, 12, 0, "validation", rate),
+        Job("kind", name, 9, 1, "test", rate),
+        Job("past", name, 12, 2, "validation", rate),
+    ]
+    for job, record in zip(jobs, runner.perform_together(jobs, cache), strict=True):
+        alone = perform(job, cache)
+        assert Job.of(record) == job
+        assert record["parameters"] == alone["parameters"]
+        for got, want in ((record["start"], alone["start"]), (record, alone)):
+            for field in ("score", "loss", "general_loss_before", "general_loss", "general_kl"):
+                assert got[field] == pytest.approx(want[field], rel=3e-4, abs=3e-4), field
+        assert abs(record["start"]["loss"] - record["loss"]) > 0.003
+
+
+def test_one_training_of_a_batch_diverges_alone(cache, monkeypatch):
+    real = runner.together.losses
+    monkeypatch.setattr(
+        runner.together, "losses", lambda model, blocks: real(model, blocks) * torch.tensor([1.0, float("nan")])
+    )
+    jobs = [Job("past", "lora-8", 8, seed, "validation", 0.01) for seed in (0, 1)]
+    fine, bad = runner.perform_together(jobs, cache)
+    assert bad["score"] == 0 and "rate is too high" in bad["diverged"] and "loss" not in bad
+    assert fine["loss"] == pytest.approx(perform(jobs[0], cache)["loss"], rel=2e-3)
+
+
+def test_what_has_no_stacked_form_is_refused(cache, monkeypatch):
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    monkeypatch.setitem(METHODS, "whole", methods.Method("", attach=methods.Adapter(lambda: config)))
+    with pytest.raises(TypeError, match="no stacked form of .*lm_head.*: train this method alone"):
+        runner.perform_together([Job("past", "whole", 8, 0, "validation", 0.01)], cache)
+
+
+def test_jobs_share_a_batch_if_method_and_rate_are_the_same():
+    jobs = [Job("past", "lora-3", 16, seed, "validation", rate) for seed in (0, 1, 2) for rate in (0.1, 0.2)]
+    prompts = [Job("past", "1-shot", 1, seed, "validation") for seed in (0, 1)]
+    assert runner.parts_of([*jobs, *prompts], 1) == [[job] for job in (*jobs, *prompts)]
+    parts = runner.parts_of([*jobs, *prompts], 2)
+    assert [(len(part), part[0].rate) for part in parts] == [(2, 0.1), (1, 0.1), (2, 0.2), (1, 0.2), (1, None), (1, None)]
+    assert sorted(map(str, jobs + prompts)) == sorted(str(job) for part in parts for job in part)
+
+
 def test_a_killed_run_goes_on_where_it_stopped(cache, in_threads, tmp_path, monkeypatch):
     performed = []
     real = runner.perform

@@ -1,0 +1,233 @@
+"""Many trainings in one batch: the rows are blocks, and each block sees the parameters of its own training.
+
+On a GPU, a batch of eight short rows leaves most of it idle, and a step takes as long as its launches.  So the
+parameters of K trainings of one method are stacked, ``(K, ...)``, and the rows of all of them pass the frozen base
+together.  Everything else is as in `runner.perform`: attached by PEFT, the same samples in the same order, the same
+losses, AdamW (which works element by element), and a gradient that is clipped for each training by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, cycle, islice
+from typing import Any
+
+import torch
+from peft.tuners.ia3 import Linear as IA3Linear
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import DynamicCache
+
+from peft_hificl import HiFICLLayer
+from peft_hificl.ops.formula import OF_THE_SOFTMAX, VirtualPairs
+
+from ..common.tables import Record
+from ..quality.training import fit
+from .encoding import BATCH, Batch, Row
+
+State = dict[str, Tensor]  # what is trained, by name
+Own = Mapping[str, Tensor]  # the stacked parameters of one module, by their names in it
+
+PREFIX = "prompt_encoder.default."
+
+
+def state_of(model: nn.Module) -> State:
+    """A copy of what is trained."""
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+class Together(nn.Module):
+    """A model with an adapter whose batches are K blocks of equally many rows, each with parameters of its own.
+
+    Args:
+        model: with the adapter attached by PEFT; its modules compute with the stacked parameters from now on.
+        states: the parameters of each training.
+
+    Raises:
+        TypeError: something is trained in a module whose form is not known here.
+    """
+
+    def __init__(self, model: nn.Module, states: Sequence[State]) -> None:
+        super().__init__()
+        self.model = model.get_base_model()  # type: ignore[operator]
+        self.number = len(states)
+        self.stacked = {name: nn.Parameter(torch.stack([state[name] for state in states])) for name in states[0]}
+        model.requires_grad_(False)
+        left = set(self.stacked)
+        for module_name, module in model.named_modules():
+            for kind, compute in FORMS.items():
+                if isinstance(module, kind):
+                    start = f"{module_name}."
+                    own = {name.removeprefix(start): self.stacked[name] for name in left if name.startswith(start)}
+                    module.forward = compute(module, own)
+                    left -= {start + name for name in own}
+        if unknown := sorted(name for name in left if not name.startswith(PREFIX)):
+            raise TypeError(f"There is no stacked form of {unknown[0]}: train this method alone.")
+        self.prefix = next((self.stacked[name] for name in left), None)  # (K, n, 2 L G d)
+
+    def forward(self, input_ids: Tensor, past_key_values: None = None, **inputs: Any) -> Any:
+        cache = None if self.prefix is None else self._cache(self.prefix, len(input_ids) // self.number)
+        return self.model(input_ids=input_ids, past_key_values=cache, **inputs)
+
+    def _cache(self, prefix: Tensor, times: int) -> DynamicCache:
+        config = self.model.config
+        layers, groups = config.num_hidden_layers, config.num_key_value_heads
+        split = prefix.unflatten(-1, (layers, 2, groups, -1)).repeat_interleave(times, dim=0)  # (B, n, L, 2, G, d)
+        parts = split.permute(2, 3, 0, 4, 1, 5)  # (L, 2, B, G, n, d)
+        return DynamicCache([(keys, values) for keys, values in parts])
+
+
+def _lora(module: LoraLinear, own: Own) -> Callable[[Tensor], Tensor]:
+    ((adapter, scaling),) = module.scaling.items()
+    down, up = own[f"lora_A.{adapter}.weight"], own[f"lora_B.{adapter}.weight"]
+
+    def forward(x: Tensor) -> Tensor:
+        blocks = x.reshape(len(down), -1, x.shape[-1])  # (K, B / K * T, in)
+        update: Tensor = scaling * (blocks @ down.mT @ up.mT)
+        return module.base_layer(x) + update.reshape(*x.shape[:-1], -1)
+
+    return forward
+
+
+def _ia3(module: IA3Linear, own: Own) -> Callable[[Tensor], Tensor]:
+    factors = own["ia3_l.default"].flatten(1)  # (K, in or out)
+
+    def scaled(x: Tensor) -> Tensor:
+        return x * factors.repeat_interleave(len(x) // len(factors), dim=0)[:, None]
+
+    if module.is_feedforward:
+        return lambda x: module.base_layer(scaled(x))
+    return lambda x: scaled(module.base_layer(x))
+
+
+def _pairs(layer: HiFICLLayer, own: Own) -> Callable[..., VirtualPairs]:
+    weights = {name.removesuffix(".default.weight"): value for name, value in own.items()}
+    flags = {name: getattr(layer, name)["default"] for name in OF_THE_SOFTMAX}
+
+    def product(name: str) -> Tensor:  # (K, H, n, d)
+        return weights[name] if name in weights else weights[f"{name}_A"] @ weights[f"{name}_B"]
+
+    def forward(query: Tensor, *_: object) -> VirtualPairs:
+        layer.calls += 1  # else the package warns of an adapter without effect
+        keys, values, logs = product("hificl_K"), product("hificl_V"), weights.get("hificl_W")
+        times = len(query) // len(keys)
+        if logs is not None:
+            logs = logs.repeat_interleave(query.shape[1] // logs.shape[1], dim=1).repeat_interleave(times, dim=0)
+        return VirtualPairs(keys.repeat_interleave(times, 0), values.repeat_interleave(times, 0), logs, **flags)
+
+    return forward
+
+
+FORMS: Mapping[type[nn.Module], Callable[[Any, Own], Callable[..., Any]]] = {
+    HiFICLLayer: _pairs,
+    LoraLinear: _lora,
+    IA3Linear: _ia3,
+}
+
+
+def losses(model: Together, blocks: Sequence[Sequence[Row]]) -> Tensor:
+    """(K), the mean cross-entropy of the answers' tokens of each block."""
+    batch = Batch.of([row for block in blocks for row in block], next(model.model.parameters()).device)
+    values = cross_entropy(batch.logits(model), batch.targets, reduction="none")  # (N)
+    owner = batch.said.nonzero()[:, 0] // len(blocks[0])
+    zeros = values.new_zeros(len(blocks))
+    return zeros.index_add(0, owner, values) / zeros.index_add(0, owner, torch.ones_like(values))
+
+
+def train(
+    model: Together,
+    groups: Sequence[tuple[Sequence[str], float]],
+    rows: Sequence[Sequence[Row]],
+    data: Sequence[Iterator[list[int]]],
+    steps: int,
+) -> list[bool]:
+    """Train, each block on its own rows; return which have a loss that is not finite.
+
+    Args:
+        model: what is trained.
+        groups: names of parameters, and their rate.
+        rows: the samples of each training.
+        data: the batches of each training, as places in its rows.
+        steps: how many.
+    """
+    diverged = torch.zeros(model.number, dtype=torch.bool, device=next(model.model.parameters()).device)
+
+    def loss(numbers: Any) -> Tensor:
+        blocks = [[own[number] for number in of] for own, of in zip(rows, numbers, strict=True)]
+        each = losses(model, blocks)
+        diverged.logical_or_(~each.isfinite())
+        return each[each.isfinite()].sum()
+
+    parameters = [
+        {"params": [model.stacked[name] for name in names], "lr": rate} for names, rate in groups if len(names)
+    ]
+    fit(model, loss, parameters, map(list, zip(*data, strict=True)), steps, clip=clip_each)
+    return diverged.tolist()
+
+
+@torch.no_grad()
+def clip_each(parameters: Sequence[Tensor], most: float) -> None:
+    """`clip_grad_norm_` of each training by itself: the first dimension of all parameters counts trainings."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)  # (K)
+    factors = (most / (norms + 1e-6)).clamp_max(1.0)
+    for gradient in gradients:
+        gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))
+
+
+@torch.no_grad()
+def measure(model: Together, rows: Sequence[Sequence[Row]]) -> list[Record]:
+    """Of each training what `encoding.measure` tells of a model alone."""
+    device = next(model.model.parameters()).device
+    right, loss, tokens = torch.zeros(3, model.number, device=device, dtype=torch.float64)
+    for start in range(0, max(map(len, rows)), BATCH):
+        parts = [own[start : start + BATCH] for own in rows]
+        size = max(map(len, parts))
+        filled = [list(islice(chain(part, cycle(own)), size)) for own, part in zip(rows, parts, strict=True)]
+        counts = torch.tensor([len(part) for part in parts], device=device)
+        counted = (torch.arange(size, device=device) < counts[:, None]).flatten()  # (K size): not filled up
+        batch = Batch.of([row for block in filled for row in block], device)
+        logits, targets = batch.logits(model), batch.targets
+        wrong, values = torch.zeros_like(batch.said), torch.zeros_like(batch.said, dtype=torch.float64)
+        wrong[batch.said] = logits.argmax(dim=-1) != targets
+        values[batch.said] = cross_entropy(logits, targets, reduction="none").double()
+        right += (counted & ~wrong.any(dim=1)).view(-1, size).sum(dim=1)
+        loss += (counted * values.sum(dim=1)).view(-1, size).sum(dim=1)
+        tokens += (counted * batch.said.sum(dim=1)).view(-1, size).sum(dim=1)
+    sizes = [len(own) for own in rows]
+    return [
+        {"score": float(score) / size, "loss": float(mean)}
+        for score, mean, size in zip(right, loss / tokens, sizes, strict=True)
+    ]
+
+
+@torch.no_grad()
+def forgetting(model: Together, rows: Sequence[Row], before: Sequence[Tensor]) -> list[Record]:
+    """Of each training what `encoding.forgetting` tells of a model alone.
+
+    Args:
+        model: the trained models.
+        rows: sentences, the same for all.
+        before: the base model's log-probabilities of each of them, (N, V); see `log_probabilities`.
+    """
+    sums = torch.zeros(3, model.number, dtype=torch.float64)
+    tokens = 0
+    for row, old in zip(rows, before, strict=True):
+        batch = Batch.of([row] * model.number, old.device)
+        new = batch.logits(model).log_softmax(dim=-1).view(model.number, *old.shape)  # (K, N, V)
+        targets = batch.targets.view(model.number, -1, 1)
+        sums[0] -= old.gather(1, targets[0]).sum().cpu()
+        sums[1] -= new.gather(2, targets).sum(dim=(1, 2)).cpu()
+        sums[2] += kl_div(new, old.expand_as(new), log_target=True, reduction="none").sum(dim=(1, 2)).cpu()
+        tokens += len(old)
+    return [
+        dict(zip(("loss_before", "loss", "kl"), (each / tokens).tolist(), strict=True)) for each in sums.unbind(dim=1)
+    ]
+
+
+@torch.no_grad()
+def log_probabilities(base: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
+    """Of the tokens of each row, (N, V)."""
+    device = next(base.parameters()).device
+    return [Batch.of([row], device).logits(base).log_softmax(dim=-1) for row in rows]
