@@ -201,6 +201,7 @@ def perform_together(jobs: Sequence[Job], cache: Path) -> list[Record]:
     data = [batches(range(len(rows)), STEPS, job.seed, BATCH) for rows, job in zip(chosen, jobs, strict=True)]
     diverged, records = together.train(stacked, rates, chosen, data, STEPS), list[Record]()
     common = {"steps": STEPS, "batch": BATCH, "parameters": number, "together": len(jobs), "device": _device(base)}
+    common["matmul"] = torch.get_float32_matmul_precision()
     for job, begun, bad, record in zip(jobs, start, diverged, found(), strict=True):
         end = {"diverged": "the loss is not finite: the rate is too high", "score": 0.0} if bad else record
         records.append(asdict(job) | common | {"start": begun} | end)

@@ -186,7 +186,7 @@ def test_forgetting_is_the_divergence_from_the_base():
 
 
 def test_methods_that_are_trained_may_try_as_many_rates():
-    assert {len(METHODS[name].rates) for name in TRAINED} == {4}
+    assert {len(METHODS[name].rates) for name in TRAINED} == {3}
     assert not any(method.rates for name, method in METHODS.items() if name not in TRAINED)
 
 
