@@ -45,15 +45,15 @@ def convert(packages: Path, folder: Path) -> None:
         os.replace(whole, folder)
 
 
-def load_base(folder: Path) -> LlamaForCausalLM:
-    """The model, on the GPU if there is one.
+def load_base(folder: Path, device: str | None = None) -> LlamaForCausalLM:
+    """The model, on the GPU if there is one and no other device is asked for.
 
     Raises:
         FileNotFoundError: it has not been prepared.
     """
     model = LlamaForCausalLM.from_pretrained(_there(folder), dtype=torch.float32).eval()
     model.config.use_cache = False
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def load_tokenizer(folder: Path) -> Any:

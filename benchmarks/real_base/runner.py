@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 
 import torch
 from rich.progress import MofNCompleteColumn, Progress
-from transformers import LlamaForCausalLM, set_seed
+from transformers import set_seed
 
 from ..common import files
 from ..common.environment import note_environment, prepare
@@ -31,6 +30,7 @@ from .tasks import load_general, load_task
 from .together import State, Together, log_probabilities, state_of
 
 STEPS, BATCH = 50, 8
+READ = 32  # samples that a method reads, at most, before it trains
 SPLITS = ("validation", "test")
 
 
@@ -132,9 +132,22 @@ def _task(cache: Path, name: str) -> dict[str, list[Row]]:
     return {split: encode(tokenizer, of) for split, of in load_task(cache / "tasks", name).items()}
 
 
+def _samples(job: Job, cache: Path) -> list[Row]:
+    rows = _task(cache, job.task)["train"]
+    return [rows[number] for number in samples(len(rows), job.samples, job.seed)]
+
+
 @functools.cache
-def _base(cache: Path) -> LlamaForCausalLM:
-    return load_base(cache / "model")
+def _start(method: str, task: str, seed: int, size: int, cache: Path) -> State:
+    """What a method begins with: it depends neither on the rate nor on samples beyond the first `READ`.
+
+    On the CPU, whose decompositions of small matrices are faster than a GPU's.
+    """
+    attach = METHODS[method].attach
+    assert attach is not None
+    set_seed(seed)
+    model, _ = attach(load_base(cache / "model", "cpu"), _samples(Job(task, method, size, seed, "train"), cache), 1.0)
+    return state_of(model)
 
 
 @functools.cache
@@ -173,31 +186,23 @@ def perform_together(jobs: Sequence[Job], cache: Path) -> list[Record]:
     """Train and measure jobs of one method and rate as `perform` does, in one batch; see `together`."""
     method, rate = METHODS[jobs[0].method], jobs[0].rate
     assert method.attach is not None and rate is not None
-    base, tasks, general = _base(cache), [_task(cache, job.task) for job in jobs], _general(cache)
-    chosen = [
-        [rows["train"][number] for number in samples(len(rows["train"]), job.samples, job.seed)]
-        for rows, job in zip(tasks, jobs, strict=True)
-    ]
-    known, states = dict[tuple[int, str], State](), []
-    for job, rows in zip(jobs, chosen, strict=True):
-        reads = not isinstance(method.attach, Adapter) or method.attach.start is not None
-        key = job.seed, job.task if reads else ""
-        if key not in known:
-            set_seed(job.seed)
-            known[key] = state_of(method.attach(copy.deepcopy(base), rows, rate)[0])
-        states.append(known[key])
-    model, groups = method.attach(copy.deepcopy(base), chosen[0], rate)
+    base, tasks, general = load_base(cache / "model"), [_task(cache, job.task) for job in jobs], _general(cache)
+    chosen = [_samples(job, cache) for job in jobs]
+    states = [_start(job.method, job.task, job.seed, min(job.samples, READ), cache) for job in jobs]
+    before = log_probabilities(base, general)
+    bare = replace(method.attach, start=None) if isinstance(method.attach, Adapter) else method.attach
+    model, groups = bare(base, chosen[0], rate)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     rates = [([names[id(parameter)] for parameter in group["params"]], group["lr"]) for group in groups]
     number = sum(parameter.numel() for parameter in trainable(model))
-    stacked, before = Together(model, states), log_probabilities(base, general)
+    stacked = Together(model, states)
 
     def found() -> list[Record]:
         scores = together.measure(stacked, [rows[job.split] for rows, job in zip(tasks, jobs, strict=True)])
         lost = together.forgetting(stacked, general, before)
         return [_rounded(score | _general_names(record)) for score, record in zip(scores, lost, strict=True)]
 
-    start = found()
+    start = found() if jobs[0].split == "validation" else [{}] * len(jobs)
     data = [batches(range(len(rows)), STEPS, job.seed, BATCH) for rows, job in zip(chosen, jobs, strict=True)]
     diverged, records = together.train(stacked, rates, chosen, data, STEPS), list[Record]()
     common = {"steps": STEPS, "batch": BATCH, "parameters": number, "together": len(jobs), "device": _device(base)}

@@ -52,7 +52,10 @@ class Together(nn.Module):
         super().__init__()
         self.model = model.get_base_model()  # type: ignore[operator]
         self.number = len(states)
-        self.stacked = {name: nn.Parameter(torch.stack([state[name] for state in states])) for name in states[0]}
+        device = next(self.model.parameters()).device
+        self.stacked = {
+            name: nn.Parameter(torch.stack([state[name] for state in states]).to(device)) for name in states[0]
+        }
         model.requires_grad_(False)
         left = set(self.stacked)
         for module_name, module in model.named_modules():
@@ -209,17 +212,17 @@ def forgetting(model: Together, rows: Sequence[Row], before: Sequence[Tensor]) -
     Args:
         model: the trained models.
         rows: sentences, the same for all.
-        before: the base model's log-probabilities of each of them, (N, V); see `log_probabilities`.
+        before: the base model's `log_probabilities` of them.
     """
     sums = torch.zeros(3, model.number, dtype=torch.float64)
     tokens = 0
-    for row, old in zip(rows, before, strict=True):
-        batch = Batch.of([row] * model.number, old.device)
+    for part, old in zip(_sentences(rows), before, strict=True):
+        batch = Batch.of(list(part) * model.number, old.device)
         new = batch.logits(model).log_softmax(dim=-1).view(model.number, *old.shape)  # (K, N, V)
         targets = batch.targets.view(model.number, -1, 1)
         sums[0] -= old.gather(1, targets[0]).sum().cpu()
         sums[1] -= new.gather(2, targets).sum(dim=(1, 2)).cpu()
-        sums[2] += kl_div(new, old.expand_as(new), log_target=True, reduction="none").sum(dim=(1, 2)).cpu()
+        sums[2] += torch.stack([kl_div(own, old, log_target=True, reduction="sum") for own in new]).cpu()
         tokens += len(old)
     return [
         dict(zip(("loss_before", "loss", "kl"), (each / tokens).tolist(), strict=True)) for each in sums.unbind(dim=1)
@@ -228,6 +231,11 @@ def forgetting(model: Together, rows: Sequence[Row], before: Sequence[Tensor]) -
 
 @torch.no_grad()
 def log_probabilities(base: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
-    """Of the tokens of each row, (N, V)."""
+    """Of the tokens of a few rows at a time, (N, V)."""
     device = next(base.parameters()).device
-    return [Batch.of([row], device).logits(base).log_softmax(dim=-1) for row in rows]
+    return [Batch.of(part, device).logits(base).log_softmax(dim=-1) for part in _sentences(rows)]
+
+
+def _sentences(rows: Sequence[Row]) -> list[Sequence[Row]]:
+    """Few at a time: all their tokens are asked, and each has a logit for every word, of each training."""
+    return [rows[start : start + 4] for start in range(0, len(rows), 4)]
