@@ -335,6 +335,14 @@ def test_what_a_command_cannot_do_is_said(arguments, error, cache, tmp_path, mon
     assert error in capsys.readouterr().err
 
 
+def test_positions_of_an_unknown_task_are_said(cache, tmp_path, monkeypatch, capsys):
+    options = ["--cache", str(cache), "--results", str(tmp_path), "--tasks", "none"]
+    monkeypatch.setattr(sys, "argv", ["x", "positions", *options])
+    with pytest.raises(SystemExit):
+        main()
+    assert "error: unknown: none; known are past" in capsys.readouterr().err
+
+
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
