@@ -4,8 +4,8 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup quality test test-benchmarks test-slow test-integration mutation quickstart quality-run quality-report base-model real-base \
-	architectures peer-suite docs clean
+.PHONY: help setup quality test test-benchmarks test-slow test-integration mutation quickstart quickstart-real quality-run quality-report \
+	base-model real-base architectures peer-suite docs clean
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' Makefile
 
@@ -39,6 +39,9 @@ mutation: setup  ## deliberate faults in the package, and which of them its test
 
 quickstart: setup  ## real images, the shipped base: two HiFICL adapters beside LoRA, save, reload, switch
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.quickstart --out out/quickstart
+
+quickstart-real: real-base  ## two tasks on a real language model: answers before and after, saved, reloaded, switched
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.quickstart.real --out out/quickstart_real
 
 quality-run: setup  ## what is not yet in benchmarks/results/quality, and costs anew; may be stopped and called again
 	$(BIN)/python -m benchmarks.quality run

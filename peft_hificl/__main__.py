@@ -16,12 +16,12 @@ def main(arguments: list[str] | None = None) -> None:
     for name, module in COMMANDS.items():
         command = subparsers.add_parser(name, help=module.HELP, description=module.__doc__)
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, error=command.error)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        options.error(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":

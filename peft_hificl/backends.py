@@ -63,11 +63,11 @@ def _flex(
     elif query.device.type in _FLEX_GIVES_LSE and scoring.bias is None and not merged.needs_formula(scoring):
         return _flex_on_kernel(module, query, key, value, pairs, scoring), None
     elif mask is not None:
-        mask = _dense(mask, query, key)
+        mask = dense(mask, query, key)
     return merged.attention(query, key, value, pairs, scoring._replace(mask=mask, is_causal=False)), None
 
 
-def _dense(mask: BlockMask, query: Tensor, key: Tensor) -> Tensor:
+def dense(mask: BlockMask, query: Tensor, key: Tensor) -> Tensor:
     """A BlockMask as a boolean mask (B, H, T, S)."""
     batch, heads = mask.shape[:2]
     return create_mask(mask.mask_mod, batch, heads, query.shape[2], key.shape[2], device=query.device)
@@ -80,7 +80,7 @@ def _flex_on_kernel(
     block_mask: Any = scoring.mask
     first = None
     if pairs.skip_first_token:
-        mask = None if block_mask is None else _dense(block_mask, query, key)
+        mask = None if block_mask is None else dense(block_mask, query, key)
         first = sees_one_key(query.shape[2], key.shape[2], scoring._replace(mask=mask, is_causal=False), query.device)
     query, key, value = merged.autocast(query, key, value)  # the kernel gives wrong numbers if the cast is left to it
     heads = query.shape[1]

@@ -177,6 +177,12 @@ class HiFICLConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
+        # With a tuple, PEFT would train one number of the embedding, that in this row and column.
+        tokens = self.trainable_token_indices
+        if isinstance(tokens, tuple):
+            self.trainable_token_indices = list(tokens)
+        elif isinstance(tokens, dict):
+            self.trainable_token_indices = {k: list(v) if isinstance(v, tuple) else v for k, v in tokens.items()}
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"HiFICLConfig.layers_pattern={self.layers_pattern!r} needs layers_to_transform: set it to the "

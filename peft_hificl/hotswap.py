@@ -17,7 +17,9 @@ from .model import HiFICLModel
 from .ops.formula import OF_THE_SOFTMAX
 
 # What decides the shapes of tensors, or how they are used, and is the same for two adapters that can be exchanged.
-_FIELDS = ("n", "r", "heads", "factorize_keys", "factorize_values", "pair_weights", *OF_THE_SOFTMAX)
+_FIELDS = (
+    "n", "r", "heads", "factorize_keys", "factorize_values", "pair_weights", *OF_THE_SOFTMAX, "trainable_token_indices"
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -72,8 +74,6 @@ def hotswap_adapter(
             f"which cannot replace the HiFICL adapter {adapter_name!r}."
         )
     other = [field for field in _FIELDS if getattr(stored, field) != getattr(current, field)]
-    if _tokens(stored) != _tokens(current):
-        other.append("trainable_token_indices")
     if other:
         raise ValueError(
             f"The adapter in {model_name_or_path!s} has "
@@ -98,9 +98,3 @@ def hotswap_adapter(
     values = {key: tensor.to(places[key]) for key, tensor in new.items()}
     for key, value in values.items():
         places[key].copy_(value)
-
-
-def _tokens(config: HiFICLConfig) -> Any:
-    """The trained tokens, which a file has as lists whatever they were given as."""
-    found = config.trainable_token_indices
-    return {name: list(tokens) for name, tokens in found.items()} if isinstance(found, dict) else list(found or ())

@@ -14,8 +14,9 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from peft_hificl import (
     HiFICLConfig,
@@ -27,13 +28,22 @@ VOCAB = 99
 IMAGE = 98  # the id that stands for one image patch
 
 
-def llama(kv_heads: int = 2, layers: int = 2, **kwargs: object) -> tf.PreTrainedModel:
+def llama(kv_heads: int = 2, layers: int = 2, vocab_size: int = VOCAB, **kwargs: object) -> tf.PreTrainedModel:
     config = tf.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=kv_heads, head_dim=16, max_position_embeddings=128, initializer_range=0.2,
         pad_token_id=0, bos_token_id=None, eos_token_id=None, **kwargs,
     )  # fmt: skip
     return tf.LlamaForCausalLM(config)
+
+
+def byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """A token for each byte."""
+    alphabet = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def llava() -> tf.PreTrainedModel:

@@ -103,7 +103,7 @@ def test_from_the_shell(base: str, tmp_path: Path) -> None:
         check=False,
     )
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
-    assert failed.stderr.splitlines()[-1].startswith("python -m peft_hificl: error: [Errno 2] No such file")
+    assert failed.stderr.splitlines()[-1].startswith("python -m peft_hificl convert: error: [Errno 2] No such file")
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -154,9 +154,9 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stopped:
         command_line.main(arguments)
     assert stopped.value.code == 2
-    usage, *lines = capsys.readouterr().err.splitlines()
-    assert usage.startswith("usage: python -m peft_hificl") and len(lines) == 1
-    return lines[0]
+    usage, line = capsys.readouterr().err.split("\npython -m peft_hificl convert: error: ")
+    assert usage.startswith("usage: python -m peft_hificl convert") and line.count("\n") == 1
+    return line
 
 
 @pytest.mark.parametrize("case", REFUSED)

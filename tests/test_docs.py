@@ -17,8 +17,11 @@ from mkdocstrings import Inventory
 import peft_hificl
 from benchmarks.quality.frame import load
 from benchmarks.quality.statistics import interval
+from benchmarks.real_base.__main__ import CACHE
 from docs.figures import head, pairs
 from peft_hificl import inspection
+
+from .helpers import byte_tokenizer, llama
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -32,13 +35,11 @@ PARSED = {page.relative_to(ROOT).as_posix(): MarkdownIt().parse(page.read_text()
 WITH_PYTHON = [page for page, tokens in PARSED.items() if any(is_fence(token, "python") for token in tokens)]
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", WITH_PYTHON)
-def test_python_blocks_run_as_written(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In order, in one namespace; a block of text right after one is what it prints."""
-    monkeypatch.chdir(tmp_path)
+REAL_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of README's example: a folder of this name is taken before the Hub
+
+
+def run_blocks(page: str, capsys: pytest.CaptureFixture[str], printing: bool) -> None:
+    """In order, in one namespace; with `printing`, a block of text right after one is what it prints."""
     namespace: dict[str, object] = {"__name__": page}
     tokens = PARSED[page]
     for index, block in enumerate(tokens):
@@ -46,8 +47,34 @@ def test_python_blocks_run_as_written(
             line = block.map[0] + 1  # so that a traceback names the page's own lines
             exec(compile("\n" * line + block.content, page, "exec"), namespace)
             printed = capsys.readouterr().out
-            if index + 1 < len(tokens) and is_fence(tokens[index + 1], "text"):
+            if printing and index + 1 < len(tokens) and is_fence(tokens[index + 1], "text"):
                 assert printed == tokens[index + 1].content, f"{page}, the block of line {line}"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", WITH_PYTHON)
+def test_python_blocks_run_as_written(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In README a tiny model stands for the real one, so it prints something else: see the next test."""
+    monkeypatch.chdir(tmp_path)
+    real = REAL_BASE in (ROOT / page).read_text()
+    if real:
+        llama(vocab_size=256).save_pretrained(tmp_path / REAL_BASE)
+        byte_tokenizer(pad_token="!").save_pretrained(tmp_path / REAL_BASE)
+    run_blocks(page, capsys, printing=not real)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (CACHE / "model").exists(), reason="needs `make real-base`")
+@pytest.mark.filterwarnings("ignore")
+def test_readme_shows_what_the_real_model_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / REAL_BASE).parent.mkdir()
+    (tmp_path / REAL_BASE).symlink_to(CACHE / "model")
+    run_blocks("README.md", capsys, printing=True)
 
 
 SCORES = {

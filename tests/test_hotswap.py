@@ -212,10 +212,19 @@ def test_nothing_is_half_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_rows_of_other_tokens_are_not_put_in_the_place_of_these(tmp_path: Path) -> None:
-    of = {tokens: adapted("gqa", trainable_token_indices=list(tokens)) for tokens in ((1, 2), (7, 8))}
+    of = {tokens: adapted("gqa", trainable_token_indices=tokens) for tokens in ((1, 2), (7, 8))}
     of[7, 8].save_pretrained(tmp_path)
     with unchanged(of[1, 2]), pytest.raises(ValueError, match=r"has trainable_token_indices=\[7, 8\], but .*\[1, 2\]"):
         hotswap_adapter(of[1, 2], tmp_path, "default")
-    same = adapted("gqa", seed=2, trainable_token_indices=[7, 8])
-    hotswap_adapter(same, tmp_path, "default")
-    assert torch.equal(logits(same, **inputs_for("gqa")), logits(of[7, 8], **inputs_for("gqa")))
+    for tokens in ([7, 8], (7, 8)):
+        same = adapted("gqa", seed=2, trainable_token_indices=tokens)
+        hotswap_adapter(same, tmp_path, "default")
+        assert torch.equal(logits(same, **inputs_for("gqa")), logits(of[7, 8], **inputs_for("gqa")))
+
+
+@pytest.mark.parametrize("tokens", [(7, 9), {"embed_tokens": (7, 9)}], ids=str)
+def test_tokens_in_a_tuple_are_rows(tokens: object) -> None:
+    """PEFT alone would train the number in row 7 and column 9."""
+    model = adapted("gqa", trainable_token_indices=tokens)
+    shapes = [parameter.shape for name, parameter in model.named_parameters() if "tokens_delta" in name]
+    assert shapes == [(2, 32)]

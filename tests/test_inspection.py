@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+import transformers as tf
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
@@ -22,6 +23,7 @@ from . import oracle
 from .helpers import (
     GROUPS,
     MASKS,
+    VOCAB,
     adapted,
     build,
     config,
@@ -365,6 +367,47 @@ def test_the_table_holds_the_tensors() -> None:
         torch.testing.assert_close(masses.flatten(), torch.tensor(means[kind].to_numpy()), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="kinds has 1 rows of up to 9 tokens, but 2 rows of 9 tokens were recorded"):
         records.table(kinds[:1])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+def test_without_kinds_the_mask_says_where_a_row_begins(implementation: str, side: str) -> None:
+    model, inputs = adapted("gqa"), inputs_for("gqa")
+    model.set_attn_implementation(implementation)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][0, : 3 if side == "left" else None][-3:] = 0
+    kinds = inspection.token_kinds(model, **inputs)
+    assert kinds[0].count("padding") == 3
+    with inspection.record(model) as records:
+        logits(model, **inputs)
+    known = records.by_kind(kinds)
+    assert records.by_kind().keys() == {"first", "other"}
+    torch.testing.assert_close(records.by_kind()["first"], known["first"])
+    torch.testing.assert_close(records.by_kind()["other"], known["question"])
+    assert records.table().mass.tolist() == records.table(kinds).mass.tolist()
+    assert records.summary().splitlines()[0] == records.summary(kinds).splitlines()[0]
+
+    if side == "left":
+        with inspection.record(model) as records:
+            model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        torch.testing.assert_close(records.by_kind()["first"], known["first"])
+        assert records["model.layers.0.self_attn"].weights.seen.sum(dim=1).tolist() == [8, 11]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_without_kinds_the_mask_of_an_encoder_says_it(implementation: str) -> None:
+    """All its tokens see those that are no padding, padding too."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    base = tf.BertModel(tf.BertConfig(vocab_size=VOCAB, **sizes))
+    base.set_attn_implementation(implementation)
+    model = get_peft_model(base, config()).eval()
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    with inspection.record(model) as records, torch.no_grad():
+        model(input_ids=inputs_for("gqa")["input_ids"], attention_mask=mask)
+    (record,) = records.values()
+    assert torch.equal(record.weights.seen, mask.bool())
 
 
 def test_the_summary_warns_of_a_first_token_without_attention_of_its_own() -> None:

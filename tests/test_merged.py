@@ -182,6 +182,34 @@ def test_half_precision(dtype: torch.dtype) -> None:
         assert a.dtype == x[name].dtype and relative_error(a, b) < 8 * torch.finfo(dtype).eps, name
 
 
+@pytest.mark.parametrize("alpha_one", [False, True])
+@pytest.mark.parametrize("within", [(-11.0, -10.0), (-12.0, 2.0), (4.0, 8.0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_does_not_round_what_the_log_weights_of_a_head_share(
+    dtype: torch.dtype, within: tuple[float, float], alpha_one: bool
+) -> None:
+    """Output and gradients are as near to the formula as without log-weights; a row without pairs has none."""
+    torch.manual_seed(0)
+    shapes = [(2, 4, 64, 64), (2, 2, 64, 64), (2, 2, 64, 64), (2, 4, 8, 64), (2, 4, 8, 64)]
+    rounded = [torch.randn(shape).to(dtype) for shape in shapes]
+    log_weights = torch.empty(2, 4, 8).uniform_(*within)
+    log_weights[0, 0, 5:], log_weights[1] = -torch.inf, -torch.inf
+
+    def run(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        inputs = [t.to(dtype).requires_grad_() for t in rounded]
+        weights = log_weights.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        pairs = VirtualPairs(inputs[3], inputs[4], weights, scale_self_attention=not alpha_one)
+        output = function(*inputs[:3], pairs, Scoring(0.125, is_causal=True))
+        return [output, *torch.autograd.grad(output.to(weights.dtype).square().sum(), [*inputs, weights])]
+
+    exact = run(lambda *arguments: virtual_attention(*arguments)[0], torch.float64)
+    found = run(merged.attention, dtype)
+    for got, want in zip(found, exact, strict=True):
+        assert relative_error(got, want) < torch.finfo(dtype).eps
+    for gradient in found[4:]:
+        assert not gradient[1].any()
+
+
 @pytest.mark.parametrize("way", ["training", "inference", "decoding", "merge"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_is_merged_in_float32(dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+import transformers as tf
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_hificl import HiFICLConfig, inspection, prune_pairs
 from peft_hificl.inspection import effects
 
-from .helpers import adapted, build, config, hificl_layers, inputs_for, logits, train, unchanged
+from .helpers import VOCAB, adapted, build, config, hificl_layers, inputs_for, logits, train, unchanged
 
 
 def data_for(kind: str) -> list[dict[str, Tensor]]:
@@ -70,6 +71,22 @@ def test_pairs_of_every_kind_of_model_are_removed(kind: str) -> None:
     name, effects_of_layer = next(iter(inspection.pair_effects(model, data).effects.items()))
     assert name.endswith("layers.0.self_attn")
     assert effects_of_layer[2, 1].item() == pytest.approx(want, abs=1e-5) and abs(want) > 1e-4
+
+
+def test_an_encoder_decoder_does_not_shift_its_labels() -> None:
+    """The loss of unequal batches is the mean over all labels, though these have the shape of the input."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    base = tf.T5ForConditionalGeneration(tf.T5Config(**sizes, decoder_start_token_id=0))
+    model = get_peft_model(base, config()).eval()
+    ids = torch.randint(1, VOCAB, (2, 5))
+    few, many = torch.full_like(ids, -100), ids.clone()
+    few[:, :2] = ids[:, :2]
+    data = [{"input_ids": ids, "labels": labels} for labels in (few, many)]
+    with torch.no_grad():
+        found = torch.cat([model(**batch).logits.flatten(0, 1) for batch in data])
+    want = nn.functional.cross_entropy(found, torch.cat([few, many]).flatten()).item()
+    assert inspection.head_effects(model, data).loss == pytest.approx(want, rel=1e-5)
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -66,6 +68,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapter(tf.AutoModelForImageTextToText.from_pretrained(folder / "vlm"), folder / "seeing", 1)
     base = tf.AutoModelForCausalLM.from_pretrained(folder / "model")
     get_peft_model(base, LoraConfig()).save_pretrained(folder / "lora")
+    shutil.copytree(folder / "text.1", folder / "elsewhere")
+    config = json.loads((folder / "elsewhere" / "adapter_config.json").read_text())
+    config["auto_mapping"] = {"base_model_class": "LlamaForNothing", "parent_library": "transformers"}
+    (folder / "elsewhere" / "adapter_config.json").write_text(json.dumps(config))
     Image.new("RGB", (8, 8), (200, 40, 40)).save(folder / "red.png")
     return folder
 
@@ -127,6 +133,7 @@ def test_a_page_on_a_picture_with_the_models_own_answer(folder: Path, tmp_path: 
     [
         ({"adapter": "nowhere"}, "Can't find 'adapter_config.json'"),
         ({"adapter": "lora"}, "lora is a LORA adapter, not a HiFICL one"),
+        ({"adapter": "elsewhere"}, "elsewhere was trained on a LlamaForNothing, which transformers"),
         ({"--base": "nowhere"}, "nowhere"),
         ({"--image": "nowhere.png"}, "No such file or directory"),
         ({"--text": ""}, "--text has no tokens"),

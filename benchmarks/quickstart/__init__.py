@@ -5,5 +5,5 @@ adapter each, beside prompting and LoRA, scores all of them on test pictures, an
 process that switches between them.
 
 Read `adapters` first: it is all that a user of the package does. Then `asking`, `serve`, `report`; `__main__` puts them
-together.
+together. `real` is a quickstart of its own, on a language model that has to be downloaded.
 """

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from rich.progress import track
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
 from peft_hificl import HiFICLConfig, initialize_from_demonstrations, parameter_groups
 
@@ -60,7 +60,7 @@ def save(model: PeftModel, folder: Path) -> int:
     return (folder / "adapter_model.safetensors").stat().st_size
 
 
-def load(base: LlavaForConditionalGeneration, folder: Path, names: Sequence[str]) -> PeftModel:
+def load(base: PreTrainedModel, folder: Path, names: Sequence[str]) -> PeftModel:
     """Several adapters on one base model; `import peft_hificl` must come before."""
     first, *others = names
     model = PeftModel.from_pretrained(base, folder / first, adapter_name=first)

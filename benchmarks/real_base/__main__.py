@@ -60,14 +60,14 @@ def main() -> None:
             base.convert(packages, model)
         print(args.cache)
         return
+    for named, known in ((args.tasks, tasks.TASKS), (getattr(args, "methods", ()), METHODS)):
+        if unknown := sorted(set(named or ()) - set(known)):
+            parser.error(f"unknown: {', '.join(unknown)}; known are {', '.join(known)}")
     if args.command == "positions":
         from . import positions
 
         positions.run(args.tasks, args.seeds, args.results, args.cache.resolve())
         return
-    for named, known in ((args.tasks, tasks.TASKS), (args.methods, METHODS)):
-        if unknown := sorted(set(named or ()) - set(known)):
-            parser.error(f"unknown: {', '.join(unknown)}; known are {', '.join(known)}")
     chosen = args.tasks or list(tasks.TASKS)
     done = runner.load(args.results, chosen)
     methods = args.methods or list(METHODS)

@@ -7,7 +7,6 @@ largest effects write and how much the loss rises without each, and where their 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the page; what is wrong with the options ends the process with one line."""
-    try:
-        page = _page(options)
-        options.out.write_text(page, encoding="utf-8")
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        print(f"python -m peft_hificl inspect: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+    options.out.write_text(_page(options), encoding="utf-8")
     print(options.out)
 
 
@@ -77,7 +70,14 @@ def _adapted(base: str, adapters: list[str]) -> tuple[PeftModel, dict[str, str]]
                 f"{adapter} is a {config.peft_type.value} adapter, not a HiFICL one: its pairs cannot be shown."
             )
     kind = (configs[0].auto_mapping or {}).get("base_model_class", "AutoModelForCausalLM")
-    base_model: nn.Module = getattr(transformers, kind).from_pretrained(base, dtype=torch.float32)
+    cls: Any = getattr(transformers, kind, None)
+    if not hasattr(cls, "from_pretrained"):
+        raise ValueError(
+            f"{adapters[0]} was trained on a {kind}, which transformers {transformers.__version__} does not have: "
+            "install a version that has it, or name a class of transformers as base_model_class in the "
+            "auto_mapping of its adapter_config.json."
+        )
+    base_model: nn.Module = cls.from_pretrained(base, dtype=torch.float32)
     titles = {f"adapter_{number}": adapter for number, adapter in enumerate(adapters)}
     first, *others = titles
     model = PeftModel.from_pretrained(base_model, adapters[0], adapter_name=first)

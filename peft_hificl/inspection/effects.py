@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..layer import HiFICLLayer
 from ..names import MODULE, plain
@@ -120,8 +122,8 @@ def loss_without(model: nn.Module, data: Data, adapter: Adapter, removed: Mappin
     extra = {name: torch.zeros(gone.shape).masked_fill(gone, float("-inf")) for name, gone in removed.items()}
     total, number = 0.0, 0
     with at_rest(model), weighed(adapter.layers, extra), torch.no_grad():
-        for batch in checked(data):
-            count = _count(batch)
+        for batch in checked(model, data):
+            count = _count(model, batch)
             total, number = total + model(**batch).loss.item() * count, number + count
     return total / number
 
@@ -189,20 +191,24 @@ def at_rest(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def checked(data: Data) -> Data:
+def checked(model: nn.Module, data: Data) -> Data:
     """Raise a ValueError for data without batches or without labels."""
     if isinstance(data, Mapping) or not len(data):
         raise ValueError("data must be a list of batches with labels, [dict(input_ids=..., labels=...), ...].")
     for number, batch in enumerate(data):
         if not isinstance(batch.get("labels"), Tensor):
             raise ValueError(f"Batch {number} of data has no labels, only {', '.join(batch)}: the loss needs them.")
-        if not _count(batch):
+        if not _count(model, batch):
             raise ValueError(f"Batch {number} of data has no label that counts: all of them are -100.")
     return data
 
 
-def _count(batch: Mapping[str, Any]) -> int:
-    """How many labels a mean over a batch is taken over; those of a language model are shifted by one token."""
-    labels, ids = batch["labels"], batch.get("input_ids")
-    shifted = isinstance(ids, Tensor) and labels.shape == ids.shape
+def _count(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """How many labels a mean over a batch is taken over.
+
+    A decoder shifts them by one token; an encoder-decoder, an encoder, and a head of another task do not.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    shifted = isinstance(base, PreTrainedModel) and base.can_generate() and not base.config.is_encoder_decoder
+    labels = batch["labels"]
     return int(((labels[:, 1:] if shifted else labels) != -100).sum())

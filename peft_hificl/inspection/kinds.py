@@ -59,14 +59,20 @@ def token_kinds(
     return kinds
 
 
-def checked(kinds: Kinds | None, rows: int, length: int) -> list[list[str]]:
+def of_seen(seen: Tensor) -> list[list[str]]:
+    """Kinds of tokens of which nothing is known but which of them are no padding, (B, T): "first" and "other"."""
+    return [
+        ["padding" if not here else "first" if place == row.index(True) else "other" for place, here in enumerate(row)]
+        for row in seen.tolist()
+    ]
+
+
+def checked(kinds: Kinds, rows: int, length: int) -> list[list[str]]:
     """Kinds for so many rows and tokens: those given and, for tokens that came after them, "answer".
 
     Raises:
         ValueError: they are of another batch.
     """
-    if kinds is None:
-        return [["first"] + ["other"] * (length - 1) for _ in range(rows)]
     if len(kinds) != rows or any(len(row) > length for row in kinds):
         raise ValueError(
             f"kinds has {len(kinds)} rows of up to {max(map(len, kinds), default=0)} tokens, but {rows} rows of "

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..backends import dense
 from ..layer import HiFICLLayer
 from ..listeners import Call, heard_by
 from ..names import MODULE, plain
-from ..ops.formula import without_autocast
+from ..ops.formula import HIDDEN, without_autocast
 from ..rows import running
-from .kinds import Kinds, checked
+from .kinds import Kinds, checked, of_seen
 
 if TYPE_CHECKING:
     import pandas
@@ -36,12 +37,15 @@ class Weights(NamedTuple):
     Attributes:
         alpha: ``(B, H, T)``, the factor of the self-attention; 1 where ``scale_self_attention=False``.
         beta: ``(B, H, T, n)``, the weight of each virtual pair.
+        seen: ``(B, T)``, False for a token that is padding, as the mask has it: it sees nothing or, where the queries
+            are all there is to see, none of them sees it.
         columns: for each row of the batch, adapter and number of the pair of each column of beta.  None: a column that
             pads this row, whose adapter has fewer pairs than another's; its beta is 0.
     """
 
     alpha: Tensor
     beta: Tensor
+    seen: Tensor
     columns: Columns
 
     @property
@@ -74,8 +78,8 @@ class Record:
                 f"The {len(self.calls)} recorded calls of {self.name!r} have different rows or pairs, and cannot be "
                 "joined: record one forward or generate at a time, or read each of .calls."
             )
-        alphas, betas, _ = zip(*self.calls, strict=True)
-        return Weights(torch.cat(alphas, dim=2), torch.cat(betas, dim=2), first.columns)
+        alphas, betas, seen, _ = zip(*self.calls, strict=True)
+        return Weights(torch.cat(alphas, dim=2), torch.cat(betas, dim=2), torch.cat(seen, dim=1), first.columns)
 
     alpha = property(lambda self: self.weights.alpha, doc="`Weights.alpha` of all calls, joined along T.")
     beta = property(lambda self: self.weights.beta, doc="`Weights.beta` of all calls, joined along T.")
@@ -115,7 +119,7 @@ class Records(Mapping[str, Record]):
         """The mean mass of the pairs by kind of token: a tensor (modules, heads) for each kind that occurs.
 
         Args:
-            kinds: as `token_kinds` returns them.  None: the first token of each row, and all others.
+            kinds: as `token_kinds` returns them.  None: the first token of each row that is no padding, and all others.
         """
         return {
             kind: torch.stack([mass[chosen].mean(dim=0) for mass in self._masses()])
@@ -130,9 +134,14 @@ class Records(Mapping[str, Record]):
             )
         return [record.mass.movedim(1, -1) for record in self.values()]  # (B, T, H) each
 
-    def _chosen(self, kinds: Kinds | None) -> dict[str, Tensor]:
+    def _known(self, kinds: Kinds | None) -> list[list[str]]:
+        """The kinds of all recorded tokens: those given, or what the masks tell."""
         rows, length = self._masses()[0].shape[:2]
-        known = checked(kinds, rows, length)
+        seen = next(iter(self.values())).weights.seen
+        return of_seen(seen) if kinds is None else checked(kinds, rows, length)
+
+    def _chosen(self, kinds: Kinds | None) -> dict[str, Tensor]:
+        known = self._known(kinds)
         return {
             kind: torch.tensor([[found == kind for found in row] for row in known])
             for kind in dict.fromkeys(found for row in known for found in row)
@@ -145,12 +154,12 @@ class Records(Mapping[str, Record]):
         Columns: module, layer (number of the module among those recorded), row, head, token, kind, alpha, mass.
 
         Args:
-            kinds: as `token_kinds` returns them.  None: the first token of each row, and all others.
+            kinds: as `token_kinds` returns them.  None: the first token of each row that is no padding, and all others.
         """
         import pandas  # noqa: PLC0415  # an extra of the package, not needed for the tensors
 
         rows, length = self._masses()[0].shape[:2]
-        known = checked(kinds, rows, length)
+        known = self._known(kinds)
         parts = []
         for number, (name, record) in enumerate(self.items()):
             weights = record.weights
@@ -169,7 +178,7 @@ class Records(Mapping[str, Record]):
         """Plain sentences on how much attention the pairs take, with a warning if it may harm the model.
 
         Args:
-            kinds: as `token_kinds` returns them.  None: the first token of each row, and all others.
+            kinds: as `token_kinds` returns them.  None: the first token of each row that is no padding, and all others.
         """
         lines = []
         for kind, masses in self.by_kind(kinds).items():
@@ -188,7 +197,7 @@ class Records(Mapping[str, Record]):
                     "(model.disable_adapter()). With skip_first_token=True it stays whole."
                 )
         weights = [record.weights for record in self.values()]
-        known = checked(kinds, *self._masses()[0].shape[:2])
+        known = self._known(kinds)
         seen = torch.tensor([[kind != "padding" for kind in row] for row in known])
         largest = [w.beta.movedim(1, 2)[seen].amax(dim=0) for w in weights]  # (H, n) each
         idle, number = sum(int((most < 0.01).sum()) for most in largest), sum(most.numel() for most in largest)
@@ -273,7 +282,20 @@ def weights_of(call: Call) -> Weights:
         )
     beta = output[..., :n]
     alpha = 1 - beta.sum(dim=-1) if pairs.scale_self_attention else torch.ones_like(beta[..., 0])
-    return Weights(alpha.cpu(), beta.contiguous().cpu(), _columns(call.layer, len(query), n))
+    return Weights(alpha.cpu(), beta.contiguous().cpu(), _seen(call).cpu(), _columns(call.layer, len(query), n))
+
+
+def _seen(call: Call) -> Tensor:
+    """`Weights.seen` of one call."""
+    rows, _, length, _ = call.query.shape
+    size, mask = call.key.shape[2], call.scoring.mask
+    if mask is None:
+        return torch.ones(rows, length, dtype=torch.bool)
+    if not isinstance(mask, Tensor):
+        mask = dense(mask, call.query, call.key)
+    visible = (mask if mask.dtype == torch.bool else mask > HIDDEN)[..., :size].any(dim=1)  # (B, T, S), or 1 for B, T
+    seen = visible.any(dim=-1).expand(rows, length)
+    return seen & visible.any(dim=-2) if length == size else seen
 
 
 def _percent(share: Tensor) -> str:

@@ -6,15 +6,21 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks.base_model.scenes import make_scenes
+from benchmarks.common import files
 from benchmarks.quality import tasks
 from benchmarks.quality.__main__ import RESULTS
 from benchmarks.quality.plan import FULL, Job
 from benchmarks.quality.runner import rate_of
 from benchmarks.quality.store import Store
 from benchmarks.quickstart import __main__ as quickstart
-from benchmarks.quickstart import adapters, asking, report, serve
+from benchmarks.quickstart import adapters, asking, real, report, serve
+from benchmarks.real_base.__main__ import CACHE
+from benchmarks.real_base.tasks import SPLITS
+
+from ..helpers import byte_tokenizer, llama
 
 
 def test_rates_are_those_that_the_benchmark_chooses():
@@ -82,5 +88,72 @@ def test_shows_the_nearest_reference():
 @pytest.mark.slow
 def test_as_it_is(tmp_path):
     command = [sys.executable, "-m", "benchmarks.quickstart", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=900)
+    assert json.loads((tmp_path / "results.json").read_text())["unchanged_after_reload"]
+
+
+# -- on the real base --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """What `prepare` leaves, but tiny, and a training of a few steps; the samples are words and their first letters."""
+    torch.manual_seed(0)
+    llama(vocab_size=256).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    splits = {name: [(f"{letter}{name}", letter) for letter in "abcdefghij"] for name in SPLITS}
+    for task in real.CHOSEN:
+        files.write(tmp_path / "tasks" / f"{task}.json", splits)
+    for name, value in {"SAMPLES": 8, "STEPS": 2, "MINIMUM_GAIN": -1.0}.items():
+        monkeypatch.setattr(real, name, value)
+    monkeypatch.setattr(real, "prepare", lambda threads: None)
+    return tmp_path
+
+
+def test_from_the_real_base_to_adapters_that_are_switched(cache, monkeypatch):
+    out = cache / "out"
+    command = ["--cache", str(cache), "--out", str(out)]
+    real.main(command)
+    results = json.loads((out / "results.json").read_text())
+    assert results["unchanged_after_reload"]
+    assert [row["task"] for row in results["rows"]] == list(real.CHOSEN)
+    assert all(row["trainable_parameters"] == 2 * 2 * 4 * 8 * (8 + 16) for row in results["rows"])
+    for task in real.CHOSEN:
+        assert results["questions"][task] == [[f"{letter}validation", letter] for letter in "abc"]
+        assert len(results["answers"]["base"][task]) == len(results["answers"]["HiFICL"][task]) == real.SHOWN
+        assert (out / task / "adapter_model.safetensors").exists()
+    assert results["answers"]["base"] != results["answers"]["HiFICL"]
+
+    # As if reloading had lost something: the weights of one adapter change.
+    load = adapters.load
+
+    def damaged(base, folder, names):
+        model = load(base, folder, names)
+        for name, parameter in model.named_parameters():
+            if f"hificl_V_B.{names[-1]}." in name:
+                torch.nn.init.normal_(parameter)
+        return model
+
+    monkeypatch.setattr(adapters, "load", damaged)
+    with pytest.raises(SystemExit, match="answer differently"):
+        real.main(command)
+
+
+def test_fails_if_the_adapter_does_not_help_the_real_base(cache, monkeypatch):
+    monkeypatch.setattr(real, "MINIMUM_GAIN", 1.1)
+    with pytest.raises(SystemExit, match="HiFICL gains only"):
+        real.main(["--cache", str(cache), "--out", str(cache / "out")])
+
+
+def test_what_is_not_prepared_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        real.main(["--cache", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "run `python -m benchmarks.real_base prepare`" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (CACHE / "model").exists(), reason="needs `make real-base`")
+def test_as_it_is_on_the_real_base(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.quickstart.real", "--out", str(tmp_path)]
     subprocess.run(command, check=True, timeout=900)
     assert json.loads((tmp_path / "results.json").read_text())["unchanged_after_reload"]

@@ -10,8 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.real_base import base, methods, positions, report, runner, sources, tasks
 from benchmarks.real_base.__main__ import CACHE, main
@@ -21,21 +20,14 @@ from benchmarks.real_base.runner import Job, best_rate, load, perform, plan, run
 from benchmarks.real_base.tasks import Item, in_words, split
 from peft_hificl import HiFICLConfig
 
+from ..helpers import byte_tokenizer
+
 TRAINED = [name for name, method in METHODS.items() if method.attach]
 SAMPLES = {
     "train": [(f"word{number}", f"Word{number}") for number in range(12)],
     "validation": [("a", "A"), ("bcd", "BCD EF"), ("ef", "E")],
     "test": [("g", "G"), ("hi", "HI")],
 }
-
-
-def tiny_tokenizer():
-    """A token for each byte."""
-    alphabet = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def tiny_base():
@@ -51,7 +43,7 @@ def cache(tmp_path_factory):
     """What `prepare` leaves, but tiny."""
     folder = tmp_path_factory.mktemp("real_base")
     tiny_base().save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
     for name, content in (("past", SAMPLES), ("kind", SAMPLES), (tasks.GENERAL, ["A storm is near.", "Come."])):
         (folder / "tasks").mkdir(exist_ok=True)
         (folder / "tasks" / f"{name}.json").write_text(json.dumps(content))
@@ -127,9 +119,9 @@ def test_every_download_has_a_digest():
 
 
 def test_logits_are_those_of_the_answers_of_each_row_alone():
-    model, rows = tiny_base(), encode(tiny_tokenizer(), SAMPLES["validation"])
+    model, rows = tiny_base(), encode(byte_tokenizer(), SAMPLES["validation"])
     batch = Batch.of(rows, torch.device("cpu"))
-    assert tiny_tokenizer().decode(batch.targets) == " A\n BCD EF\n E\n"
+    assert byte_tokenizer().decode(batch.targets) == " A\n BCD EF\n E\n"
     want = torch.cat([model(input_ids=torch.tensor([row.ids])).logits[0, row.start - 1 : -1] for row in rows])
     torch.testing.assert_close(batch.logits(model), want)
     losses = torch.nn.functional.cross_entropy(want, batch.targets)
@@ -137,7 +129,7 @@ def test_logits_are_those_of_the_answers_of_each_row_alone():
 
 
 def test_the_score_is_that_of_greedy_decoding():
-    model, rows = tiny_base(), encode(tiny_tokenizer(), SAMPLES["train"])
+    model, rows = tiny_base(), encode(byte_tokenizer(), SAMPLES["train"])
     right = []
     for number, row in enumerate(rows):
         prompt = torch.tensor([row.ids[: row.start]])
@@ -153,7 +145,7 @@ def test_the_score_is_that_of_greedy_decoding():
 
 def test_demonstrations_that_are_read_once_stand_before_every_query(monkeypatch):
     monkeypatch.setattr("benchmarks.real_base.encoding.BATCH", 2)
-    model, tokenizer = tiny_base(), tiny_tokenizer()
+    model, tokenizer = tiny_base(), byte_tokenizer()
     shown, rows = (encode(tokenizer, SAMPLES[name]) for name in ("train", "validation"))
     before = [token for row in shown for token in row.ids]
     whole = [Row(before + row.ids, len(before) + row.start) for row in rows]
@@ -163,7 +155,7 @@ def test_demonstrations_that_are_read_once_stand_before_every_query(monkeypatch)
 
 
 def test_forgetting_is_the_divergence_from_the_base():
-    rows = encode_text(tiny_tokenizer(), ["A storm is near.", "Come."])
+    rows = encode_text(byte_tokenizer(), ["A storm is near.", "Come."])
     model = get_peft_model(tiny_base(), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"]))
     at_start = forgetting(model, rows)
     assert at_start["kl"] == 0 and at_start["loss"] == at_start["loss_before"]
@@ -192,7 +184,7 @@ def test_methods_that_are_trained_may_try_as_many_rates():
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_each_method_trains_what_it_adds_and_nothing_else(name):
-    rows, model_before = encode(tiny_tokenizer(), SAMPLES["train"]), tiny_base().state_dict()
+    rows, model_before = encode(byte_tokenizer(), SAMPLES["train"]), tiny_base().state_dict()
     base_model = tiny_base()
     model, groups = METHODS[name].attach(base_model, rows, 0.5)
     assert max(group["lr"] for group in groups) == (15.0 if name == "hificl-identity" else 0.5)
@@ -212,15 +204,15 @@ def test_pairs_begin_as_words_of_answers(monkeypatch):
     seen = []
     monkeypatch.setattr(methods, "initialize_from_demonstrations", lambda *args: seen.append(args[1:]))
     model = get_peft_model(tiny_base(), HiFICLConfig(task_type="CAUSAL_LM", n=3, r=2))
-    methods.pairs_from_answers(model, encode(tiny_tokenizer(), [("x", "ABC"), ("yy", "DEF"), ("z", "GHI"), ("q", "J")]))
+    methods.pairs_from_answers(model, encode(byte_tokenizer(), [("x", "ABC"), ("yy", "DEF"), ("z", "GHI"), ("q", "J")]))
     ((inputs, places),) = seen
-    text = tiny_tokenizer().decode(inputs["input_ids"][0])
+    text = byte_tokenizer().decode(inputs["input_ids"][0])
     assert text == "Q: x\nA: ABC\nQ: yy\nA: DEF\nQ: z\nA: GHI\n"
     assert "".join(text[place] for place in places) == " DH"  # the first token of an answer, then further on
 
 
 def test_a_prefix_begins_as_the_first_tokens_of_a_prompt():
-    rows = encode(tiny_tokenizer(), SAMPLES["train"])
+    rows = encode(byte_tokenizer(), SAMPLES["train"])
     model, _ = METHODS["prefix-demos"].attach(tiny_base(), rows, 0.1)
     before = [token for row in rows for token in row.ids][: methods.PREFIX_TOKENS]
     query = rows[-1].ids
@@ -390,6 +382,14 @@ def test_what_a_command_cannot_do_is_said(arguments, error, cache, tmp_path, mon
     assert error in capsys.readouterr().err
 
 
+def test_positions_of_an_unknown_task_are_said(cache, tmp_path, monkeypatch, capsys):
+    options = ["--cache", str(cache), "--results", str(tmp_path), "--tasks", "none"]
+    monkeypatch.setattr(sys, "argv", ["x", "positions", *options])
+    with pytest.raises(SystemExit):
+        main()
+    assert "error: unknown: none; known are past" in capsys.readouterr().err
+
+
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
@@ -480,7 +480,7 @@ def test_texts_of_a_process_that_was_killed_are_moved_on(cache, quick, tmp_path,
 
 def test_without_an_adapter_a_moved_text_is_the_same(cache):
     model = get_peft_model(tiny_base(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).eval()
-    rows = encode(tiny_tokenizer(), SAMPLES["validation"])
+    rows = encode(byte_tokenizer(), SAMPLES["validation"])
     want = measure(model, rows)
     with positions._at(model, 9):
         assert measure(model, rows)["loss"] == pytest.approx(want["loss"], rel=1e-4)
