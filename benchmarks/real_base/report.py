@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
@@ -118,16 +118,15 @@ def cost_table(found: Results, size: int) -> Table:
         records = [record for task in found.tasks(size) for record in found.cell(task, name, size).values()]
         trained = [record for record in records if "general_kl" in record]
         if trained:
-            starts = [record["start"] for record in trained]
+            starts = [record["start"] for record in trained if record["start"]]
             rows.append(
                 [
                     METHODS[name].title,
                     count(trained[-1]["parameters"]),
-                    f"{median(record['seconds'] for record in trained):.0f}",
-                    bytes_of(max(record["peak_bytes"] for record in trained)),
+                    *_of_one(trained),
                     *(_mean(trained, field) for field in ("general_loss_before", "general_loss")),
-                    *(_mean(of, "general_kl") for of in (starts, trained)),
-                    f"{100 * fmean(start['score'] for start in starts):.1f}",
+                    *(_mean(of, "general_kl") if of else NOTHING for of in (starts, trained)),
+                    f"{100 * fmean(start['score'] for start in starts):.1f}" if starts else NOTHING,
                     str(len(trained)),
                 ]
             )
@@ -136,6 +135,15 @@ def cost_table(found: Results, size: int) -> Table:
         "KL after", "score at the start, in %", "runs",
     )  # fmt: skip
     return Table("Costs and forgetting, over the tasks", columns, rows)
+
+
+def _of_one(records: Sequence[Record]) -> tuple[str, str]:
+    """Seconds and memory of a training; of one that shared its batch with others there are none."""
+    alone = [record for record in records if "seconds" in record]
+    if not alone:
+        return NOTHING, NOTHING
+    seconds = median(record["seconds"] for record in alone)
+    return f"{seconds:.0f}", bytes_of(max(record["peak_bytes"] for record in alone))
 
 
 def rate_table(found: Results, size: int) -> Table:

@@ -338,7 +338,14 @@ def test_jobs_share_a_batch_if_method_and_rate_are_the_same():
     prompts = [Job("past", "1-shot", 1, seed, "validation") for seed in (0, 1)]
     assert runner.parts_of([*jobs, *prompts], 1) == [[job] for job in (*jobs, *prompts)]
     parts = runner.parts_of([*jobs, *prompts], 2)
-    assert [(len(part), part[0].rate) for part in parts] == [(2, 0.1), (1, 0.1), (2, 0.2), (1, 0.2), (1, None), (1, None)]
+    assert [(len(part), part[0].rate) for part in parts] == [
+        (2, 0.1),
+        (1, 0.1),
+        (2, 0.2),
+        (1, 0.2),
+        (1, None),
+        (1, None),
+    ]
     assert sorted(map(str, jobs + prompts)) == sorted(str(job) for part in parts for job in part)
 
 
