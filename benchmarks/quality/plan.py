@@ -11,13 +11,17 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from ..common.tables import Record
-from .methods import ALL_METHODS, METHODS, SHOTS, TRIALS
+from .methods import ALL_METHODS, METHODS, SHOTS, STARTS, TRIALS
 from .tasks import TASKS
 from .training import STEPS
 
 KINDS = ("runs", "sweeps", "trials")  # of jobs: sweeps choose the rates of runs, trials choose none
 SEEDS = range(5)
 TRIAL_SEEDS = (100, 101)  # of runs that are measured on validation data: none of those that are tested
+START_SEEDS = (100, 101, 102, 103)
+    (100, 101),
+    (100, 101, 102, 103),
+)  # of runs that are measured on validation data: none of those that are tested
 HARD_TASKS = ("knowledge", "captions", "composed")  # those that most methods do not solve with 1,000 samples
 SIZES = tuple(STEPS)
 FULL = SIZES[-1]
@@ -31,6 +35,8 @@ TRAINED: dict[str, tuple[int, ...]] = {
     "hificl-n16": SIZES,
     "mimic": (FULL,),
     "hificl-paper": (64, FULL),
+    "lora-3": (16, 64),
+    "hificl-paper-keys": (16, 64),
     "lora-16": (16, 64, FULL),
     "live": (FULL,),
     "hificl-one-rate": (FULL,),
@@ -49,6 +55,7 @@ MATCHED = tuple(name for name in METHODS if name.startswith(("hificl-r", "hificl
 # What is compared by validation data, with both seeds: HiFICL's settings, and LoRA beside them.
 TRIED = ("hificl", "hificl-n16", "hificl-one-rate", *TRIALS, "hificl-alpha-1", "lora-8")
 TRIED_ON = {64: tuple(TASKS), FULL: HARD_TASKS}
+STARTED_ON = ("knowledge", "composed")
 SLOW = {"mimic": 3.0, "live": 3.0, "hificl-teacher": 3.0}  # a step's time, about
 
 
@@ -134,9 +141,14 @@ def jobs(tasks: tuple[str, ...] = tuple(TASKS)) -> Iterator[Job]:
 
 
 def trials(tasks: tuple[str, ...] = tuple(TASKS)) -> Iterator[Job]:
-    """Settings of HiFICL beside LoRA, on validation data; with 1,000 samples on tasks that not all of them solve."""
+    """Settings of HiFICL beside LoRA, on validation data; with 1,000 samples on tasks that not all of them solve.
+
+    Then where an adapter starts, with more seeds, on two tasks with few samples.
+    """
     for method in TRIED:
         for size, of in TRIED_ON.items():
             for task in of:
                 if task in tasks:
                     yield from sweep(task, method, size, TRIAL_SEEDS)
+    for method in ("hificl-paper-keys", "lora-3", *STARTS):
+        yield from (job for task in STARTED_ON if task in tasks for job in sweep(task, method, 64, START_SEEDS))

@@ -29,6 +29,11 @@ def _own(*, key_lr_ratio: float = 0.3, **changes: Any) -> Attach:
     return adapter(hificl(**changes), from_demonstrations=True, key_lr_ratio=key_lr_ratio)
 
 
+def _paper(*, weight_lr_ratio: float = 1.0, **changes: Any) -> Attach:
+    """HiFICL without demonstrations, and keys that learn at 0.3 of the rate."""
+    return adapter(hificl(**changes), key_lr_ratio=0.3, weight_lr_ratio=weight_lr_ratio)
+
+
 def _hificl_with_teacher(base: LlavaForConditionalGeneration, setup: Setup) -> Learner:
     teacher = Teacher(base, setup)
     learner = _own()(base, setup)
@@ -47,6 +52,7 @@ METHODS = {
     "live": trained("LIVE", _LARGE, live.attach),
     "mimic": trained("MimIC", _LARGE, mimic.attach),
     "lora-8": trained("LoRA, r = 8", _LORA, adapter(lora(8))),
+    "lora-3": trained("LoRA, r = 3", _LORA, adapter(lora(3))),
     "lora-16": trained("LoRA, r = 16", _LORA, adapter(lora(16))),
     "prefix": trained("prefix tuning", _LARGE, adapter(prefix)),
     "prefix-demos": trained("prefix tuning from demonstrations", _LARGE, adapter(prefix, from_demonstrations=True)),
@@ -56,6 +62,7 @@ METHODS = {
     "hificl": trained("HiFICL", _HIFICL, _own()),
     "hificl-one-rate": trained("HiFICL, one rate", _ONE_RATE, adapter(hificl(), from_demonstrations=True)),
     "hificl-paper": trained("HiFICL, the paper's start and one rate", _ONE_RATE, adapter(hificl())),
+    "hificl-paper-keys": trained("HiFICL, the paper's start, slower keys", _HIFICL, _paper()),
     "hificl-unit": trained("HiFICL, unit keys and one rate", _ONE_RATE, adapter(hificl(init_weights="unit_keys"))),
     "hificl-teacher": trained("+ teacher", _HIFICL, _hificl_with_teacher),
     "hificl-whole-k": trained("- LoRA on K", _HIFICL, _own(factorize_keys=False)),
@@ -65,8 +72,19 @@ METHODS = {
     **{f"hificl-n{n}": trained(f"HiFICL, n = {n}", _HIFICL, _own(n=n)) for n in PAIRS},
 }
 
-# A setting of HiFICL that is compared on validation data only (`plan.trials`).
+# Settings of HiFICL that are compared on validation data only (`plan.trials`).
 TRIALS = {"hificl-keys-0.1": trained("HiFICL, keys at 0.1 of the rate", _HIFICL, _own(key_lr_ratio=0.1))}
-ALL_METHODS = METHODS | TRIALS
+_SKIP = {"pair_weights": True, "skip_first_token": True}
+STARTS = {
+    "start-alpha-1": trained("the paper's start, alpha = 1", _HIFICL, _paper(scale_self_attention=False)),
+    "start-weights": trained("the paper's start with log-weights, the first token skipped", _HIFICL, _paper(**_SKIP)),
+    "start-identity": trained(
+        "the identity by log-weights", _HIFICL, _paper(init_weights="identity", weight_lr_ratio=30, **_SKIP)
+    ),
+    "start-demos": trained("demonstrations, the first token skipped", _HIFICL, _own(skip_first_token=True)),
+}
+ALL_METHODS = METHODS | TRIALS | STARTS
 
-__all__ = ["ALL_METHODS", "METHODS", "PAIRS", "RANKS", "SHOTS", "TRIALS", "Fitted", "Learner", "Setup", "trainable"]
+__all__ = [
+    "ALL_METHODS", "METHODS", "PAIRS", "RANKS", "SHOTS", "STARTS", "TRIALS", "Fitted", "Learner", "Setup", "trainable",
+]  # fmt: skip

@@ -20,16 +20,20 @@ PREFIX_TOKENS = 20  # as many parameters as HiFICL with n = 8, r = 8 has on the 
 
 
 def adapter(
-    config: Callable[[], PeftConfig], *, from_demonstrations: bool = False, key_lr_ratio: float = 1.0
+    config: Callable[[], PeftConfig],
+    *,
+    from_demonstrations: bool = False,
+    key_lr_ratio: float = 1.0,
+    weight_lr_ratio: float = 1.0,
 ) -> Attach:
-    """An adapter that is trained by cross-entropy alone; HiFICL's keys may learn more slowly than its values."""
+    """An adapter that is trained by cross-entropy alone; HiFICL's keys and log-weights may have rates of their own."""
 
     def attach(base: LlavaForConditionalGeneration, setup: Setup) -> Learner:
         model = get_peft_model(base, config())
         if from_demonstrations:
             read_demonstrations(model, setup)
         one_rate: list[dict[str, Any]] = [{"params": trainable(model), "lr": setup.rate}]
-        groups = parameter_groups(model, setup.rate, key_lr_ratio) if key_lr_ratio != 1 else one_rate
+        groups = parameter_groups(model, setup.rate, key_lr_ratio, weight_lr_ratio) if key_lr_ratio != 1 else one_rate
         return Learner(model, groups, cross_entropy(model, setup))
 
     return attach
