@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_hificl import HiFICLConfig, HiFICLLayer, initialize_from_demonstrations, parameter_groups
+from peft_hificl import HiFICLConfig, initialize_from_demonstrations, parameter_groups
+from peft_hificl.targets import find_self_attention
 
 from ..quality.methods.adapters import one_word_each
 from ..quality.methods.learner import trainable
@@ -92,24 +92,19 @@ class Method:
         return [{"params": trainable(model), "lr": rate}]
 
 
-def attentions(base: PreTrainedModel) -> list[str]:
-    """Names of the self-attentions that HiFICL adapts, by attaching an adapter to a copy without weights."""
-    with torch.device("meta"):
-        twin = type(base)(base.config)
-        model = get_peft_model(twin, HiFICLConfig(n=1, r=1))
-    prefix = "base_model.model."
-    return [name.removeprefix(prefix) for name, m in model.named_modules() if isinstance(m, HiFICLLayer)]
-
-
 def projections(base: PreTrainedModel) -> list[str]:
-    """Names of every linear layer of these attentions: queries, keys, values and outputs."""
-    modules = dict(base.named_modules())
+    """Names of every linear layer of the self-attentions that HiFICL adapts: queries, keys, values and outputs."""
     return [
         f"{attention}.{name}"
-        for attention in attentions(base)
-        for name, module in modules[attention].named_modules()
+        for attention in find_self_attention(base)
+        for name, module in base.get_submodule(attention).named_modules()
         if isinstance(module, nn.Linear)
     ]
+
+
+def normalises_queries(base: PreTrainedModel) -> bool:
+    """Whether these attentions normalise queries and keys."""
+    return hasattr(base.get_submodule(find_self_attention(base)[0]), "q_norm")
 
 
 def positioned(model: PeftModel, inputs: Inputs) -> Inputs:

@@ -5,10 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
-from peft_hificl import HiFICLLayer
-
 RATE, RATE_OF_QK_NORM = 5e-3, 5e-4  # HiFICL's, for models without and with normalised queries and keys
 WEIGHT_DECAY, WARMUP, CLIP = 1e-3, 0.1, 1.0
 BATCH, ACCUMULATION = 2, 2
@@ -27,11 +23,6 @@ class Sizes:
 def beams(model_type: str) -> int:
     """Beams of the paper's evaluation: 1 for Idefics2, 3 for the others."""
     return 1 if model_type == "idefics2" else 3
-
-
-def normalises_queries(model: nn.Module) -> bool:
-    """Whether the adapted attentions normalise queries and keys."""
-    return any(hasattr(layer.get_base_layer(), "q_norm") for layer in model.modules() if isinstance(layer, HiFICLLayer))
 
 
 def split_batch(processes: int) -> tuple[int, int]:

@@ -27,7 +27,7 @@ from ..common.environment import command, environment
 from ..common.tables import Record
 from . import recipe, samples, training
 from .answering import answer_all
-from .methods import Method, attentions
+from .methods import Method, normalises_queries
 from .prompts import Encoder
 from .recipe import Sizes
 from .samples import SHUFFLE, TASKS, Sample, Splits
@@ -62,9 +62,10 @@ class Job:
 
     @property
     def folder(self) -> str:
-        """A name for what it leaves: checkpoints, adapter, answers."""
-        digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
-        return f"{Path(self.model).name}-{self.task}-{self.method}-{self.split}-{digest}"
+        """A name for what its training leaves, which jobs on validation and test data share."""
+        training = {name: value for name, value in asdict(self).items() if name not in ("split", "questions")}
+        digest = hashlib.sha256(json.dumps(training).encode()).hexdigest()[:8]
+        return f"{Path(self.model).name}-{self.task}-{self.method}-{digest}"
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,7 @@ def run_row(
         rates: to choose from, instead of the method's own.
     """
     method = Method.named(job.method)
-    normalised = hasattr(base.get_submodule(attentions(base)[0]), "q_norm")
-    tried = tuple(rates) or method.rates(normalised)
+    tried = (tuple(rates) or method.rates(normalises_queries(base))) if method.trained else ()
     with PartialState().main_process_first():
         done = load(setup.results)
     encoder = Encoder(processor, TASKS[job.task].instruction)
@@ -172,14 +172,14 @@ def perform(job: Job, base: PreTrainedModel, encoder: Encoder, splits: Splits, s
             def show(query: Sample) -> list[Sample]:
                 return samples.draw(splits["train"], method.shots, query, job.seed)
 
-            said = answer_all(model.eval(), encoder, asked, show, folder / "answers.jsonl", setup.eval_batch, progress)
+            path = folder / f"{job.split}-{job.questions}.jsonl"
+            said = answer_all(model.eval(), encoder, asked, show, path, setup.eval_batch, progress)
             record |= score(job.task, asked, said, setup.data) if state.is_main_process else {}
         except FloatingPointError as error:  # of this rate nothing is to be had
             record |= {"diverged": str(error), MAIN[job.task]: 0.0}
         finally:
-            for tuned in [base] if model is base else [model]:
-                if isinstance(tuned, PeftModel):
-                    tuned.unload()
+            if model is not base:
+                model.unload()
     if state.is_main_process:
         record |= {"command": command(), "git": git_state(), "finished": datetime.now(UTC).isoformat(timespec="seconds")}
         record |= environment() | {"processes": state.num_processes}

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from rich.progress import Progress
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..common.tables import Record
@@ -66,10 +66,11 @@ def train(
         num_train_epochs=epochs, lr_scheduler_type="cosine", warmup_steps=recipe.WARMUP, max_grad_norm=recipe.CLIP,
         seed=seed, save_strategy="steps", save_steps=save_steps, save_total_limit=1, logging_steps=10,
         logging_nan_inf_filter=False, report_to=[], remove_unused_columns=False, disable_tqdm=True,
-        dataloader_num_workers=workers, gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
-        bf16=half is torch.bfloat16, fp16=half is torch.float16, use_cpu=not torch.cuda.is_available(),
+        dataloader_num_workers=workers, bf16=half is torch.bfloat16, fp16=half is torch.float16, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.WEIGHT_DECAY)
 
     def collate(batch: list[Sample]) -> Inputs:
@@ -79,6 +80,7 @@ def train(
         model, arguments, train_dataset=list(samples), data_collator=collate, optimizers=(optimizer, None),
         callbacks=[_Bar(progress)],
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=_whole_checkpoint(folder))
     if not math.isfinite(result.training_loss):
