@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.n} pairs start as {args.n} demonstrations, and there are {args.samples} samples.")
     most = args.limit or max(args.samples, args.validation_samples, args.questions)
     sizes = tuple(min(most, size) for size in (args.samples, args.validation_samples, args.questions))
-    splits = runner.load_splits(args.task, args.data, args.hub, args.hub_splits, sizes, args.seed)  # type: ignore[arg-type]
+    splits = runner.load_splits(args.task, args.data, args.hub, args.hub_splits, sizes, args.seed)
     prepare()
     base, processor = runner.load_model(args.model, args.dtype)
     job = runner.Job(

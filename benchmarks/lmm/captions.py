@@ -54,7 +54,9 @@ class Objects:
         missing = [name for name in (SYNONYMS, *INSTANCES) if not (folder / name).exists()]
         if missing:
             raise FileNotFoundError(f"There is no {', '.join(missing)} in {folder}, which CHAIR needs.")
-        lines = [line.split(",") for line in (folder / SYNONYMS).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [
+            line.split(",") for line in (folder / SYNONYMS).read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
         self._name = {word.strip(): words[0].strip() for words in lines for word in words}
         self._of_image: dict[int, set[str]] = {}
         animals = {"animal", "cub"}

@@ -1,14 +1,16 @@
-"""What a training and an evaluation need, computed from configurations on the meta device: nothing here is measured."""
+"""What a training and an evaluation need, computed from configurations, without weights: nothing here is measured."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, PreTrainedConfig
@@ -45,21 +47,24 @@ CARDS = (
     Card("two of 24 GB", 24 * 2**30, 165e12, 1.008e12, 2),
     Card("80 GB (A100)", 80 * 2**30, 312e12, 2.039e12),
 )
-METHOD = f"""**Computed, not measured**, by `python -m benchmarks.lmm memory`: models without weights, built from their
-configurations on the meta device, in bfloat16. A prompt is one picture (LLaVA 729 tokens, Idefics2 64, Qwen3-VL 300,
-which is 640 x 480) and {TEXT} tokens of text, an answer {ANSWER} tokens; a step has {recipe.BATCH} rows on each card.
+METHOD = f"""**Computed, not measured**, by `python -m benchmarks.lmm memory`: models built from their configurations on the
+meta device, in bfloat16. A prompt is one picture (LLaVA 729 tokens, Idefics2 64, Qwen3-VL 300, which is 640 x 480) and
+{TEXT} tokens of text, an answer {ANSWER} tokens; a step has {recipe.BATCH} rows on each card.
 
 - state: adapter, its gradient, AdamW's two moments, in float32.
-- activations: what the text decoder's forward pass keeps for the backward, as autograd's hooks see it, without the
-  matrices of scores, which attention kernels do not keep; with the logits' float32 copy and its gradient. With
-  `--checkpointing`: each layer's input, one layer's share of the rest, the logits. The frozen vision tower keeps nothing.
-- cache: keys and values of {EVAL_BATCH} queries with the paper's beams.
+- activations: what the text decoder's forward pass keeps for the backward, as autograd's hooks see it, with the CPU's
+  attention kernels, which keep no matrix of scores, as CUDA's do not; and the gradients of the logits. checkpointed,
+  with `--checkpointing`: each layer's input, one layer's share of the rest, the logits. The frozen vision tower keeps
+  nothing; what it holds for a moment is left out.
+- cache: keys and values of {EVAL_BATCH} queries with the paper's beams, zero-shot or behind {SHOTS} demonstrations;
+  `--eval-batch` makes it smaller.
 - step: FLOPs of the decoder's forward and backward by `torch.utils.flop_counter`, and 2 per weight and patch for the
-  vision tower. Hours take {EFFICIENCY:.0%} of a card's peak for training and for reading prompts, and for every new token the
-  time to read the weights once: {recipe.EPOCHS} epochs of {recipe.SAMPLES:,} samples at one rate, and {QUESTIONS:,} questions. Reading pictures
-  from disk is left out. Two cards each hold the model and share rows and questions.
-- need: weights, state and activations; of an evaluation, weights and cache. Fragmentation and the CUDA context, a
-  gigabyte or two, come on top."""
+  vision tower.
+- hours: {EFFICIENCY:.0%} of a card's peak for training and for reading prompts, and for every new token the time to read
+  the weights once; {recipe.EPOCHS} epochs of {recipe.SAMPLES:,} samples at one rate, and {QUESTIONS:,} questions,
+  zero-shot or adapted. Reading pictures from disk is left out. Two cards each hold the model and share the work.
+- needs: weights, state and activations; of 8-shot prompts, weights and cache. What fits leaves 7 % of the card for
+  fragmentation and the CUDA context."""
 
 
 def compute(name: str) -> list[Record]:
@@ -70,66 +75,78 @@ def compute(name: str) -> list[Record]:
 
 def _compute(name: str, config: PreTrainedConfig, method: str) -> Record:
     base = without_weights(config)
+    with torch.device("meta"):
+        model = Method.named(method).attach(base, Sizes()).train()
+    with on_cpu(model):
+        return _of(name, config, method, model)
+
+
+@contextmanager
+def on_cpu(model: nn.Module) -> Iterator[None]:
+    """Let a model of the meta device, whose tensors have no memory, say that it is on the CPU.
+
+    So the kernels of the CPU's attention are taken, and no formula that keeps matrices of scores.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        yield
+
+
+def _of(name: str, config: PreTrainedConfig, method: str, model: PeftModel) -> Record:
+    base: Any = model.get_base_model()
     kind = config.model_type
     tokens, patches = IMAGES.get(kind, IMAGES["llava"])
     prompt, length = tokens + TEXT, tokens + TEXT + ANSWER
     text = config.get_text_config()
-    sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in _parts(base).items()}
+    text_size = sum(p.numel() for p in _frozen(base.get_decoder())) + base.get_output_embeddings().weight.numel()
+    size = sum(p.numel() for p in _frozen(base))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     layers, vocabulary = text.num_hidden_layers, text.vocab_size
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    with torch.device("meta"):
-        model = Method.named(method).attach(base, Sizes()).train()
     kept = _kept_by(model, length)
     logits = recipe.BATCH * length * vocabulary * (4 + 2)  # gradients of the loss, which exist when all else is kept
     inputs = layers * recipe.BATCH * length * text.hidden_size * 2
     cache = EVAL_BATCH * recipe.beams(kind) * 2 * layers * heads * dim * 2
     counted = flops(lambda: _loss(model, length).backward())
-    vision = 2 * sizes["vision"]
+    vision = 2 * (size - text_size)
     return {
         "model": name,
         "method": method,
-        "parameters": sum(sizes.values()),
-        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "weights_bytes": 2 * sum(sizes.values()),
-        "state_bytes": STATE * sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": size,
+        "trained": trained,
+        "weights_bytes": 2 * size,
+        "state_bytes": STATE * trained,
         "activations_bytes": kept + logits,
         "checkpointed_bytes": inputs + kept // layers + recipe.BATCH * length * vocabulary * (4 + 2) + logits,
         "cache_bytes": cache * (prompt + recipe.NEW_TOKENS),
         "cache_8_shot_bytes": cache * ((SHOTS + 1) * length + recipe.NEW_TOKENS),
         "step_flops": counted + recipe.BATCH * patches * vision,
-        "prompt_flops": 2 * sizes["text"] * prompt + patches * vision,
+        "prompt_flops": 2 * text_size * prompt + patches * vision,
     }
 
 
-def _parts(base: Any) -> dict[str, nn.ParameterList]:
-    """The parameters of the text decoder with the output embeddings, and all others."""
-    text = {id(p): p for module in (base.get_decoder(), base.get_output_embeddings()) for p in module.parameters()}
-    others = [p for p in base.parameters() if id(p) not in text]
-    return {"text": nn.ParameterList(text.values()), "vision": nn.ParameterList(others)}
+def _frozen(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if not parameter.requires_grad]
 
 
 def _loss(model: PeftModel, length: int) -> Tensor:
     """Of a batch whose pictures have been seen."""
-    base = model.get_base_model()
-    with torch.device("meta"):
-        embedded = torch.empty(recipe.BATCH, length, base.config.get_text_config().hidden_size, dtype=base.dtype)
-        targets = torch.empty(recipe.BATCH * length, dtype=torch.long)
-        mask = torch.empty(1, 1, length, length, dtype=torch.bool)  # its values would be looked at to make one
+    base: Any = model.get_base_model()
+    embedded = torch.zeros(recipe.BATCH, length, base.config.get_text_config().hidden_size, dtype=base.dtype)
+    targets = torch.zeros(recipe.BATCH * length, dtype=torch.long)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool)  # given, as its values would be looked at to make one
     hidden = base.get_decoder()(inputs_embeds=embedded, attention_mask=mask, use_cache=False).last_hidden_state
     return cross_entropy(base.get_output_embeddings()(hidden).flatten(0, 1).float(), targets)
 
 
 def _kept_by(model: PeftModel, length: int) -> int:
-    """Bytes that a forward pass keeps for its backward, but for weights and matrices of scores."""
+    """Bytes that a forward pass keeps for its backward, but for weights."""
     weights = {id(p) for p in model.parameters()}
     storages: dict[int, tuple[Tensor, int]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        scores = tensor.ndim > 2 and tensor.shape[-2] % length == 0 and tensor.shape[-1] >= length
-        transposed = tensor.ndim > 2 and tensor.shape[-1] % length == 0 and tensor.shape[-2] >= length
-        of_weights = id(tensor) in weights or (tensor._base is not None and id(tensor._base) in weights)
-        if not (of_weights or ((scores or transposed) and tensor.ndim > 3)):
+        if id(tensor) not in weights and (tensor._base is None or id(tensor._base) not in weights):
             storage = tensor.untyped_storage()
             storages[storage._cdata] = (tensor, storage.nbytes())  # the tensor, so that no other takes its place
         return tensor
@@ -165,7 +182,13 @@ def write(results: Path, models: Sequence[str]) -> Path:
 
 def _needs(records: Sequence[Record]) -> Table:
     names = ("weights", "state", "activations", "checkpointed", "cache", "cache_8_shot")
-    columns = ["model", "method", "parameters", "trained", *(name.replace("_", ", ", 1).replace("_", "-") for name in names)]
+    columns = [
+        "model",
+        "method",
+        "parameters",
+        "trained",
+        *(name.replace("_", ", ", 1).replace("_", "-") for name in names),
+    ]
     rows = [
         [r["model"], r["method"], f"{r['parameters']:,}", f"{r['trained']:,}",
          *(bytes_of(r[f"{name}_bytes"]) for name in names), f"{r['step_flops'] / 1e12:.1f}"]
@@ -185,9 +208,15 @@ def _cards(records: Sequence[Record]) -> Table:
             )
             prompts = record["weights_bytes"] + record["cache_8_shot_bytes"]
             room = 0.93 * card.bytes  # the rest for fragmentation and context
-            fits = [name for name, need in (("training", whole), ("--checkpointing", small), ("8-shot", prompts)) if need < room]
+            fits = [
+                name
+                for name, need in (("training", whole), ("--checkpointing", small), ("8-shot", prompts))
+                if need < room
+            ]
             rows.append(
                 [record["model"], record["method"], card.name, *map(bytes_of, (whole, small, prompts)),
                  ", ".join(fits) or "none", *(f"{value:.2f}" for value in hours(record, card))]
             )  # fmt: skip
-    return Table("Computed: cards, and hours of a training and an evaluation", [*columns, "training, h", "evaluation, h"], rows)
+    return Table(
+        "Computed: cards, and hours of a training and an evaluation", [*columns, "training, h", "evaluation, h"], rows
+    )

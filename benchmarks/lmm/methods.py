@@ -109,10 +109,12 @@ def normalises_queries(base: PreTrainedModel) -> bool:
 
 def positioned(model: PeftModel, inputs: Inputs) -> Inputs:
     """Inputs on the model's device; where positions have several dimensions (M-RoPE), with those that end at -1."""
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     inputs = {name: value.to(base.device) for name, value in inputs.items()}
     if "mrope_section" in str(getattr(base.config.get_text_config(), "rope_parameters", None)):
-        known = {name: inputs[name] for name in ("image_grid_thw", "attention_mask", "mm_token_type_ids") if name in inputs}
+        known = {
+            name: inputs[name] for name in ("image_grid_thw", "attention_mask", "mm_token_type_ids") if name in inputs
+        }
         positions, _ = base.model.get_rope_index(inputs["input_ids"], **known)
         inputs["position_ids"] = positions - positions.max() - 1
     return inputs

@@ -59,7 +59,9 @@ class Encoder:
     def asked(self, samples: Sequence[Sample], shown: Sequence[Sequence[Sample]]) -> Inputs:
         """Prompts that want an answer, each behind its demonstrations, padded on the left."""
         pairs = list(zip(samples, shown, strict=True))
-        return self._process([self.text(*pair) for pair in pairs], [[*before, query] for query, before in pairs], "left")
+        return self._process(
+            [self.text(*pair) for pair in pairs], [[*before, query] for query, before in pairs], "left"
+        )
 
     def trained(self, samples: Sequence[Sample]) -> Inputs:
         """Prompts and their answers, padded on the right; labels are the answer and the end token alone.
@@ -75,10 +77,12 @@ class Encoder:
                 added = {"input_ids": lambda a: a, "attention_mask": torch.ones_like}.get(name, torch.zeros_like)
                 padding = self.tokenizer.pad_token_id if name == "input_ids" else 0
                 inputs[name] = _right(
-                    [torch.cat([row[mask], added(a)]) for row, mask, a in zip(value, kept, answers, strict=True)], padding
+                    [torch.cat([row[mask], added(a)]) for row, mask, a in zip(value, kept, answers, strict=True)],
+                    padding,
                 )
         labels = [
-            torch.cat([torch.full((int(mask.sum()),), IGNORED), answer]) for mask, answer in zip(kept, answers, strict=True)
+            torch.cat([torch.full((int(mask.sum()),), IGNORED), answer])
+            for mask, answer in zip(kept, answers, strict=True)
         ]
         return inputs | {"labels": _right(labels, IGNORED)}
 
@@ -95,7 +99,9 @@ class Encoder:
         inputs = self._process([self.text(last, before, answered=True)], [samples], "right")
         places = []
         for number, sample in enumerate(samples):
-            prompt = self._process([self.text(sample, samples[:number])], [samples[: number + 1]], "right")["input_ids"][0]
+            prompt = self._process([self.text(sample, samples[:number])], [samples[: number + 1]], "right")[
+                "input_ids"
+            ][0]
             same = inputs["input_ids"][0][: len(prompt)] == prompt
             start = int(same.long().cumprod(0).sum())  # the last token of the prompt may be joined to the answer
             places.append(range(start, start + len(self.answer(sample, end=False))))

@@ -46,10 +46,23 @@ def _tests(records: Mapping[Job, Record], model: str, task: str) -> Table:
             continue
         trained = "parameters" in record
         size = f"{job.n}, {job.r}" if job.method.startswith("hificl") else "-"
-        row = [job.method, size, f"{record['parameters']:,}" if trained else "-", f"{job.rate:g}" if job.rate else "-"]
-        row += [str(job.samples), str(job.epochs) if trained else "-", str(job.seed), str(job.questions), _score(record)]
+        row: list[object] = [
+            job.method,
+            size,
+            f"{record['parameters']:,}" if trained else "-",
+            f"{job.rate:g}" if job.rate else "-",
+        ]
+        row += [
+            str(job.samples),
+            str(job.epochs) if trained else "-",
+            str(job.seed),
+            str(job.questions),
+            _score(record),
+        ]
         rows.append([*row, *(_percent(record, name) for name in CHAIR)] if task == "coco" else row)
-    return Table(f"{TASKS[task]}: {model}", columns + (["CHAIR i", "CHAIR s", "recall"] if task == "coco" else []), rows)
+    return Table(
+        f"{TASKS[task]}: {model}", columns + (["CHAIR i", "CHAIR s", "recall"] if task == "coco" else []), rows
+    )
 
 
 def _score(record: Record) -> str:

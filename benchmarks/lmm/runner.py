@@ -181,7 +181,11 @@ def perform(job: Job, base: PreTrainedModel, encoder: Encoder, splits: Splits, s
             if model is not base:
                 model.unload()
     if state.is_main_process:
-        record |= {"command": command(), "git": git_state(), "finished": datetime.now(UTC).isoformat(timespec="seconds")}
+        record |= {
+            "command": command(),
+            "git": git_state(),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
         record |= environment() | {"processes": state.num_processes}
         record["versions"] |= {name: version(name) for name in ("accelerate", "pycocoevalcap")}
         files.append(setup.results / RUNS, record)
@@ -218,7 +222,7 @@ def _trained(
         model.unload()
         raise
     if PartialState().is_main_process:
-        model.save_pretrained(adapter, save_embedding_layers=False)
+        model.save_pretrained(str(adapter), save_embedding_layers=False)
         files.write(told, record)  # last: what follows it is whole
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)

@@ -62,8 +62,9 @@ TASKS = {
         {split: f"OpenEnded_mscoco_{split}2014_questions.json" for split in ("train", "val")},
         {split: f"mscoco_{split}2014_annotations.json" for split in ("train", "val")},
     ),
-    "coco": Task("Describe the picture in one sentence.", {}, {"train": "dataset_coco.json", "val": "dataset_coco.json"},
-                 captions=True),
+    "coco": Task(
+        "Describe the picture in one sentence.", {}, dict.fromkeys(("train", "val"), "dataset_coco.json"), captions=True
+    ),
 }  # fmt: skip
 
 
@@ -87,7 +88,9 @@ def read(task: str, folder: Path, split: str) -> list[Sample]:
         found = _questions(folder / f"{split}2014", questions["questions"], annotations["annotations"], split)
     if not found:
         raise ValueError(f"{folder / of.annotations[split]} has no sample of the split {split!r}.")
-    missing = next((sample.image for sample in found if isinstance(sample.image, Path) and not sample.image.exists()), 0)
+    missing = next(
+        (sample.image for sample in found if isinstance(sample.image, Path) and not sample.image.exists()), 0
+    )
     if missing:
         raise FileNotFoundError(f"There is no picture {missing}: put COCO's pictures of 2014 into {folder}.")
     return found
@@ -104,7 +107,9 @@ def _questions(images: Path, questions: list[Any], annotations: list[Any], split
     answers = {entry["question_id"]: tuple(said["answer"] for said in entry["answers"]) for entry in annotations}
     without = [entry["question_id"] for entry in questions if not answers.get(entry["question_id"])]
     if without:
-        raise ValueError(f"{len(without)} questions of {split}, such as {without[0]}, have no answers in its annotations.")
+        raise ValueError(
+            f"{len(without)} questions of {split}, such as {without[0]}, have no answers in its annotations."
+        )
     return [
         Sample(
             str(entry["question_id"]), images / f"COCO_{split}2014_{entry['image_id']:012d}.jpg", entry["question"],
@@ -171,8 +176,8 @@ def split_training(found: Iterable[Sample], validation: int, number: int, seed: 
     rest = _shuffled([sample for sample in rest if _key(sample) not in seen], seed)
     if len(rest) < number:
         raise ValueError(
-            f"{len(shuffled)} training samples, of which {validation} are for validation, leave {len(rest)} about other "
-            f"pictures, and {number} are to be trained on: ask for fewer with --samples or --validation-samples."
+            f"{len(shuffled)} training samples, of which {validation} are for validation, leave {len(rest)} about "
+            f"other pictures, and {number} are to be trained on: ask for fewer with --samples or --validation-samples."
         )
     return {"validation": held, "train": rest[:number]}
 

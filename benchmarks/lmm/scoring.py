@@ -1,8 +1,8 @@
-"""What answers are worth, by the metrics of the quality benchmark (`evaluate` modules that are loaded from a folder)."""
+"""What answers are worth, by the metrics of the quality benchmark, which are modules of `evaluate` in its folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,6 @@ def _captions(samples: Sequence[Sample], texts: list[str], folder: Path | None) 
     return record | _compute("chair", mentions, true)
 
 
-def _compute(name: str, predictions: Sequence[Any], references: Sequence[Any]) -> Mapping[str, float]:
-    found: Mapping[str, float] = metrics.load(name).compute(predictions=predictions, references=references)
+def _compute(name: str, predictions: Sequence[Any], references: Sequence[Any]) -> Record:
+    found: Record = metrics.load(name).compute(predictions=predictions, references=references)
     return found

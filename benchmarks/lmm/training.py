@@ -1,4 +1,4 @@
-"""Training by transformers' `Trainer`, which resumes, and shares the work among the processes of `accelerate launch`."""
+"""Training by transformers' `Trainer`, which resumes, and shares work among the processes of `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .prompts import Encoder, Inputs
 from .samples import Sample
 
 
-class _Bar(TrainerCallback):  # type: ignore[misc]
+class _Bar(TrainerCallback):
     """Steps with the time that is left; an end where the loss is not finite."""
 
     def __init__(self, progress: Progress) -> None:
@@ -66,7 +66,8 @@ def train(
         num_train_epochs=epochs, lr_scheduler_type="cosine", warmup_steps=recipe.WARMUP, max_grad_norm=recipe.CLIP,
         seed=seed, save_strategy="steps", save_steps=save_steps, save_total_limit=1, logging_steps=10,
         logging_nan_inf_filter=False, report_to=[], remove_unused_columns=False, disable_tqdm=True,
-        dataloader_num_workers=workers, bf16=half is torch.bfloat16, fp16=half is torch.float16, use_cpu=not torch.cuda.is_available(),
+        dataloader_num_workers=workers, bf16=half is torch.bfloat16, fp16=half is torch.float16,
+        use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     if checkpointing:
         model.enable_input_require_grads()

@@ -98,7 +98,10 @@ def test_every_method_adapts_the_text_decoder_alone(name, of):
         assert [group["lr"] for group in groups] == ([0.5, 0.15] if method == "hificl" else [0.5])
         before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
         Method.named(method).start(model, encoder, found)
-        changed = [not torch.equal(a, b) for a, b in zip(before, (p for p in model.parameters() if p.requires_grad), strict=True)]
+        changed = [
+            not torch.equal(a, b)
+            for a, b in zip(before, (p for p in model.parameters() if p.requires_grad), strict=True)
+        ]
         assert all(changed) if method == "hificl" else not any(changed)
         base = model.unload()
 
