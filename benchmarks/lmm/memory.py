@@ -47,21 +47,21 @@ CARDS = (
     Card("two of 24 GB", 24 * 2**30, 165e12, 1.008e12, 2),
     Card("80 GB (A100)", 80 * 2**30, 312e12, 2.039e12),
 )
-METHOD = f"""**Computed, not measured**, by `python -m benchmarks.lmm memory`: models built from their configurations on the
-meta device, in bfloat16. A prompt is one picture (LLaVA 729 tokens, Idefics2 64, Qwen3-VL 300, which is 640 x 480) and
-{TEXT} tokens of text, an answer {ANSWER} tokens; a step has {recipe.BATCH} rows on each card.
+METHOD = f"""**Computed, not measured**, by `python -m benchmarks.lmm memory`: models built from their configurations on
+the meta device, in bfloat16. A prompt is one picture (LLaVA 729 tokens, Idefics2 64, Qwen3-VL 300, which is 640 x
+480) and {TEXT} tokens of text, an answer {ANSWER} tokens; a step has {recipe.BATCH} rows on each card.
 
 - state: adapter, its gradient, AdamW's two moments, in float32.
 - activations: what the text decoder's forward pass keeps for the backward, as autograd's hooks see it, with the CPU's
-  attention kernels, which keep no matrix of scores, as CUDA's do not; and the gradients of the logits. checkpointed,
-  with `--checkpointing`: each layer's input, one layer's share of the rest, the logits. The frozen vision tower keeps
-  nothing; what it holds for a moment is left out.
+  attention kernels, which keep no matrix of scores, as CUDA's do not; and the gradients of the logits.
+  checkpointed, with `--checkpointing`: each layer's input, one layer's share of the rest, the logits. The frozen vision
+  tower keeps nothing; what it holds for a moment is left out.
 - cache: keys and values of {EVAL_BATCH} queries with the paper's beams, zero-shot or behind {SHOTS} demonstrations;
   `--eval-batch` makes it smaller.
 - step: FLOPs of the decoder's forward and backward by `torch.utils.flop_counter`, and 2 per weight and patch for the
   vision tower.
-- hours: {EFFICIENCY:.0%} of a card's peak for training and for reading prompts, and for every new token the time to read
-  the weights once; {recipe.EPOCHS} epochs of {recipe.SAMPLES:,} samples at one rate, and {QUESTIONS:,} questions,
+- hours: {EFFICIENCY:.0%} of a card's peak for training and for reading prompts, and for every new token the time to
+  read the weights once; {recipe.EPOCHS} epochs of {recipe.SAMPLES:,} samples at one rate, and {QUESTIONS:,} questions,
   zero-shot or adapted. Reading pictures from disk is left out. Two cards each hold the model and share the work.
 - needs: weights, state and activations; of 8-shot prompts, weights and cache. What fits leaves 7 % of the card for
   fragmentation and the CUDA context."""
