@@ -119,9 +119,10 @@ def load_splits(
 
 def load_model(name: str, dtype: str) -> tuple[PreTrainedModel, Any]:
     """The frozen base on this process's device, and its processor."""
+    device = PartialState(cpu=not torch.cuda.is_available()).device
     base = AutoModelForImageTextToText.from_pretrained(name, dtype=DTYPES[dtype])
     base.requires_grad_(False)
-    return base.to(PartialState().device).eval(), AutoProcessor.from_pretrained(name)
+    return base.to(device).eval(), AutoProcessor.from_pretrained(name)
 
 
 def run_row(

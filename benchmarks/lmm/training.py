@@ -64,7 +64,7 @@ def train(
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation,
         num_train_epochs=epochs, lr_scheduler_type="cosine", warmup_steps=recipe.WARMUP, max_grad_norm=recipe.CLIP,
-        seed=seed, save_strategy="steps", save_steps=save_steps, save_total_limit=1, logging_steps=10,
+        seed=seed, save_strategy="steps", save_steps=save_steps, save_total_limit=1, logging_steps=1,
         logging_nan_inf_filter=False, report_to=[], remove_unused_columns=False, disable_tqdm=True,
         dataloader_num_workers=workers, bf16=half is torch.bfloat16, fp16=half is torch.float16,
         use_cpu=not torch.cuda.is_available(),
@@ -83,12 +83,9 @@ def train(
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=_whole_checkpoint(folder))
-    if not math.isfinite(result.training_loss):
-        raise FloatingPointError(f"the mean loss is {result.training_loss}: the rate is too high")
+    trainer.train(resume_from_checkpoint=_whole_checkpoint(folder))
     return {
         "steps": trainer.state.global_step,
-        "training_loss": round(result.training_loss, 5),
         "seconds": round(time.perf_counter() - start, 1),
         "losses": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
     }
