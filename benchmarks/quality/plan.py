@@ -19,9 +19,6 @@ KINDS = ("runs", "sweeps", "trials")  # of jobs: sweeps choose the rates of runs
 SEEDS = range(5)
 TRIAL_SEEDS = (100, 101)  # of runs that are measured on validation data: none of those that are tested
 START_SEEDS = (100, 101, 102, 103)
-    (100, 101),
-    (100, 101, 102, 103),
-)  # of runs that are measured on validation data: none of those that are tested
 HARD_TASKS = ("knowledge", "captions", "composed")  # those that most methods do not solve with 1,000 samples
 SIZES = tuple(STEPS)
 FULL = SIZES[-1]
