@@ -10,10 +10,12 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from peft import get_peft_model
@@ -364,3 +366,31 @@ def test_what_cannot_be_run_is_told(
     with pytest.raises(SystemExit) as error:
         run.main(arguments)
     assert error.value.code == 2 and re.search(message, capsys.readouterr().err)
+
+
+# -- the proposal to PEFT ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_proposed_change_of_peft(real: tuple[Environment, Path], tmp_path: Path) -> None:
+    """Applied to a copy of the installed PEFT; a package's metadata name the entry point."""
+    _, folder = real
+    page = (ROOT / "docs" / "peft-entry-points.md").read_text()
+    change, entry_point = (page.split(f"```{language}\n")[1].split("```")[0] for language in ("diff", "toml"))
+    shutil.copytree(Path(peft.__file__).parent, tmp_path / "src" / "peft", ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run(["git", "apply"], input=change, text=True, check=True, cwd=tmp_path)
+    environment = Environment(tmp_path / "venv")
+    environment.see(tmp_path / "src", ROOT, *site.getsitepackages())
+
+    done = environment.run("load_transformers.py", "found", cwd=folder)
+    assert done.returncode == 1 and "There is no PEFT method 'HIFICL'. It may be newer" in done.stderr
+
+    metadata = tmp_path / "src" / "plugin-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: plugin\nVersion: 1\n")
+    ((group, entries),) = tomllib.loads(entry_point)["project"]["entry-points"].items()
+    (metadata / "entry_points.txt").write_text(
+        "\n".join([f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())])
+    )
+    for way in WAYS:
+        check(folder, environment.run(f"load_{way}.py", "found", cwd=folder))
