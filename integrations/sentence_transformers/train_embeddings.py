@@ -35,9 +35,7 @@ def main():
         loss=MultipleNegativesRankingLoss(model),
     )
     trainer.train()
-    model.save_pretrained(
-        options.output_dir
-    )  # the adapter; SentenceTransformer(output_dir) loads the base, too
+    model.save_pretrained(options.output_dir)  # the adapter; SentenceTransformer(output_dir) loads the base, too
 
 
 if __name__ == "__main__":
