@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 PATTERNS = (
     "*.md", "*.cff", "*.toml", "LICENSE", "Makefile", "docs/**/*.md", "docs/**/*.png", "docs/*.css", "examples/*",
-    "benchmarks/*/**/*.md", "benchmarks/**/*.png", "benchmarks/results/*/*.json", "tests/**/*.py",
+    "integrations/*/*", "benchmarks/*/**/*.md", "benchmarks/**/*.png", "benchmarks/results/*/*.json", "tests/**/*.py",
 )  # fmt: skip
 
 

@@ -43,6 +43,8 @@ ROWS: dict[str, tuple[str, ...] | str] = {
     "Loading needs import peft_hificl": (
         "test_limits.py::test_without_the_import_loading_says_which_name_is_missing",
         "test_peft_api.py::test_the_model_cards_snippet_runs_as_written",
+        "test_autoload.py::test_the_launcher_runs_a_script",
+        "test_autoload.py::test_autoload_of_the_real_package",
     ),
     "Attention that does not go through": (
         "test_architectures.py::test_refused_with_the_reason",
