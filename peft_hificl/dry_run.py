@@ -49,6 +49,7 @@ def saved_shapes(
     forget_unloaded(bare, adapter_name)
     bare.peft_config[adapter_name] = copy.deepcopy(config)
     bare.model.peft_config = bare.peft_config
+    bare.model._tp_size = None  # its weights are whole, and nothing is to be gathered
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT will warn again when it attaches the adapter in earnest
         BaseTuner.inject_adapter(bare, bare.model, adapter_name, state_dict=state_dict)

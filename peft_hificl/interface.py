@@ -24,6 +24,7 @@ from .layer import HiFICLLayer
 from .listeners import listening, tell
 from .names import MODULE, HeadShape
 from .ops.formula import Scoring, VirtualPairs
+from .sharding import Sharding
 from .support import Dispatch, check_backend, dispatch_of
 
 IMPLEMENTATION = "hificl"
@@ -113,9 +114,10 @@ def _check_call(
             "adapter; a model with adapters added by its own add_adapter() runs the active adapters for every row."
         )
     found = HeadShape(query.shape[1], query.shape[3], value.shape[3], key.shape[1])
-    if found != layer.head_shape:
+    wanted = layer.head_shape if layer.sharding is None else layer.sharding.part(layer.head_shape)
+    if found != wanted:
         raise ValueError(
-            f"{type(module).__name__} attends with {found}, but its HiFICL adapter was made for {layer.head_shape}: "
+            f"{type(module).__name__} attends with {found}, but its HiFICL adapter was made for {wanted}: "
             "this attention is not supported; please report it."
         )
     if pairs.keys.device != query.device:
@@ -151,10 +153,10 @@ def _with_paged_past(
     return paged_cache.update(cache, layer, cast(int, module.layer_idx), key, value, keywords)
 
 
-def attach(module: nn.Module, head_shape: HeadShape) -> HiFICLLayer:
+def attach(module: nn.Module, head_shape: HeadShape, sharding: Sharding | None) -> HiFICLLayer:
     """Give an attention module a HiFICLLayer without adapters, and route its attention calls to this file."""
     config = cast(PreTrainedConfig, module.config)
-    layer = HiFICLLayer(config, head_shape)
+    layer = HiFICLLayer(config, head_shape, sharding)
     module.add_module(MODULE, layer)
     own = copy.copy(config)
     own._attn_implementation_internal = IMPLEMENTATION

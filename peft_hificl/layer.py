@@ -24,6 +24,7 @@ from .ops.formula import (
     without_autocast,
 )
 from .rows import running
+from .sharding import Sharding, local
 
 _IDENTITY_MASS = 2e-4  # of all pairs of a head, at scores of zero
 
@@ -43,10 +44,10 @@ class Factor(nn.Module):
     def forward(self, left: Tensor | None = None) -> Tensor:
         """The weight, (H, x, y), or its product with `left`, (H, w, x)."""
         if left is None:
-            value = self.weight.clone()  # FSDP frees the weight's memory when this returns
+            value = local(self.weight).clone()  # FSDP frees the weight's memory when this returns
         else:
             with without_autocast(left.device):
-                value = torch.bmm(left, self.weight)
+                value = torch.bmm(left, local(self.weight))
         if value.requires_grad and any(getattr(hook, "offload", False) for hook in accelerate_hooks(self)):
             value.register_hook(_refuse_gradient)
         return value
@@ -75,6 +76,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         base_config: the original configuration object of the attention module, from which the attention implementation
             is read on every call.
         head_shape: query and key/value heads, head dimension of keys, head dimension of values.
+        sharding: where the parameters are, if the base model is tensor-parallel; see `sharding`.
     """
 
     hificl_W: Any  # noqa: N815  # a ModuleDict, as the others that are looked up by name
@@ -83,10 +85,13 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         "n", "r", "heads", *OF_THE_SOFTMAX, "scaling", "log_scaling", "awaits_weights", "had_gradient",
     )  # fmt: skip
 
-    def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape) -> None:
+    def __init__(
+        self, base_config: PreTrainedConfig, head_shape: HeadShape, sharding: Sharding | None = None
+    ) -> None:
         super().__init__()
         self.base_config = base_config
         self.head_shape = head_shape
+        self.sharding = sharding
         self._device_and_dtype = torch.device("cpu"), torch.get_default_dtype()
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
@@ -134,6 +139,9 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         for factor in factors.values():
             if not factor.weight.is_meta:
                 factor.to(device=device, dtype=dtype)
+            if self.sharding is not None:
+                # Not by its name: where PEFT creates weights on the meta device, it would create this one again.
+                factor._parameters["weight"] = self.sharding.distributed(factor.weight)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()

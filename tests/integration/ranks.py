@@ -41,7 +41,7 @@ from ..helpers import build, config, inputs_for, logits
 from . import reports
 
 # A group shares its processes.
-GROUPS: dict[str, dict[str, Callable[[Path], None]]] = {"torch": {}, "deepspeed": {}}
+GROUPS: dict[str, dict[str, Callable[[Path], None]]] = {"torch": {}, "deepspeed": {}, "tensor": {}}
 KINDS = ["hificl", "lora"]
 IDS = inputs_for("gqa", rows=4)["input_ids"]
 STEPS = 3

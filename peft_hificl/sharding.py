@@ -1,0 +1,127 @@
+"""Adapters on a base model whose attention heads are divided among devices (tensor parallelism).
+
+transformers' tensor-parallel plans give each rank the query and key/value heads of one contiguous block.  The pairs of
+a head are needed where the head is: an adapter's parameters, whose first dimension counts heads, are `DTensor`s with
+``Shard(0)`` on the model's "tp" mesh.  Their shapes, state dicts and files are those of one process; `local` gives the
+part of this rank where it is computed with.  Attentions that a plan leaves whole on every rank have ``Replicate()``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from .config import HiFICLConfig
+from .names import HeadShape
+
+_AXIS = "tp"  # transformers' name for the dimension of a device mesh that divides heads
+# By the style of its output projection in a plan, the styles that the other modules of an attention may have.
+_DIVIDED = {"rowwise", "colwise", "packed_colwise", "mla_kv_a_proj", "replicated_with_grad_allreduce"}
+_WHOLE = {"rowwise_split_input", "rowwise_rep", "colwise_gather_output", "colwise_rep"}
+
+
+class Sharding(NamedTuple):
+    """Where the parameters of the adapters on one attention are.
+
+    Attributes:
+        mesh: the ranks that share the attention.
+        divided: True: each rank has the pairs of its own heads.  False: each rank has all heads, and all pairs.
+    """
+
+    mesh: DeviceMesh
+    divided: bool
+
+    def part(self, whole: HeadShape) -> HeadShape:
+        """The heads that this rank attends with."""
+        ranks = self.mesh.size() if self.divided else 1
+        return whole._replace(heads=whole.heads // ranks, groups=whole.groups // ranks)
+
+    def distributed(self, weight: nn.Parameter) -> nn.Parameter:
+        """A parameter of which this rank keeps its part: of the first rank's values, whatever the others were given."""
+        placement = Shard(0) if self.divided else Replicate()
+        source = None if weight.is_meta else 0
+        tensor = distribute_tensor(weight.data, self.mesh, [placement], src_data_rank=source)
+        return nn.Parameter(tensor, requires_grad=weight.requires_grad)
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """A tensor (B, H, ...) of the heads of all ranks, from that of this rank's."""
+        return DTensor.from_local(tensor, self.mesh, [Shard(1)]).full_tensor() if self.divided else tensor
+
+
+def sharding_of(model: nn.Module, name: str, attention: nn.Module, shape: HeadShape) -> Sharding | None:
+    """How transformers has divided an attention of a model; None if the model is not tensor-parallel.
+
+    Raises:
+        ValueError: it is divided in a way that HiFICL could get wrong, or its heads do not divide.
+    """
+    mesh: Any = getattr(model, "_device_mesh", None)
+    if (getattr(model, "_tp_size", None) or 1) == 1 or mesh is None:
+        if any(_AXIS in (p.device_mesh.mesh_dim_names or ()) for p in attention.parameters() if isinstance(p, DTensor)):
+            raise ValueError(
+                f"The weights of {name!r} are divided by tensor parallelism, but {type(model).__name__} has no plan of "
+                "it: attach the adapter to the whole model that from_pretrained(distributed_config=...) returned."
+            )
+        return None
+    mesh = mesh[_AXIS] if mesh.ndim > 1 else mesh
+    prefix = re.sub(r"\.\d+(?=\.)", ".*", f"{name}.")
+    plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
+    styles = {key.removeprefix(prefix): style for key, style in plan.items() if key.startswith(prefix)}
+    if not styles or set(styles.values()) <= _WHOLE:
+        return Sharding(mesh, divided=False)
+    other = {module: style for module, style in styles.items() if style not in _DIVIDED}
+    if other or "rowwise" not in styles.values():
+        raise ValueError(
+            f"The tensor-parallel plan divides the heads of {name!r} in a way that HiFICL does not know: {styles}. "
+            "Projections to heads must all be 'colwise' and the output projection 'rowwise' (keys and values that "
+            "each rank has whole, beside queries that are divided, get wrong gradients in the base model itself)."
+        )
+    ranks = mesh.size()
+    if shape.heads % ranks or shape.groups % ranks:
+        raise ValueError(
+            f"{name!r} has {shape.heads} query heads and {shape.groups} key/value heads, which {ranks} ranks of tensor "
+            "parallelism cannot share equally: load the model with a tp_size that divides both numbers."
+        )
+    return Sharding(mesh, divided=True)
+
+
+def check_beside(model: nn.Module, config: HiFICLConfig) -> None:
+    """Refuse copies of modules that are divided: PEFT's copy would compute with the base model's weights.
+
+    Raises:
+        ValueError: such a module in `modules_to_save`, or tokens of an embedding that is divided.
+    """
+    tokens = config.trainable_token_indices
+    ends = [*(config.modules_to_save or ()), *(tokens if isinstance(tokens, dict) else ())]
+    copied = {name: module for name, module in model.named_modules() if name.endswith(tuple(ends))}
+    if isinstance(tokens, list | tuple):
+        copied["the input embedding"] = model.get_input_embeddings()  # type: ignore[operator]
+    for name, module in copied.items():
+        if any(isinstance(p, DTensor) and local(p) is not p for p in module.parameters()):
+            raise ValueError(
+                f"Module {name!r} is divided by tensor parallelism, and PEFT's copy of it (modules_to_save, "
+                "trainable_token_indices) would compute with the base model's weights: leave it out."
+            )
+
+
+def local(weight: Tensor) -> Tensor:
+    """The part of a parameter that this rank computes with; any tensor that is not divided by `Sharding` as it is.
+
+    FSDP2's parameters are `DTensor`s, too, but on other meshes, and whole while their module runs.
+    """
+    if isinstance(weight, DTensor) and weight.device_mesh.mesh_dim_names == (_AXIS,):
+        part: Tensor = weight.to_local()
+        return part
+    return weight
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor in the form of a parameter that it will be copied into: this rank's part, if that is divided."""
+    if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
+        device = parameter.to_local().device
+        return distribute_tensor(value.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value
