@@ -193,4 +193,11 @@ def _read(model: nn.Module, inputs: Mapping[str, Any], layers: Mapping[str, HiFI
                 f"{name.rpartition('.')[0]} attends {len(of_layer)} times in one forward pass: demonstrations can "
                 "only be read where each attention is called once."
             )
-    return {name: of_layer[0] for name, of_layer in calls.items()}
+    return {name: _of_all_heads(layers[name], of_layer[0]) for name, of_layer in calls.items()}
+
+
+def _of_all_heads(layer: HiFICLLayer, found: _Read) -> _Read:
+    """What was read, of the heads of all ranks, where a tensor-parallel model divides them."""
+    if layer.sharding is None:
+        return found
+    return _Read(*map(layer.sharding.gathered, found[:3]), found.scaling)

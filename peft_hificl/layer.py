@@ -24,7 +24,7 @@ from .ops.formula import (
     without_autocast,
 )
 from .rows import running
-from .sharding import Sharding, local
+from .sharding import Sharding, like, local
 
 _IDENTITY_MASS = 2e-4  # of all pairs of a head, at scores of zero
 
@@ -51,6 +51,10 @@ class Factor(nn.Module):
         if value.requires_grad and any(getattr(hook, "offload", False) for hook in accelerate_hooks(self)):
             value.register_hook(_refuse_gradient)
         return value
+
+    def fill(self, value: Tensor) -> None:
+        """Set the weight, (H, x, y) or (H, x), of all heads."""
+        self.weight.copy_(like(value, self.weight, source=0))
 
 
 class HiFICLLayer(nn.Module, BaseTunerLayer):
@@ -186,13 +190,15 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             )
         if adapter_name in self.hificl_W:
             logs = torch.zeros(1, 1) if log_weights is None else log_weights
-            self.hificl_W[adapter_name].weight.copy_(logs.repeat_interleave(heads // len(logs), dim=0))
+            logs = logs.repeat_interleave(heads // len(logs), dim=0)
+            self.hificl_W[adapter_name].fill(logs.expand(heads, self.n[adapter_name]))
         for kind, pairs in (("K", keys), ("V", values)):
             whole = pairs.repeat_interleave(heads // pairs.shape[0], dim=0).float()  # (H, n, d)
             if adapter_name in getattr(self, f"hificl_{kind}"):
-                getattr(self, f"hificl_{kind}")[adapter_name].weight.copy_(whole)
+                getattr(self, f"hificl_{kind}")[adapter_name].fill(whole)
                 continue
-            left, right = (getattr(self, f"hificl_{kind}_{factor}")[adapter_name].weight for factor in "AB")
+            factors = [getattr(self, f"hificl_{kind}_{factor}")[adapter_name] for factor in "AB"]
+            left, right = (torch.empty(f.weight.shape, dtype=f.weight.dtype, device=f.weight.device) for f in factors)
             n, rank = left.shape[1:]
             u, s, w = torch.linalg.svd(whole, full_matrices=False)  # (H, n, k), (H, k), (H, k, d)
             k = min(rank, s.shape[1])
@@ -201,6 +207,8 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             right.zero_()
             left[:, :, :k].copy_(n**0.5 * u[:, :, :k] @ rotation)
             right[:, :k].copy_(rotation.mT @ (s[:, :k, None] * w[:, :k]) / n**0.5)
+            for factor, value in zip(factors, (left, right), strict=True):
+                factor.fill(value)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> VirtualPairs | None:
         """The virtual pairs for one attention call: of the active adapters, or of each row's own (see `rows`).

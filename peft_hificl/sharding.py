@@ -108,6 +108,17 @@ def check_beside(model: nn.Module, config: HiFICLConfig) -> None:
             )
 
 
+def check_whole(model: nn.Module, doing: str) -> None:
+    """Raise a ValueError if a rank has the pairs of some heads alone."""
+    for name, module in model.named_modules():
+        sharding = getattr(module, "sharding", None)
+        if isinstance(sharding, Sharding) and sharding.divided:
+            raise ValueError(
+                f"{doing} needs the pairs of all heads, but tensor parallelism divides those of {name!r}: save the "
+                "adapter, and load it onto a model that one process has whole (device_map='auto' spreads its layers)."
+            )
+
+
 def local(weight: Tensor) -> Tensor:
     """The part of a parameter that this rank computes with; any tensor that is not divided by `Sharding` as it is.
 
@@ -119,9 +130,12 @@ def local(weight: Tensor) -> Tensor:
     return weight
 
 
-def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor in the form of a parameter that it will be copied into: this rank's part, if that is divided."""
+def like(value: Tensor, parameter: Tensor, source: int | None = None) -> Tensor:
+    """A whole tensor in the form of a parameter that it will be copied into: this rank's part, if that is divided.
+
+    `source` is the rank whose values all take; None: each has the same.
+    """
     if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
         device = parameter.to_local().device
-        return distribute_tensor(value.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return distribute_tensor(value.to(device), parameter.device_mesh, parameter.placements, src_data_rank=source)
     return value

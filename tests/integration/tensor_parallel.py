@@ -8,10 +8,10 @@ Each case compares with one process that has the whole model; see ranks.py.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
@@ -21,14 +21,13 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from ..helpers import build, config, hificl_layers, llama, logits, pairs_for
-from .ranks import IDS, STEPS, case, main, sgd, step
+from peft_hificl import hotswap_adapter, initialize_from_demonstrations, prune_pairs, to_prefix_cache
+from peft_hificl.inspection import pair_effects, pair_similarity, record
+
+from ..helpers import adapted, build, config, hificl_layers, llama, logits, unchanged
+from .ranks import IDS, STEPS, case, main, refused
 
 KINDS = ["mha", "gqa"]
-
-
-def base_model(kind: str) -> PreTrainedModel:
-    return build(kind)
 
 
 def stored(model: PreTrainedModel, folder: Path) -> Path:
@@ -46,7 +45,7 @@ def divided(path: Path, **kwargs: Any) -> PreTrainedModel:
 
 def both(kind: str, folder: Path, seed: int = 1, **kwargs: Any) -> tuple[PeftModel, PeftModel]:
     """A fresh adapter on a divided model and on a whole one."""
-    path = stored(base_model(kind), folder / "base")
+    path = stored(build(kind), folder / "base")
     models = []
     for base in (divided(path), build(kind)):
         torch.manual_seed(seed)
@@ -107,6 +106,124 @@ def trains(folder: Path, kind: str, heads: str) -> None:
     native = divided(folder / "base")
     native.load_adapter(folder / "adapter")  # transformers' own
     close(logits(native, input_ids=IDS), want)
+
+
+@case("tensor", implementation=["sdpa", "eager"])
+def serves(folder: Path, implementation: str) -> None:
+    """Several adapters, strengths, rows of their own, generation, padding; the ranks have other seeds."""
+    path = stored(build("gqa"), folder / "base")
+    one = divided(path), build("gqa")
+    models = []
+    for base in one:
+        base.set_attn_implementation(implementation)
+        torch.manual_seed(1)
+        model = get_peft_model(base, config(task_type="CAUSAL_LM", pair_weights=True), adapter_name="a")
+        torch.manual_seed(2 + (dist.get_rank() if base is one[0] else 0))  # those of the first rank count
+        model.add_adapter("b", config(task_type="CAUSAL_LM", n=2, heads="kv", factorize_keys=False))
+        models.append(model.eval())
+    model, alone = models
+    mask = torch.ones_like(IDS)
+    mask[1, :3] = 0
+    for name in "ab":
+        same_adapter(model, alone, name)
+
+    def same() -> None:
+        close(logits(model, input_ids=IDS, attention_mask=mask), logits(alone, input_ids=IDS, attention_mask=mask))
+        found, wanted = (
+            m.generate(input_ids=IDS, attention_mask=mask, max_new_tokens=4, do_sample=False) for m in models
+        )
+        assert torch.equal(found, wanted)
+
+    same()
+    base_output = [logits(m, input_ids=IDS) for m in models]
+    for m in models:
+        m.set_adapter("b")
+    same()
+    for m in models:
+        m.base_model.set_adapter(["a", "b"])
+    same()
+    for m in models:
+        for layer in hificl_layers(m):
+            layer.set_scale("a", 0.3)
+    same()
+    rows = {"adapter_names": ["a", "__base__", "b", "a"]}
+    close(logits(model, input_ids=IDS, **rows), logits(alone, input_ids=IDS, **rows))
+    assert torch.equal(*(m.generate(input_ids=IDS, max_new_tokens=3, do_sample=False, **rows) for m in models))
+    for m in models:
+        m.delete_adapter("a")
+    same()
+    assert not torch.allclose(base_output[0], logits(model, input_ids=IDS), atol=1e-2)
+    close(logits(model.unload(), input_ids=IDS), logits(build("gqa"), input_ids=IDS))
+
+
+@case("tensor", heads=["query", "kv"], factorized=[True, False])
+def starts_from_demonstrations(folder: Path, heads: str, factorized: bool) -> None:
+    kinds: dict[str, Any] = {"heads": heads, "factorize_keys": factorized, "factorize_values": factorized}
+    model, alone = both("gqa", folder, pair_weights=True, **kinds)
+    for tokens in (None, [2, 4, 8]):
+        errors = []
+        for m in (model, alone):
+            torch.manual_seed(5 + (dist.get_rank() if m is model else 0))
+            errors.append(initialize_from_demonstrations(m, {"input_ids": IDS[:1]}, tokens))
+        assert errors[0] == pytest.approx(errors[1], abs=1e-5)
+        same_adapter(model, alone, tolerance=1e-4)
+        close(logits(model, input_ids=IDS), logits(alone, input_ids=IDS), 1e-4)
+
+
+@case("tensor")
+def hotswaps(folder: Path) -> None:
+    model, alone = both("gqa", folder)
+    other = get_peft_model(build("gqa"), config(task_type="CAUSAL_LM"))
+    if dist.get_rank() == 0:
+        other.save_pretrained(folder / "other")
+    dist.barrier()
+    for m in (model, alone):
+        hotswap_adapter(m, folder / "other", "default")
+    same_adapter(model, alone)
+    close(logits(model, input_ids=IDS), logits(alone, input_ids=IDS))
+
+
+@case("tensor")
+def refuses(folder: Path) -> None:
+    """Before the first change, on every rank."""
+    path = stored(build("gqa"), folder / "base")
+    base = divided(path)
+
+    def attach(model: nn.Module = base, **kwargs: Any) -> object:
+        return get_peft_model(model, config(**kwargs))
+
+    with unchanged(base):
+        refused(lambda: attach(modules_to_save=["lm_head"]), "lm_head", "leave it out")
+        refused(lambda: attach(modules_to_save=["embed_tokens"]), "embed_tokens")
+        refused(lambda: attach(trainable_token_indices=[1, 2]), "embedding")
+        refused(lambda: attach(trainable_token_indices={"embed_tokens": [1]}), "embed_tokens")
+        refused(lambda: attach(base.model), "self_attn", "whole model")
+    keys = {f"model.layers.*.self_attn.{part}_proj": "replicate" for part in "kv"}
+    refused(lambda: attach(divided(path, tp_plan=keys)), "k_proj", "rowwise")
+    one_group = stored(llama(kv_heads=1), folder / "mqa")
+    refused(lambda: attach(divided(one_group)), "'model.layers.0.self_attn' has 4 query heads and 1 key", "tp_size")
+    model = get_peft_model(base, config(heads="kv"))
+    other = PeftModel.from_pretrained(build("gqa"), saved(model, folder / "a"))
+    with unchanged(model):
+        for call in (
+            lambda: pair_similarity(model, "default"),
+            lambda: pair_effects(model, [{"input_ids": IDS, "labels": IDS}]),
+            lambda: to_prefix_cache(model),
+            lambda: prune_pairs(model, [{"input_ids": IDS, "labels": IDS}], 2),
+            lambda: record(model).__enter__(),
+        ):
+            refused(call, "all heads", "self_attn")
+        refused(lambda: model.base_model.add_weighted_adapter(["default"], [0.5], "half"), "whole")
+        # A file that does not fit.
+        refused(lambda: model.load_adapter(saved(adapted("mha"), folder / "b"), "b"), "shape")
+    close(logits(model, input_ids=IDS), logits(other.eval(), input_ids=IDS))
+
+
+def saved(model: PeftModel, folder: Path) -> Path:
+    """An adapter in a folder that all ranks see."""
+    model.save_pretrained(folder, is_main_process=dist.get_rank() == 0)
+    dist.barrier()
+    return folder
 
 
 if __name__ == "__main__":
