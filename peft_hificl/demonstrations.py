@@ -200,4 +200,5 @@ def _of_all_heads(layer: HiFICLLayer, found: _Read) -> _Read:
     """What was read, of the heads of all ranks, where a tensor-parallel model divides them."""
     if layer.sharding is None:
         return found
-    return _Read(*map(layer.sharding.gathered, found[:3]), found.scaling)
+    query, key, value = map(layer.sharding.gathered, found[:3])
+    return _Read(query, key, value, found.scaling)

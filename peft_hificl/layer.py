@@ -89,9 +89,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         "n", "r", "heads", *OF_THE_SOFTMAX, "scaling", "log_scaling", "awaits_weights", "had_gradient",
     )  # fmt: skip
 
-    def __init__(
-        self, base_config: PreTrainedConfig, head_shape: HeadShape, sharding: Sharding | None = None
-    ) -> None:
+    def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape, sharding: Sharding | None = None) -> None:
         super().__init__()
         self.base_config = base_config
         self.head_shape = head_shape

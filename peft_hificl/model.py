@@ -161,8 +161,9 @@ class HiFICLModel(BaseTuner):
         else:
             # transformers reads the weights again, without the tuner.  In case that fails, or finds no parameters of
             # their names, they are loaded here already.
-            places, values = model.state_dict(), self._in_keys_of(model, adapter_name, load.tensors)
-            values = {key: sharding.like(value, places[key]) if key in places else value for key, value in values.items()}
+            values = self._in_keys_of(model, adapter_name, load.tensors)
+            places = model.state_dict()
+            values |= {key: sharding.like(value, places[key]) for key, value in values.items() if key in places}
             model.load_state_dict(values, strict=False)
 
     @staticmethod

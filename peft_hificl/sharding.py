@@ -60,8 +60,11 @@ def sharding_of(model: nn.Module, name: str, attention: nn.Module, shape: HeadSh
         ValueError: it is divided in a way that HiFICL could get wrong, or its heads do not divide.
     """
     mesh: Any = getattr(model, "_device_mesh", None)
+    weights = [p for p in attention.parameters() if isinstance(p, DTensor)]
+    weights = [w for w in weights if _AXIS in (w.device_mesh.mesh_dim_names or ())]
+    divided = not all(w.placements[-1].is_replicate() for w in weights)
     if (getattr(model, "_tp_size", None) or 1) == 1 or mesh is None:
-        if any(_AXIS in (p.device_mesh.mesh_dim_names or ()) for p in attention.parameters() if isinstance(p, DTensor)):
+        if divided:
             raise ValueError(
                 f"The weights of {name!r} are divided by tensor parallelism, but {type(model).__name__} has no plan of "
                 "it: attach the adapter to the whole model that from_pretrained(distributed_config=...) returned."
@@ -71,7 +74,7 @@ def sharding_of(model: nn.Module, name: str, attention: nn.Module, shape: HeadSh
     prefix = re.sub(r"\.\d+(?=\.)", ".*", f"{name}.")
     plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
     styles = {key.removeprefix(prefix): style for key, style in plan.items() if key.startswith(prefix)}
-    if not styles or set(styles.values()) <= _WHOLE:
+    if not divided or (styles and set(styles.values()) <= _WHOLE):
         return Sharding(mesh, divided=False)
     other = {module: style for module, style in styles.items() if style not in _DIVIDED}
     if other or "rowwise" not in styles.values():

@@ -60,6 +60,8 @@ def why_unsupported(module: nn.Module) -> str | None:
     forward = vars(module).get("forward")
     if isinstance(forward, functools.partial) and forward.func.__module__ == "accelerate.hooks":
         forward = vars(module).get("_old_forward")  # which accelerate's forward calls
+    if getattr(forward, "__module__", None) == "transformers.distributed.tensor_parallel":
+        forward = None  # it runs the class's own, with this rank's part of the module's parameters
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         return "its forward has been replaced, and HiFICL cannot see what the new one does"
     try:

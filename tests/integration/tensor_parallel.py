@@ -24,7 +24,8 @@ from transformers.distributed import DistributedConfig
 from peft_hificl import hotswap_adapter, initialize_from_demonstrations, prune_pairs, to_prefix_cache
 from peft_hificl.inspection import pair_effects, pair_similarity, record
 
-from ..helpers import adapted, build, config, hificl_layers, llama, logits, unchanged
+from .. import architectures
+from ..helpers import build, config, hificl_layers, llama, logits, unchanged
 from .ranks import IDS, STEPS, case, main, refused
 
 KINDS = ["mha", "gqa"]
@@ -38,9 +39,9 @@ def stored(model: PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-def divided(path: Path, **kwargs: Any) -> PreTrainedModel:
-    plan = DistributedConfig(tp_size=dist.get_world_size(), **kwargs)
-    return AutoModelForCausalLM.from_pretrained(path, distributed_config=plan).eval()
+def divided(path: Path, tp_plan: Any = "auto", kind: Any = AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:
+    plan = DistributedConfig(tp_size=dist.get_world_size(), tp_plan=tp_plan)
+    return kind.from_pretrained(path, distributed_config=plan, **kwargs).eval()
 
 
 def both(kind: str, folder: Path, seed: int = 1, **kwargs: Any) -> tuple[PeftModel, PeftModel]:
@@ -106,6 +107,58 @@ def trains(folder: Path, kind: str, heads: str) -> None:
     native = divided(folder / "base")
     native.load_adapter(folder / "adapter")  # transformers' own
     close(logits(native, input_ids=IDS), want)
+
+
+# Grouped heads, latent attention, fused projections, attentions that plans leave whole or gather, sinks, a picture.
+FAMILIES = [
+    "gemma2", "deepseek_v2", "gpt_neox", "phi3", "olmo2", "gpt_oss", "granite_swa", "granitemoe", "t5gemma", "llava",
+]  # fmt: skip
+
+
+@case("tensor", family=FAMILIES)
+def computes(folder: Path, family: str) -> None:
+    """Outputs and gradients with transformers' own plan for each architecture."""
+    entry = next(entry for entry in architectures.FAMILIES if entry.name == family)
+    alone = architectures.build(entry)
+    model = divided(stored(alone, folder / "base"), kind=type(alone))
+    inputs = architectures.forward_inputs(entry, alone)
+    found = []
+    for base in (model, alone):
+        torch.manual_seed(1)
+        adapter = get_peft_model(base, config()).eval()
+        output = adapter(**inputs).logits
+        output.square().mean().backward()
+        found.append((output.detach(), {name: p.grad for name, p in adapter.named_parameters() if p.requires_grad}))
+    (output, gradients), (wanted, of_one_process) = found
+    close(output, wanted)
+    for name, gradient in of_one_process.items():
+        close(gradients[name].full_tensor() / gradient.abs().max(), gradient / gradient.abs().max())
+
+
+@case("tensor")
+def trains_in_bfloat16(folder: Path) -> None:
+    """The adapter in float32, with gradient checkpointing, and clipped gradients."""
+    path = stored(build("gqa").bfloat16(), folder / "base")
+    losses, norms, outputs = [], [], []
+    for base in (divided(path, dtype="bfloat16"), AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16")):
+        torch.manual_seed(1)
+        model = get_peft_model(base, config(task_type="CAUSAL_LM"))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert {p.dtype for p in trained} == {torch.float32}
+        model.gradient_checkpointing_enable()
+        optimizer = torch.optim.SGD(trained, lr=0.1)
+        for _ in range(STEPS):
+            loss = model.train()(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(trained, 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            norms.append(norm.full_tensor().item() if isinstance(norm, DTensor) else norm.item())
+        outputs.append(logits(model.eval(), input_ids=IDS).float())
+    assert losses[:STEPS] == pytest.approx(losses[STEPS:], rel=2e-2)
+    assert norms[:STEPS] == pytest.approx(norms[STEPS:], rel=5e-2)
+    close(*outputs, tolerance=0.1)
 
 
 @case("tensor", implementation=["sdpa", "eager"])
@@ -214,8 +267,8 @@ def refuses(folder: Path) -> None:
         ):
             refused(call, "all heads", "self_attn")
         refused(lambda: model.base_model.add_weighted_adapter(["default"], [0.5], "half"), "whole")
-        # A file that does not fit.
-        refused(lambda: model.load_adapter(saved(adapted("mha"), folder / "b"), "b"), "shape")
+        of_three_layers = saved(get_peft_model(llama(layers=3), config()), folder / "b")
+        refused(lambda: model.load_adapter(of_three_layers, "b"), "unexpected")
     close(logits(model, input_ids=IDS), logits(other.eval(), input_ids=IDS))
 
 
