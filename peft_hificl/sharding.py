@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from .config import HiFICLConfig
-from .names import HeadShape
+from .names import HeadShape, plain
 
 _AXIS = "tp"  # transformers' name for the dimension of a device mesh that divides heads
 # By the style of its output projection in a plan, the styles that the other modules of an attention may have.
@@ -59,22 +59,27 @@ def sharding_of(model: nn.Module, name: str, attention: nn.Module, shape: HeadSh
     Raises:
         ValueError: it is divided in a way that HiFICL could get wrong, or its heads do not divide.
     """
-    mesh: Any = getattr(model, "_device_mesh", None)
     weights = [p for p in attention.parameters() if isinstance(p, DTensor)]
     weights = [w for w in weights if _AXIS in (w.device_mesh.mesh_dim_names or ())]
     divided = not all(w.placements[-1].is_replicate() for w in weights)
-    if (getattr(model, "_tp_size", None) or 1) == 1 or mesh is None:
+    if (getattr(model, "_tp_size", None) or 1) == 1:
         if divided:
             raise ValueError(
                 f"The weights of {name!r} are divided by tensor parallelism, but {type(model).__name__} has no plan of "
                 "it: attach the adapter to the whole model that from_pretrained(distributed_config=...) returned."
             )
         return None
-    mesh = mesh[_AXIS] if mesh.ndim > 1 else mesh
-    prefix = re.sub(r"\.\d+(?=\.)", ".*", f"{name}.")
+    prefix = re.sub(r"\.\d+(?=\.)", ".*", f"{plain(name)}.")
     plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
     styles = {key.removeprefix(prefix): style for key, style in plan.items() if key.startswith(prefix)}
-    if not divided or (styles and set(styles.values()) <= _WHOLE):
+    mesh: Any = getattr(model, "_device_mesh", None)
+    if mesh is None or (styles and not divided):
+        raise ValueError(
+            f"{type(model).__name__} is divided by tensor parallelism, but the weights of {name!r} are no DTensors: "
+            "HiFICL needs the plans of transformers 5.17 or later, and weights that are not quantised."
+        )
+    mesh = mesh[_AXIS] if mesh.ndim > 1 else mesh
+    if set(styles.values()) <= _WHOLE and bool(styles) == divided:
         return Sharding(mesh, divided=False)
     other = {module: style for module, style in styles.items() if style not in _DIVIDED}
     if other or "rowwise" not in styles.values():
@@ -90,6 +95,21 @@ def sharding_of(model: nn.Module, name: str, attention: nn.Module, shape: HeadSh
             "parallelism cannot share equally: load the model with a tp_size that divides both numbers."
         )
     return Sharding(mesh, divided=True)
+
+
+def check_data_parallel(model: nn.Module) -> None:
+    """Refuse a base model that transformers has sharded for data parallelism, too, when it loaded it.
+
+    Raises:
+        ValueError: gradients of an adapter that is attached now would not be reduced.
+    """
+    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
+    if getattr(model, "_device_mesh", None) is not None and getattr(distributed, "dp_size", 1) > 1:
+        raise ValueError(
+            f"transformers has sharded {type(model).__name__} for data parallelism (fsdp_size, dp_replicate_size), so "
+            "an adapter that is attached now would have other gradients on each rank: load the model without it, "
+            "attach the adapter, and shard both with fully_shard, or with accelerate."
+        )
 
 
 def check_beside(model: nn.Module, config: HiFICLConfig) -> None:

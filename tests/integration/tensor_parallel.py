@@ -253,6 +253,8 @@ def refuses(folder: Path) -> None:
         refused(lambda: attach(base.model), "self_attn", "whole model")
     keys = {f"model.layers.*.self_attn.{part}_proj": "replicate" for part in "kv"}
     refused(lambda: attach(divided(path, tp_plan=keys)), "k_proj", "rowwise")
+    spread = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(fsdp_size=2))
+    refused(lambda: attach(spread), "fsdp_size", "fully_shard")
     one_group = stored(llama(kv_heads=1), folder / "mqa")
     refused(lambda: attach(divided(one_group)), "'model.layers.0.self_attn' has 4 query heads and 1 key", "tp_size")
     model = get_peft_model(base, config(heads="kv"))

@@ -1,4 +1,4 @@
-"""Two processes: data parallel in all its ways, sequence and context parallel.  See ranks.py."""
+"""Two processes: data parallel in all its ways; tensor, sequence and context parallel.  See ranks.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from . import tensor_parallel  # noqa: F401  # which adds its cases
 from .ranks import GROUPS
 
 pytestmark = pytest.mark.integration
@@ -25,7 +26,7 @@ def start(group: str, names: list[str]) -> tuple[list[dict[str, str | None]], st
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "127.0.0.1"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),  # a free port
-        *("-m", "tests.integration.ranks"),
+        *("-m", "tests.integration.tensor_parallel" if group == "tensor" else "tests.integration.ranks"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with tempfile.TemporaryDirectory() as folder:
