@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from . import support
 from .layer import HiFICLLayer
 from .names import MODULE, plain
 from .ops.matching import match_attention
@@ -168,6 +169,13 @@ def _read(model: nn.Module, inputs: Mapping[str, Any], layers: Mapping[str, HiFI
     switches = {m: m._disable_adapters for m in base.modules() if "_disable_adapters" in vars(m)}
     if any(getattr(module, "merged", False) for module in switches):
         raise ValueError("An adapter is merged into the base weights: unmerge it before demonstrations are read.")
+    for name, layer in layers.items():
+        dispatch = support.dispatch_of(type(model.get_submodule(name.rpartition(".")[0])))
+        if support.exchange_of(dispatch, layer.base_config._attn_implementation) is not None:
+            raise ValueError(
+                "Sequence parallelism gives each rank a part of the prompt: initialize the adapter before DeepSpeed's "
+                "Ulysses is registered (before accelerate prepares the model)."
+            )
     modes = {module: module.training for module in base.modules()}
     calls: dict[str, list[_Read]] = {name: [] for name in layers}
     hooks = [

@@ -25,7 +25,7 @@ from .listeners import listening, tell
 from .names import MODULE, HeadShape
 from .ops.formula import Scoring, VirtualPairs
 from .sharding import Sharding
-from .support import Dispatch, check_backend, dispatch_of
+from .support import Dispatch, check_backend, dispatch_of, exchange_of
 
 IMPLEMENTATION = "hificl"
 
@@ -85,6 +85,10 @@ def hificl_attention_forward(
         dropout=dropout if module.training else 0.0,
     )
     backend = BACKENDS[implementation.removeprefix("paged|")]
+    exchange = exchange_of(dispatch, implementation)
+    if exchange is not None:
+        recorded = bool(listening.each)
+        return exchange.attend(backend.attend, module, query, key, value, pairs, scoring, kwargs, recorded)
     output, weights = backend.attend(module, query, key, value, pairs, scoring)
     if listening.each:
         tell(layer, backend.attend, module, query, key, value, pairs, scoring, output)

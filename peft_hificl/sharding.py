@@ -1,15 +1,20 @@
-"""Adapters on a base model whose attention heads are divided among devices (tensor parallelism).
+"""Adapters on a base model whose attention heads are divided among devices: tensor and sequence parallelism.
 
 transformers' tensor-parallel plans give each rank the query and key/value heads of one contiguous block.  The pairs of
 a head are needed where the head is: an adapter's parameters, whose first dimension counts heads, are `DTensor`s with
 ``Shard(0)`` on the model's "tp" mesh.  Their shapes, state dicts and files are those of one process; `local` gives the
 part of this rank where it is computed with.  Attentions that a plan leaves whole on every rank have ``Replicate()``.
+
+Sequence parallelism (DeepSpeed's Ulysses) divides tokens outside of the attention, and heads within it: two all-to-alls
+exchange one for the other.  Every rank has the whole adapter, and uses the pairs of its heads for all tokens.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -18,6 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from .config import HiFICLConfig
 from .names import HeadShape, plain
+from .ops.formula import Scoring, VirtualPairs
 
 _AXIS = "tp"  # transformers' name for the dimension of a device mesh that divides heads
 # By the style of its output projection in a plan, the styles that the other modules of an attention may have.
@@ -162,3 +168,65 @@ def like(value: Tensor, parameter: Tensor, source: int | None = None) -> Tensor:
         device = parameter.to_local().device
         return distribute_tensor(value.to(device), parameter.device_mesh, parameter.placements, src_data_rank=source)
     return value
+
+
+class Exchange(NamedTuple):
+    """DeepSpeed's Ulysses around an attention function.
+
+    Attributes:
+        ulysses: its module, `UlyssesSPAttentionHF`, which exchanges, calls the function and exchanges back.
+    """
+
+    ulysses: Any
+
+    def attend(
+        self, attend: Callable[..., tuple[Tensor, Tensor | None]], module: nn.Module, query: Tensor, key: Tensor,
+        value: Tensor, pairs: VirtualPairs, scoring: Scoring, keywords: dict[str, Any], recorded: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The attention with virtual pairs, (B, T, H * e), of this rank's tokens; arguments as in `backends`.
+
+        Ulysses drops masks: which keys are visible is decided by their order alone.
+
+        Raises:
+            ValueError: the call has scores of heads that Ulysses does not exchange, or is being recorded.
+        """
+        if scoring.bias is not None or scoring.sinks is not None or recorded:
+            raise ValueError(
+                f"Sequence parallelism gives {type(module).__name__} the tokens of all ranks, but position biases and "
+                "attention sinks of other heads; nor can it be recorded: run without it."
+            )
+        heads, rank, ranks = query.shape[1], self.ulysses.sp_rank, self.ulysses.world_size
+
+        def core(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            own = pairs if query.shape[1] == heads else _block(pairs, rank, ranks)
+            output, weights = attend(module, query, key, value, own, scoring._replace(mask=mask))
+            return output.transpose(1, 2).contiguous(), weights
+
+        ulysses = copy.copy(self.ulysses)  # with another function than the base model's
+        ulysses.attn = core
+        output: tuple[Tensor, Tensor | None] = ulysses(module, query, key, value, None, **keywords)
+        return output
+
+
+def exchange_in(found: Callable[..., Any], own: Callable[..., Any]) -> Exchange | None:
+    """The exchange that an attention function makes around transformers' own; None if it is something else."""
+    if found.__module__ != "deepspeed.runtime.sequence_parallel.ulysses_sp":
+        return None
+    ulysses: Any = inspect.getclosurevars(found).nonlocals.get("uattn")
+    known = getattr(ulysses, "attn", None) is own and hasattr(ulysses, "sp_rank") and hasattr(ulysses, "world_size")
+    return Exchange(ulysses) if known else None
+
+
+def _block(pairs: VirtualPairs, rank: int, ranks: int) -> VirtualPairs:
+    """The pairs of the heads of one rank: of a block of query heads, or of the key/value heads that these share."""
+
+    def part(tensor: Tensor) -> Tensor:
+        heads = tensor.shape[1]
+        return tensor.narrow(1, rank * heads // ranks, max(heads // ranks, 1))
+
+    logs = pairs.log_weights
+    if logs is not None and logs.shape[1] > 1:
+        logs = part(logs)
+    return pairs._replace(keys=part(pairs.keys), values=part(pairs.values), log_weights=logs)

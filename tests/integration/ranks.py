@@ -37,7 +37,10 @@ from torch.distributed.tensor.experimental import context_parallel as context
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
-from ..helpers import build, config, inputs_for, logits
+from peft_hificl import initialize_from_demonstrations
+from peft_hificl.inspection import record
+
+from ..helpers import build, config, inputs_for, llama, logits
 from . import reports
 
 # A group shares its processes.
@@ -329,39 +332,135 @@ def refused(call: Callable[[], object], *patterns: str) -> None:
 
 
 @contextmanager
-def ulysses(model: nn.Module) -> Iterator[None]:
+def ulysses(model: nn.Module, rows: int, **kwargs: Any) -> Iterator[Any]:
     """DeepSpeed's sequence parallelism takes the place of "sdpa" in transformers' attention interface."""
     with_deepspeed()
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    UlyssesSPAttentionHF.register_with_transformers(
-        model_name_or_path=model, core_attn_implementation="sdpa", sequence_parallel_size=2, micro_batch_size=1,
-        seq_length=LENGTH, seq_length_is_variable=True,
+    groups = UlyssesSPAttentionHF.register_with_transformers(
+        model_name_or_path=model, core_attn_implementation="sdpa", sequence_parallel_size=2, micro_batch_size=rows,
+        seq_length=LENGTH, seq_length_is_variable=True, **kwargs,
     )  # fmt: skip
+    try:
+        yield groups
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]  # transformers' own function is there again
+        parallel_state_sp._release_sequence_parallel_groups()
+
+
+def of_all_ranks(tensor: Tensor) -> Tensor:
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts, dim=1)
+
+
+@contextmanager
+def without_ulysses() -> Iterator[None]:
+    """transformers' own function is back, which is looked up at each call."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    replaced = ALL_ATTENTION_FUNCTIONS._local_mapping.pop("sdpa")
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]  # transformers' own function is there again
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = replaced
 
 
-@case("deepspeed")
-def sequence_parallel(folder: Path) -> None:
-    """Registered after the adapter was attached, as accelerate's `prepare` does it, and before."""
-    lora, model, base = adapted("lora").eval(), adapted("hificl").eval(), build("gqa")
-    plain, with_lora, want = (logits(m, input_ids=LONG) for m in (base, lora, model))
-    own = {"input_ids": own_part(LONG), "position_ids": own_part(POSITIONS)}
-    cause = ("'sdpa'", "ulysses|uattn", "place|replaced")
-    with ulysses(model.get_base_model()):
-        torch.testing.assert_close(logits(lora, **own), own_part(with_lora), rtol=0, atol=1e-4)
-        refused(lambda: logits(model, **own), *cause)
-        refused(lambda: model.train()(**own, labels=own["input_ids"]), *cause)
-        refused(lambda: model.eval().generate(**own, max_new_tokens=2), *cause)
-        refused(lambda: logits(get_peft_model(build("gqa"), config()), **own), *cause)
-        refused(lambda: logits(get_peft_model(build("gqa"), config(target_modules=["self_attn"])), **own), *cause)
-        with model.disable_adapter():
-            torch.testing.assert_close(logits(model, **own), own_part(plain), rtol=0, atol=1e-4)
-    assert torch.equal(logits(model, input_ids=LONG), want)
+@case("deepspeed", kv_heads=[1, 2, 4], heads=["query", "kv"])
+def sequence_parallel(folder: Path, kv_heads: int, heads: str) -> None:
+    """Logits and gradients; Ulysses is registered after the adapter was attached, as accelerate does it, and before."""
+    settings: dict[str, Any] = {"heads": heads, "skip_first_token": True, "task_type": "CAUSAL_LM"}
+
+    def adapted_twice() -> PeftModel:
+        torch.manual_seed(1)
+        model = get_peft_model(llama(kv_heads=kv_heads), config(**settings, pair_weights=True), adapter_name="a")
+        model.add_adapter("b", config(**settings, n=2))
+        return model.eval()
+
+    model, alone = adapted_twice(), adapted_twice()
+    rows = LONG + 20 * torch.arange(2)[:, None]
+    whole = {"input_ids": rows, "position_ids": POSITIONS.expand_as(rows), "use_cache": False}
+    own = {**whole, "input_ids": own_part(rows), "position_ids": own_part(whole["position_ids"])}
+    labels = functional.pad(rows, (0, 1), value=-100)[:, 1:]
+
+    def same(model: nn.Module, **kwargs: Any) -> None:
+        with without_ulysses():
+            want = logits(alone, **whole, **kwargs)
+        torch.testing.assert_close(of_all_ranks(logits(model, **own, **kwargs)), want, rtol=0, atol=1e-5)
+
+    def backward(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> None:
+        output = model(**inputs).logits.flatten(0, 1)
+        functional.cross_entropy(output, labels.flatten(), reduction="sum").backward()
+
+    with ulysses(model.get_base_model(), rows=2):
+        same(model)
+        same(adapted_twice())
+        same(model, adapter_names=["b", "__base__"])
+        backward(model, own, own_part(labels))
+        with without_ulysses():
+            backward(alone, whole, labels)
+        gradients = dict(alone.named_parameters())
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                dist.all_reduce(weight.grad)
+                torch.testing.assert_close(weight.grad, gradients[name].grad, rtol=1e-4, atol=1e-4, msg=name)
+        for m in (model, alone):
+            m.set_adapter("b")
+        same(model)
+        with model.disable_adapter(), alone.disable_adapter():
+            same(model)
+        with record(model):
+            refused(lambda: logits(model, **own), "recorded")
+        refused(lambda: initialize_from_demonstrations(model, {"input_ids": rows[:1]}, [1, 2]), "before DeepSpeed")
+    assert torch.equal(logits(model, **whole), logits(alone, **whole))
+
+
+@case("deepspeed", kind=KINDS, stage=[2, 3])
+def sequence_parallel_training(folder: Path, kind: str, stage: int) -> None:
+    """DeepSpeed's engine, as accelerate makes it; evaluation is each rank's own, as accelerate has it."""
+    deepspeed = with_deepspeed()
+    model, alone = adapted(kind), adapted(kind)
+    labels = functional.pad(LONG, (0, 1), value=-100)[:, 1:]
+    whole = {"input_ids": LONG, "position_ids": POSITIONS, "use_cache": False}
+    own = {**whole, "input_ids": own_part(LONG), "position_ids": own_part(POSITIONS)}
+
+    def loss_of(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        output = model(**inputs).logits.flatten(0, 1)
+        return functional.cross_entropy(output, labels.flatten(), reduction="sum") / (LENGTH - 1)
+
+    with ulysses(model, rows=1, disable_in_eval=True) as groups:
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=sgd(model),
+            mpu=groups,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "sequence_parallel_size": 2,
+                "gradient_clipping": 0.0,
+                "zero_allow_untested_optimizer": True,
+                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            },
+        )
+        optimizer = sgd(alone)
+        for _ in range(STEPS):
+            engine.train()
+            loss = loss_of(engine, own, own_part(labels))
+            # DeepSpeed 0.19 sums gradients over the ranks of a row, but averages them in stage 3.
+            engine.backward(loss * (dist.get_world_size() if stage == 3 else 1))
+            engine.step()
+            loss = loss.detach()
+            dist.all_reduce(loss)
+            with without_ulysses():
+                want = loss_of(alone.train(), whole, labels)
+                want.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=1e-5)
+        engine.eval()
+        found = logits(engine, input_ids=LONG)
+    torch.testing.assert_close(found, logits(alone.eval(), input_ids=LONG), rtol=1e-4, atol=1e-4)
 
 
 @case("torch")
