@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import re
 import sys
 import traceback
@@ -23,9 +24,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate import (
+    Accelerator,
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    ParallelismConfig,
+    PartialState,
+)
 from accelerate.big_modeling import _attach_context_parallel_hooks
 from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedSequenceParallelConfig
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import fsdp_auto_wrap_policy
@@ -332,22 +341,30 @@ def refused(call: Callable[[], object], *patterns: str) -> None:
 
 
 @contextmanager
-def ulysses(model: nn.Module, rows: int, **kwargs: Any) -> Iterator[Any]:
-    """DeepSpeed's sequence parallelism takes the place of "sdpa" in transformers' attention interface."""
-    with_deepspeed()
+def put_back() -> Iterator[None]:
+    """transformers' own function for "sdpa" is there again afterwards, and DeepSpeed may be set up anew."""
     from deepspeed.runtime.sequence_parallel import parallel_state_sp
-    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    groups = UlyssesSPAttentionHF.register_with_transformers(
-        model_name_or_path=model, core_attn_implementation="sdpa", sequence_parallel_size=2, micro_batch_size=rows,
-        seq_length=LENGTH, seq_length_is_variable=True, **kwargs,
-    )  # fmt: skip
     try:
-        yield groups
+        yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]  # transformers' own function is there again
+        ALL_ATTENTION_FUNCTIONS._local_mapping.pop("sdpa", None)
         parallel_state_sp._release_sequence_parallel_groups()
+
+
+@contextmanager
+def ulysses(model: nn.Module, rows: int) -> Iterator[None]:
+    """DeepSpeed's sequence parallelism takes the place of "sdpa" in transformers' attention interface."""
+    with_deepspeed()
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    with put_back():
+        UlyssesSPAttentionHF.register_with_transformers(
+            model_name_or_path=model, core_attn_implementation="sdpa", sequence_parallel_size=2, micro_batch_size=rows,
+            seq_length=LENGTH, seq_length_is_variable=True,
+        )  # fmt: skip
+        yield
 
 
 def of_all_ranks(tensor: Tensor) -> Tensor:
@@ -419,37 +436,37 @@ def sequence_parallel(folder: Path, kv_heads: int, heads: str) -> None:
 
 @case("deepspeed", kind=KINDS, stage=[2, 3])
 def sequence_parallel_training(folder: Path, kind: str, stage: int) -> None:
-    """DeepSpeed's engine, as accelerate makes it; evaluation is each rank's own, as accelerate has it."""
-    deepspeed = with_deepspeed()
+    """With accelerate, which evaluates each rank's rows alone."""
+    with_deepspeed()
     model, alone = adapted(kind), adapted(kind)
     labels = functional.pad(LONG, (0, 1), value=-100)[:, 1:]
     whole = {"input_ids": LONG, "position_ids": POSITIONS, "use_cache": False}
     own = {**whole, "input_ids": own_part(LONG), "position_ids": own_part(POSITIONS)}
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as `accelerate launch --use_deepspeed` does
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+    handler = DeepSpeedSequenceParallelConfig(sp_attn_implementation="sdpa")
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
+        parallelism_config=ParallelismConfig(sp_size=2, sp_backend="deepspeed", sp_handler=handler),
+    )
 
     def loss_of(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
         output = model(**inputs).logits.flatten(0, 1)
         return functional.cross_entropy(output, labels.flatten(), reduction="sum") / (LENGTH - 1)
 
-    with ulysses(model, rows=1, disable_in_eval=True) as groups:
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=sgd(model),
-            mpu=groups,
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "sequence_parallel_size": 2,
-                "gradient_clipping": 0.0,
-                "zero_allow_untested_optimizer": True,
-                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-            },
-        )
+    with put_back():
+        wrapped, _ = accelerator.prepare(model, sgd(model))
         optimizer = sgd(alone)
         for _ in range(STEPS):
-            engine.train()
-            loss = loss_of(engine, own, own_part(labels))
+            wrapped.train()
+            loss = loss_of(wrapped, own, own_part(labels))
             # DeepSpeed 0.19 sums gradients over the ranks of a row, but averages them in stage 3.
-            engine.backward(loss * (dist.get_world_size() if stage == 3 else 1))
-            engine.step()
+            accelerator.backward(loss * (dist.get_world_size() if stage == 3 else 1))
             loss = loss.detach()
             dist.all_reduce(loss)
             with without_ulysses():
@@ -458,8 +475,8 @@ def sequence_parallel_training(folder: Path, kind: str, stage: int) -> None:
             optimizer.step()
             optimizer.zero_grad()
             torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=1e-5)
-        engine.eval()
-        found = logits(engine, input_ids=LONG)
+        wrapped.eval()
+        found = logits(wrapped, input_ids=LONG)
     torch.testing.assert_close(found, logits(alone.eval(), input_ids=LONG), rtol=1e-4, atol=1e-4)
 
 
