@@ -79,7 +79,13 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_export.py::test_every_way_gives_the_definition",
         "test_export.py::test_which_compilers_run_kernels",
     ),
-    "Tensor-parallel base models": ("test_bad_input.py::test_a_model_in_parallel_is_refused",),
+    "Tensor parallelism: heads": (
+        "test_bad_input.py::test_a_tensor_parallel_model_of_another_kind_is_refused",
+        "integration/test_two_processes.py::test_on_both_ranks",
+    ),
+    "Tensor parallelism together": ("integration/test_two_processes.py::test_on_both_ranks",),
+    "inspection, prune_pairs, add_weighted_adapter": ("integration/test_two_processes.py::test_on_both_ranks",),
+    "A base model that is wrong under transformers' plan": "a matter of transformers, of each version of it",
     "PeftModel.from_pretrained(base, path) onto": ("test_offload.py::test_loading_onto_an_offloaded_base",),
     'model.load_adapter(path, "default")': ("test_limits.py::test_loading_the_only_adapter_again_onto_a_base_on_disk",),
     "transformers' own model.load_adapter(path) after": ("test_offload.py::test_loading_onto_an_offloaded_base",),
@@ -192,6 +198,7 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_watch.py::test_replaced_on_the_class",
         "test_watch.py::test_compiled_models_are_not_reported",
     ),
+    "DeepSpeed's Ulysses with attention sinks": ("integration/test_two_processes.py::test_on_both_ranks",),
     "An attention function that others register": (
         "test_continuous_batching.py::test_a_replaced_attention_is_refused_by_the_call",
         "integration/test_replaced_attention.py::test_replaced_after_attaching",

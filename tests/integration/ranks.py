@@ -46,8 +46,9 @@ from torch.distributed.tensor.experimental import context_parallel as context
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
-from peft_hificl import initialize_from_demonstrations
+from peft_hificl import Scoring, VirtualPairs, initialize_from_demonstrations
 from peft_hificl.inspection import record
+from peft_hificl.sharding import Exchange
 
 from ..helpers import build, config, inputs_for, llama, logits
 from . import reports
@@ -342,26 +343,27 @@ def refused(call: Callable[[], object], *patterns: str) -> None:
 
 @contextmanager
 def put_back() -> Iterator[None]:
-    """transformers' own function for "sdpa" is there again afterwards, and DeepSpeed may be set up anew."""
+    """transformers' own functions are there again afterwards, and DeepSpeed may be set up anew."""
     from deepspeed.runtime.sequence_parallel import parallel_state_sp
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS._local_mapping.pop("sdpa", None)
+        for name in ("sdpa", "flex_attention"):
+            ALL_ATTENTION_FUNCTIONS._local_mapping.pop(name, None)
         parallel_state_sp._release_sequence_parallel_groups()
 
 
 @contextmanager
-def ulysses(model: nn.Module, rows: int) -> Iterator[None]:
-    """DeepSpeed's sequence parallelism takes the place of "sdpa" in transformers' attention interface."""
+def ulysses(model: nn.Module, rows: int, around: str = "sdpa") -> Iterator[None]:
+    """DeepSpeed's sequence parallelism takes the place of a function in transformers' attention interface."""
     with_deepspeed()
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     with put_back():
         UlyssesSPAttentionHF.register_with_transformers(
-            model_name_or_path=model, core_attn_implementation="sdpa", sequence_parallel_size=2, micro_batch_size=rows,
+            model_name_or_path=model, core_attn_implementation=around, sequence_parallel_size=2, micro_batch_size=rows,
             seq_length=LENGTH, seq_length_is_variable=True,
         )  # fmt: skip
         yield
@@ -432,6 +434,20 @@ def sequence_parallel(folder: Path, kv_heads: int, heads: str) -> None:
             refused(lambda: logits(model, **own), "recorded")
         refused(lambda: initialize_from_demonstrations(model, {"input_ids": rows[:1]}, [1, 2]), "before DeepSpeed")
     assert torch.equal(logits(model, **whole), logits(alone, **whole))
+
+
+@case("deepspeed")
+def sequence_parallel_that_is_refused(folder: Path) -> None:
+    model = adapted("hificl").eval()
+    own = {"input_ids": own_part(LONG), "position_ids": own_part(POSITIONS)}
+    model.get_base_model().set_attn_implementation("flex_attention")
+    with ulysses(model.get_base_model(), rows=1, around="flex_attention"), torch.compiler.set_stance("force_eager"):
+        refused(lambda: logits(model, **own), "'flex_attention'", "ulysses|uattn")
+    tensors = [torch.zeros(1, 4, 3, 16)] * 3
+    pairs = VirtualPairs(torch.zeros(1, 4, 2, 16), torch.zeros(1, 4, 2, 16))
+    for scores in ({"sinks": torch.zeros(4)}, {"bias": torch.zeros(1, 4, 3, 3)}):
+        scoring = Scoring(1.0, **scores)
+        refused(lambda: Exchange(None).attend(None, model, *tensors, pairs, scoring, {}, False), "sinks")
 
 
 @case("deepspeed", kind=KINDS, stage=[2, 3])
