@@ -141,9 +141,8 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         for factor in factors.values():
             if not factor.weight.is_meta:
                 factor.to(device=device, dtype=dtype)
-            if self.sharding is not None:
-                # Not by its name: where PEFT creates weights on the meta device, it would create this one again.
-                factor._parameters["weight"] = self.sharding.distributed(factor.weight)
+        if self.sharding is not None:
+            self.sharding.place(list(factors.values()))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()

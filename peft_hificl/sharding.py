@@ -19,13 +19,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from .config import HiFICLConfig
 from .names import HeadShape, plain
 from .ops.formula import Scoring, VirtualPairs
 
-_AXIS = "tp"  # transformers' name for the dimension of a device mesh that divides heads
+# transformers' names for the dimensions of a device mesh: that which divides heads, and FSDP2's.
+_AXIS, _DATA = "tp", "fsdp"
 # By the style of its output projection in a plan, the styles that the other modules of an attention may have.
 _DIVIDED = {"rowwise", "colwise", "packed_colwise", "mla_kv_a_proj", "replicated_with_grad_allreduce"}
 _WHOLE = {"rowwise_split_input", "rowwise_rep", "colwise_gather_output", "colwise_rep"}
@@ -35,24 +37,34 @@ class Sharding(NamedTuple):
     """Where the parameters of the adapters on one attention are.
 
     Attributes:
-        mesh: the ranks that share the attention.
+        mesh: the ranks that share the attention; None: it is not divided by tensor parallelism.
         divided: True: each rank has the pairs of its own heads.  False: each rank has all heads, and all pairs.
+        data: the ranks that FSDP2 shards parameters over, between forwards; None: it does not.
     """
 
-    mesh: DeviceMesh
+    mesh: DeviceMesh | None
     divided: bool
+    data: DeviceMesh | None
 
     def part(self, whole: HeadShape) -> HeadShape:
         """The heads that this rank attends with."""
-        ranks = self.mesh.size() if self.divided else 1
+        ranks = self.mesh.size() if self.mesh is not None and self.divided else 1
         return whole._replace(heads=whole.heads // ranks, groups=whole.groups // ranks)
 
-    def distributed(self, weight: nn.Parameter) -> nn.Parameter:
-        """A parameter of which this rank keeps its part: of the first rank's values, whatever the others were given."""
-        placement = Shard(0) if self.divided else Replicate()
-        source = None if weight.is_meta else 0
-        tensor = distribute_tensor(weight.data, self.mesh, [placement], src_data_rank=source)
-        return nn.Parameter(tensor, requires_grad=weight.requires_grad)
+    def place(self, factors: list[nn.Module]) -> None:
+        """Leave this rank its part of the weights of an adapter: the first rank's values, if the others' differ."""
+        for factor in factors:
+            if self.mesh is None:
+                continue
+            weight: Any = factor.weight
+            placement = Shard(0) if self.divided else Replicate()
+            source = None if weight.is_meta else 0
+            tensor = distribute_tensor(weight.data, self.mesh, [placement], src_data_rank=source)
+            # Not by its name: where PEFT creates weights on the meta device, it would create this one again.
+            factor._parameters["weight"] = nn.Parameter(tensor, requires_grad=weight.requires_grad)
+        for factor in factors if self.data is not None else []:
+            # One by one: in a model that has run, FSDP2 takes no group of several modules.
+            fully_shard(factor, mesh=self.data)
 
     def gathered(self, tensor: Tensor) -> Tensor:
         """A tensor (B, H, ...) of the heads of all ranks, from that of this rank's."""
@@ -60,11 +72,12 @@ class Sharding(NamedTuple):
 
 
 def sharding_of(model: nn.Module, name: str, attention: nn.Module, shape: HeadShape) -> Sharding | None:
-    """How transformers has divided an attention of a model; None if the model is not tensor-parallel.
+    """How transformers has divided an attention of a model when it loaded it; None if it has not.
 
     Raises:
         ValueError: it is divided in a way that HiFICL could get wrong, or its heads do not divide.
     """
+    data = _data_mesh(model)
     weights = [p for p in attention.parameters() if isinstance(p, DTensor)]
     weights = [w for w in weights if _AXIS in (w.device_mesh.mesh_dim_names or ())]
     divided = not all(w.placements[-1].is_replicate() for w in weights)
@@ -74,7 +87,7 @@ def sharding_of(model: nn.Module, name: str, attention: nn.Module, shape: HeadSh
                 f"The weights of {name!r} are divided by tensor parallelism, but {type(model).__name__} has no plan of "
                 "it: attach the adapter to the whole model that from_pretrained(distributed_config=...) returned."
             )
-        return None
+        return None if data is None else Sharding(None, divided=False, data=data)
     prefix = re.sub(r"\.\d+(?=\.)", ".*", f"{plain(name)}.")
     plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
     styles = {key.removeprefix(prefix): style for key, style in plan.items() if key.startswith(prefix)}
@@ -86,7 +99,7 @@ def sharding_of(model: nn.Module, name: str, attention: nn.Module, shape: HeadSh
         )
     mesh = mesh[_AXIS] if mesh.ndim > 1 else mesh
     if set(styles.values()) <= _WHOLE and bool(styles) == divided:
-        return Sharding(mesh, divided=False)
+        return Sharding(mesh, divided=False, data=data)
     other = {module: style for module, style in styles.items() if style not in _DIVIDED}
     if other or "rowwise" not in styles.values():
         raise ValueError(
@@ -100,22 +113,31 @@ def sharding_of(model: nn.Module, name: str, attention: nn.Module, shape: HeadSh
             f"{name!r} has {shape.heads} query heads and {shape.groups} key/value heads, which {ranks} ranks of tensor "
             "parallelism cannot share equally: load the model with a tp_size that divides both numbers."
         )
-    return Sharding(mesh, divided=True)
+    return Sharding(mesh, divided=True, data=data)
 
 
-def check_data_parallel(model: nn.Module) -> None:
-    """Refuse a base model that transformers has sharded for data parallelism, too, when it loaded it.
-
-    Raises:
-        ValueError: gradients of an adapter that is attached now would not be reduced.
-    """
-    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
-    if getattr(model, "_device_mesh", None) is not None and getattr(distributed, "dp_size", 1) > 1:
+def _data_mesh(model: nn.Module) -> DeviceMesh | None:
+    """The ranks over which transformers has sharded a model with FSDP2 when it loaded it; None if it has not."""
+    mesh: Any = getattr(model, "_device_mesh", None)
+    plan: Any = getattr(getattr(model, "config", None), "distributed_config", None)
+    if mesh is None or getattr(plan, "dp_size", 1) == 1:
+        return None
+    if plan.dp_replicate_size > 1 or plan.fsdp_cpu_offload:
         raise ValueError(
-            f"transformers has sharded {type(model).__name__} for data parallelism (fsdp_size, dp_replicate_size), so "
-            "an adapter that is attached now would have other gradients on each rank: load the model without it, "
-            "attach the adapter, and shard both with fully_shard, or with accelerate."
+            f"transformers has loaded {type(model).__name__} with dp_replicate_size={plan.dp_replicate_size}, "
+            f"fsdp_cpu_offload={plan.fsdp_cpu_offload}, where an adapter that is attached now would have no place: "
+            "load the model without them, attach the adapter, and shard both with fully_shard or accelerate."
         )
+    found: DeviceMesh = mesh[_DATA]
+    return found
+
+
+def forget(model: nn.Module) -> None:
+    """Let a copy of a model, which is whole, know nothing of the ranks that share the model."""
+    vars(model).update(_tp_size=None, _device_mesh=None)
+    for module in model.modules():
+        if isinstance(vars(module).get("sharding"), Sharding):
+            vars(module)["sharding"] = None
 
 
 def check_beside(model: nn.Module, config: HiFICLConfig) -> None:
@@ -129,10 +151,11 @@ def check_beside(model: nn.Module, config: HiFICLConfig) -> None:
     copied = {name: module for name, module in model.named_modules() if name.endswith(tuple(ends))}
     if isinstance(tokens, list | tuple):
         copied["the input embedding"] = model.get_input_embeddings()  # type: ignore[operator]
+    sharded = _data_mesh(model) is not None
     for name, module in copied.items():
-        if any(isinstance(p, DTensor) and local(p) is not p for p in module.parameters()):
+        if any(isinstance(p, DTensor) and (sharded or local(p) is not p) for p in module.parameters()):
             raise ValueError(
-                f"Module {name!r} is divided by tensor parallelism, and PEFT's copy of it (modules_to_save, "
+                f"Module {name!r} is divided among ranks, and PEFT's copy of it (modules_to_save, "
                 "trainable_token_indices) would compute with the base model's weights: leave it out."
             )
 
@@ -141,10 +164,10 @@ def check_whole(model: nn.Module, doing: str) -> None:
     """Raise a ValueError if a rank has the pairs of some heads alone."""
     for name, module in model.named_modules():
         sharding = getattr(module, "sharding", None)
-        if isinstance(sharding, Sharding) and sharding.divided:
+        if isinstance(sharding, Sharding) and (sharding.divided or sharding.data is not None):
             raise ValueError(
-                f"{doing} needs the pairs of all heads, but tensor parallelism divides those of {name!r}: save the "
-                "adapter, and load it onto a model that one process has whole (device_map='auto' spreads its layers)."
+                f"{doing} needs the pairs of all heads, but several ranks share those of {name!r}: save the adapter, "
+                "and load it onto a model that one process has whole (device_map='auto' spreads its layers)."
             )
 
 

@@ -198,13 +198,13 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_watch.py::test_replaced_on_the_class",
         "test_watch.py::test_compiled_models_are_not_reported",
     ),
-    "DeepSpeed's Ulysses with attention sinks": ("integration/test_two_processes.py::test_on_both_ranks",),
     "An attention function that others register": (
         "test_continuous_batching.py::test_a_replaced_attention_is_refused_by_the_call",
         "integration/test_replaced_attention.py::test_replaced_after_attaching",
         "integration/test_replaced_attention.py::test_torchs_function_is_patched",
         "integration/test_two_processes.py::test_on_both_ranks",
     ),
+    "DeepSpeed's Ulysses with attention sinks": ("integration/test_two_processes.py::test_on_both_ranks",),
     "A base model that passes no gradient on": (
         "test_watch.py::test_an_adapter_without_a_gradient_is_reported_once",
         "test_watch.py::test_compiled_models_are_not_reported",

@@ -54,7 +54,7 @@ from ..helpers import build, config, inputs_for, llama, logits
 from . import reports
 
 # A group shares its processes.
-GROUPS: dict[str, dict[str, Callable[[Path], None]]] = {"torch": {}, "deepspeed": {}, "tensor": {}}
+GROUPS: dict[str, dict[str, Callable[[Path], None]]] = {"torch": {}, "deepspeed": {}, "tensor": {}, "mesh": {}}
 KINDS = ["hificl", "lora"]
 IDS = inputs_for("gqa", rows=4)["input_ids"]
 STEPS = 3

@@ -236,6 +236,58 @@ def hotswaps(folder: Path) -> None:
     close(logits(model, input_ids=IDS), logits(alone, input_ids=IDS))
 
 
+def sharded_when_loaded(folder: Path, dtype: str) -> None:
+    """A base that transformers shards for data parallelism, too: FSDP2, alone or beside tensor parallelism."""
+    tp_size = dist.get_world_size() // 2
+    path = stored(build("gqa"), folder / "base")
+    plan = DistributedConfig(tp_size=tp_size, fsdp_size=2)
+    base = AutoModelForCausalLM.from_pretrained(path, distributed_config=plan, dtype=dtype)
+    models = [base, AutoModelForCausalLM.from_pretrained(path, dtype=dtype)]
+    tolerance = 1e-4 if dtype == "float32" else 5e-2
+    own = IDS.chunk(2)[dist.get_rank() // tp_size]
+    losses: list[list[float]] = [[], []]
+    for number, name in enumerate("ab"):  # the second one comes after a forward pass
+        for m in models:
+            torch.manual_seed(number)
+            if number:
+                m.add_adapter(name, config(task_type="CAUSAL_LM", pair_weights=True))
+                m.set_adapter(name)
+        if number == 0:
+            for index, m in enumerate(models):
+                torch.manual_seed(number)
+                models[index] = get_peft_model(m, config(task_type="CAUSAL_LM"), adapter_name=name)
+        model, alone = models
+        same_adapter(model, alone, name)
+        for m, ids, found in ((model, own, losses[0]), (alone, IDS, losses[1])):
+            optimizer = torch.optim.AdamW([p for p in m.train().parameters() if p.requires_grad], lr=1e-2)
+            for _ in range(STEPS):
+                loss = m(input_ids=ids, labels=ids).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                loss = loss.detach().float()
+                dist.all_reduce(loss)
+                found.append(loss.item() / dist.get_world_size())
+        assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+        same_adapter(model, alone, name, tolerance=tolerance)
+    same_adapter(model, alone, "a", tolerance=tolerance)
+    want = logits(model.eval(), input_ids=IDS)
+    close(want, logits(alone.eval(), input_ids=IDS), 10 * tolerance)
+    again = AutoModelForCausalLM.from_pretrained(path, distributed_config=plan, dtype=dtype)
+    for options in ({}, {"low_cpu_mem_usage": True}):
+        loaded = PeftModel.from_pretrained(again, saved(model, folder / "adapter") / "b", **options).eval()
+        close(logits(loaded, input_ids=IDS), want, tolerance)
+        again = loaded.unload()
+    again.load_adapter(folder / "adapter" / "b")
+    close(logits(again, input_ids=IDS), want, tolerance)
+    refused(lambda: pair_similarity(model, "a"), "all heads")
+    refused(lambda: get_peft_model(models[0].unload(), config(modules_to_save=["lm_head"])), "lm_head")
+
+
+case("tensor", dtype=["float32", "bfloat16"])(sharded_when_loaded)
+case("mesh", dtype=["float32", "bfloat16"])(sharded_when_loaded)  # of four processes
+
+
 @case("tensor")
 def refuses(folder: Path) -> None:
     """Before the first change, on every rank."""
@@ -253,8 +305,8 @@ def refuses(folder: Path) -> None:
         refused(lambda: attach(base.model), "self_attn", "whole model")
     keys = {f"model.layers.*.self_attn.{part}_proj": "replicate" for part in "kv"}
     refused(lambda: attach(divided(path, tp_plan=keys)), "k_proj", "rowwise")
-    spread = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(fsdp_size=2))
-    refused(lambda: attach(spread), "fsdp_size", "fully_shard")
+    replicas = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(dp_replicate_size=2))
+    refused(lambda: attach(replicas), "dp_replicate_size=2", "fully_shard")
     one_group = stored(llama(kv_heads=1), folder / "mqa")
     refused(lambda: attach(divided(one_group)), "'model.layers.0.self_attn' has 4 query heads and 1 key", "tp_size")
     model = get_peft_model(base, config(heads="kv"))
