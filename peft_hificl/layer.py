@@ -141,8 +141,8 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         for factor in factors.values():
             if not factor.weight.is_meta:
                 factor.to(device=device, dtype=dtype)
-        if self.sharding is not None:
-            self.sharding.place(list(factors.values()))
+            if self.sharding is not None:
+                self.sharding.place(factor)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()

@@ -51,19 +51,17 @@ class Sharding(NamedTuple):
         ranks = self.mesh.size() if self.mesh is not None and self.divided else 1
         return whole._replace(heads=whole.heads // ranks, groups=whole.groups // ranks)
 
-    def place(self, factors: list[nn.Module]) -> None:
-        """Leave this rank its part of the weights of an adapter: the first rank's values, if the others' differ."""
-        for factor in factors:
-            if self.mesh is None:
-                continue
+    def place(self, factor: nn.Module) -> None:
+        """Leave this rank its part of a `Factor`: of the first rank's values, if the others of the mesh differ."""
+        if self.mesh is not None:
             weight: Any = factor.weight
             placement = Shard(0) if self.divided else Replicate()
             source = None if weight.is_meta else 0
             tensor = distribute_tensor(weight.data, self.mesh, [placement], src_data_rank=source)
             # Not by its name: where PEFT creates weights on the meta device, it would create this one again.
             factor._parameters["weight"] = nn.Parameter(tensor, requires_grad=weight.requires_grad)
-        for factor in factors if self.data is not None else []:
-            # One by one: in a model that has run, FSDP2 takes no group of several modules.
+        if self.data is not None:
+            # By itself: in a model that has run, FSDP2 takes no group of several modules.
             fully_shard(factor, mesh=self.data)
 
     def gathered(self, tensor: Tensor) -> Tensor:
