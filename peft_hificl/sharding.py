@@ -138,20 +138,25 @@ def forget(model: nn.Module) -> None:
             vars(module)["sharding"] = None
 
 
-def check_beside(model: nn.Module, config: HiFICLConfig) -> None:
-    """Refuse copies of modules that are divided: PEFT's copy would compute with the base model's weights.
+def check_beside(model: nn.Module, config: HiFICLConfig, heads: tuple[str, ...]) -> None:
+    """Refuse copies of modules that are divided: PEFT's copy would compute with the base model's weights, or fail.
+
+    Args:
+        model: the base model.
+        config: the adapter's configuration.
+        heads: ends of the names of modules that PEFT copies for the task of the adapter.
 
     Raises:
         ValueError: such a module in `modules_to_save`, or tokens of an embedding that is divided.
     """
     tokens = config.trainable_token_indices
-    ends = [*(config.modules_to_save or ()), *(tokens if isinstance(tokens, dict) else ())]
-    copied = {name: module for name, module in model.named_modules() if name.endswith(tuple(ends))}
+    ends = (*(config.modules_to_save or ()), *(tokens if isinstance(tokens, dict) else ()), *heads)
+    copied = {name: module for name, module in model.named_modules() if name.endswith(ends)}
     if isinstance(tokens, list | tuple):
         copied["the input embedding"] = model.get_input_embeddings()  # type: ignore[operator]
-    sharded = _data_mesh(model) is not None
+    sharded = _data_mesh(model) is not None  # whose parameters may be whole at this moment
     for name, module in copied.items():
-        if any(isinstance(p, DTensor) and (sharded or local(p) is not p) for p in module.parameters()):
+        if sharded or any(isinstance(p, DTensor) and local(p) is not p for p in module.parameters()):
             raise ValueError(
                 f"Module {name!r} is divided among ranks, and PEFT's copy of it (modules_to_save, "
                 "trainable_token_indices) would compute with the base model's weights: leave it out."

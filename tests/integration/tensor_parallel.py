@@ -280,6 +280,13 @@ def sharded_when_loaded(folder: Path, dtype: str) -> None:
         again = loaded.unload()
     again.load_adapter(folder / "adapter" / "b")
     close(logits(again, input_ids=IDS), want, tolerance)
+    for m in models:
+        torch.manual_seed(5)
+        initialize_from_demonstrations(m, {"input_ids": IDS[:1]}, [2, 4, 8], adapter_name="b")
+    if dtype == "float32":
+        same_adapter(model, alone, "b", tolerance=1e-3)
+    hotswap_adapter(model, folder / "adapter" / "b", "b")
+    close(logits(model, input_ids=IDS), want, tolerance)
     refused(lambda: pair_similarity(model, "a"), "all heads")
     refused(lambda: get_peft_model(models[0].unload(), config(modules_to_save=["lm_head"])), "lm_head")
 
