@@ -110,7 +110,7 @@ def _check_call(
     if hasattr(query, "device_mesh"):
         raise ValueError(
             f"{type(module).__name__} attends with distributed tensors ({type(query).__name__}), which HiFICL does not "
-            "support: run it without tensor, sequence or context parallelism."
+            "support: run it without context parallelism."
         )
     if keywords.get("adapter_names") is not None:
         raise ValueError(

@@ -83,7 +83,7 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_bad_input.py::test_a_tensor_parallel_model_of_another_kind_is_refused",
         "integration/test_two_processes.py::test_on_both_ranks",
     ),
-    "Tensor parallelism together": ("integration/test_two_processes.py::test_on_both_ranks",),
+    "from_pretrained(distributed_config=...) with": ("integration/test_two_processes.py::test_on_both_ranks",),
     "inspection, prune_pairs, add_weighted_adapter": ("integration/test_two_processes.py::test_on_both_ranks",),
     "A base model that is wrong under transformers' plan": "a matter of transformers, of each version of it",
     "PeftModel.from_pretrained(base, path) onto": ("test_offload.py::test_loading_onto_an_offloaded_base",),

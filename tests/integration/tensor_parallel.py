@@ -1,6 +1,7 @@
-"""What each of two processes does with a base model that transformers divides between them.
+"""What each process does with a base model that transformers divides between two or, in both ways, four of them.
 
     python -m torch.distributed.run --nproc-per-node 2 -m tests.integration.tensor_parallel FOLDER tensor CASE...
+    python -m torch.distributed.run --nproc-per-node 4 -m tests.integration.tensor_parallel FOLDER mesh CASE...
 
 Each case compares with one process that has the whole model; see ranks.py.
 """
@@ -18,7 +19,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from peft_hificl import hotswap_adapter, initialize_from_demonstrations, prune_pairs, to_prefix_cache
@@ -207,6 +208,19 @@ def serves(folder: Path, implementation: str) -> None:
     same()
     assert not torch.allclose(base_output[0], logits(model, input_ids=IDS), atol=1e-2)
     close(logits(model.unload(), input_ids=IDS), logits(build("gqa"), input_ids=IDS))
+
+
+@case("tensor")
+def serves_continuous_batches(folder: Path) -> None:
+    found = []
+    for model in both("gqa", folder):
+        results = model.generate_batch(
+            inputs=IDS.tolist(),
+            generation_config=GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0),
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=64, page_size=4, max_batch_tokens=7),
+        )
+        found.append([(result.error, result.generated_tokens) for result in results.values()])
+    assert found[0] == found[1] and not any(error for error, _ in found[0])
 
 
 @case("tensor", heads=["query", "kv"], factorized=[True, False])

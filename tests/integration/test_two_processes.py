@@ -1,4 +1,4 @@
-"""Two processes: data parallel in all its ways; tensor, sequence and context parallel.  See ranks.py."""
+"""Two processes, or four: data parallel in all its ways; tensor, sequence and context parallel.  See ranks.py."""
 
 from __future__ import annotations
 
