@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from . import support
 from .layer import HiFICLLayer
 from .names import MODULE, plain
 from .ops.matching import match_attention
@@ -168,6 +169,13 @@ def _read(model: nn.Module, inputs: Mapping[str, Any], layers: Mapping[str, HiFI
     switches = {m: m._disable_adapters for m in base.modules() if "_disable_adapters" in vars(m)}
     if any(getattr(module, "merged", False) for module in switches):
         raise ValueError("An adapter is merged into the base weights: unmerge it before demonstrations are read.")
+    for name, layer in layers.items():
+        dispatch = support.dispatch_of(type(model.get_submodule(name.rpartition(".")[0])))
+        if support.exchange_of(dispatch, layer.base_config._attn_implementation) is not None:
+            raise ValueError(
+                "Sequence parallelism gives each rank a part of the prompt: initialize the adapter before DeepSpeed's "
+                "Ulysses is registered (before accelerate prepares the model)."
+            )
     modes = {module: module.training for module in base.modules()}
     calls: dict[str, list[_Read]] = {name: [] for name in layers}
     hooks = [
@@ -193,4 +201,12 @@ def _read(model: nn.Module, inputs: Mapping[str, Any], layers: Mapping[str, HiFI
                 f"{name.rpartition('.')[0]} attends {len(of_layer)} times in one forward pass: demonstrations can "
                 "only be read where each attention is called once."
             )
-    return {name: of_layer[0] for name, of_layer in calls.items()}
+    return {name: _of_all_heads(layers[name], of_layer[0]) for name, of_layer in calls.items()}
+
+
+def _of_all_heads(layer: HiFICLLayer, found: _Read) -> _Read:
+    """What was read, of the heads of all ranks, where a tensor-parallel model divides them."""
+    if layer.sharding is None:
+        return found
+    query, key, value = map(layer.sharding.gathered, found[:3])
+    return _Read(query, key, value, found.scaling)

@@ -13,6 +13,7 @@ from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from . import sharding
 from .config import HiFICLConfig
 from .layer import forget_unloaded
 
@@ -49,6 +50,7 @@ def saved_shapes(
     forget_unloaded(bare, adapter_name)
     bare.peft_config[adapter_name] = copy.deepcopy(config)
     bare.model.peft_config = bare.peft_config
+    sharding.forget(bare.model)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT will warn again when it attaches the adapter in earnest
         BaseTuner.inject_adapter(bare, bare.model, adapter_name, state_dict=state_dict)

@@ -15,6 +15,7 @@ from .config import HiFICLConfig
 from .layer import layers_with
 from .model import HiFICLModel
 from .ops.formula import OF_THE_SOFTMAX
+from .sharding import like
 
 # What decides the shapes of tensors, or how they are used, and is the same for two adapters that can be exchanged.
 _FIELDS = (
@@ -95,6 +96,6 @@ def hotswap_adapter(
     found, wanted = ({key: tensor.shape for key, tensor in tensors.items()} for tensors in (new, old))
     checkpoint.check_shapes("the adapter file", found, wanted, adapter)
     places = model.state_dict()  # the same memory as the parameters'
-    values = {key: tensor.to(places[key]) for key, tensor in new.items()}
+    values = {key: like(tensor.to(places[key].device, places[key].dtype), places[key]) for key, tensor in new.items()}
     for key, value in values.items():
         places[key].copy_(value)

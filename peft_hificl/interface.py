@@ -24,7 +24,8 @@ from .layer import HiFICLLayer
 from .listeners import listening, tell
 from .names import MODULE, HeadShape
 from .ops.formula import Scoring, VirtualPairs
-from .support import Dispatch, check_backend, dispatch_of
+from .sharding import Sharding
+from .support import Dispatch, check_backend, dispatch_of, exchange_of
 
 IMPLEMENTATION = "hificl"
 
@@ -84,6 +85,10 @@ def hificl_attention_forward(
         dropout=dropout if module.training else 0.0,
     )
     backend = BACKENDS[implementation.removeprefix("paged|")]
+    exchange = exchange_of(dispatch, implementation)
+    if exchange is not None:
+        recorded = bool(listening.each)
+        return exchange.attend(backend.attend, module, query, key, value, pairs, scoring, kwargs, recorded)
     output, weights = backend.attend(module, query, key, value, pairs, scoring)
     if listening.each:
         tell(layer, backend.attend, module, query, key, value, pairs, scoring, output)
@@ -105,7 +110,7 @@ def _check_call(
     if hasattr(query, "device_mesh"):
         raise ValueError(
             f"{type(module).__name__} attends with distributed tensors ({type(query).__name__}), which HiFICL does not "
-            "support: run it without tensor, sequence or context parallelism."
+            "support: run it without context parallelism."
         )
     if keywords.get("adapter_names") is not None:
         raise ValueError(
@@ -113,9 +118,10 @@ def _check_call(
             "adapter; a model with adapters added by its own add_adapter() runs the active adapters for every row."
         )
     found = HeadShape(query.shape[1], query.shape[3], value.shape[3], key.shape[1])
-    if found != layer.head_shape:
+    wanted = layer.head_shape if layer.sharding is None else layer.sharding.part(layer.head_shape)
+    if found != wanted:
         raise ValueError(
-            f"{type(module).__name__} attends with {found}, but its HiFICL adapter was made for {layer.head_shape}: "
+            f"{type(module).__name__} attends with {found}, but its HiFICL adapter was made for {wanted}: "
             "this attention is not supported; please report it."
         )
     if pairs.keys.device != query.device:
@@ -151,10 +157,10 @@ def _with_paged_past(
     return paged_cache.update(cache, layer, cast(int, module.layer_idx), key, value, keywords)
 
 
-def attach(module: nn.Module, head_shape: HeadShape) -> HiFICLLayer:
+def attach(module: nn.Module, head_shape: HeadShape, sharding: Sharding | None) -> HiFICLLayer:
     """Give an attention module a HiFICLLayer without adapters, and route its attention calls to this file."""
     config = cast(PreTrainedConfig, module.config)
-    layer = HiFICLLayer(config, head_shape)
+    layer = HiFICLLayer(config, head_shape, sharding)
     module.add_module(MODULE, layer)
     own = copy.copy(config)
     own._attn_implementation_internal = IMPLEMENTATION

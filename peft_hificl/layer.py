@@ -24,6 +24,7 @@ from .ops.formula import (
     without_autocast,
 )
 from .rows import running
+from .sharding import Sharding, like, local
 
 _IDENTITY_MASS = 2e-4  # of all pairs of a head, at scores of zero
 
@@ -43,13 +44,17 @@ class Factor(nn.Module):
     def forward(self, left: Tensor | None = None) -> Tensor:
         """The weight, (H, x, y), or its product with `left`, (H, w, x)."""
         if left is None:
-            value = self.weight.clone()  # FSDP frees the weight's memory when this returns
+            value = local(self.weight).clone()  # FSDP frees the weight's memory when this returns
         else:
             with without_autocast(left.device):
-                value = torch.bmm(left, self.weight)
+                value = torch.bmm(left, local(self.weight))
         if value.requires_grad and any(getattr(hook, "offload", False) for hook in accelerate_hooks(self)):
             value.register_hook(_refuse_gradient)
         return value
+
+    def fill(self, value: Tensor) -> None:
+        """Set the weight, (H, x, y) or (H, x), of all heads."""
+        self.weight.copy_(like(value, self.weight, source=0))
 
 
 class HiFICLLayer(nn.Module, BaseTunerLayer):
@@ -75,6 +80,7 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         base_config: the original configuration object of the attention module, from which the attention implementation
             is read on every call.
         head_shape: query and key/value heads, head dimension of keys, head dimension of values.
+        sharding: where the parameters are, if the base model is tensor-parallel; see `sharding`.
     """
 
     hificl_W: Any  # noqa: N815  # a ModuleDict, as the others that are looked up by name
@@ -83,10 +89,11 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         "n", "r", "heads", *OF_THE_SOFTMAX, "scaling", "log_scaling", "awaits_weights", "had_gradient",
     )  # fmt: skip
 
-    def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape) -> None:
+    def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape, sharding: Sharding | None = None) -> None:
         super().__init__()
         self.base_config = base_config
         self.head_shape = head_shape
+        self.sharding = sharding
         self._device_and_dtype = torch.device("cpu"), torch.get_default_dtype()
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
@@ -134,6 +141,8 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         for factor in factors.values():
             if not factor.weight.is_meta:
                 factor.to(device=device, dtype=dtype)
+            if self.sharding is not None:
+                self.sharding.place(factor)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
@@ -178,13 +187,15 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             )
         if adapter_name in self.hificl_W:
             logs = torch.zeros(1, 1) if log_weights is None else log_weights
-            self.hificl_W[adapter_name].weight.copy_(logs.repeat_interleave(heads // len(logs), dim=0))
+            logs = logs.repeat_interleave(heads // len(logs), dim=0)
+            self.hificl_W[adapter_name].fill(logs.expand(heads, self.n[adapter_name]))
         for kind, pairs in (("K", keys), ("V", values)):
             whole = pairs.repeat_interleave(heads // pairs.shape[0], dim=0).float()  # (H, n, d)
             if adapter_name in getattr(self, f"hificl_{kind}"):
-                getattr(self, f"hificl_{kind}")[adapter_name].weight.copy_(whole)
+                getattr(self, f"hificl_{kind}")[adapter_name].fill(whole)
                 continue
-            left, right = (getattr(self, f"hificl_{kind}_{factor}")[adapter_name].weight for factor in "AB")
+            factors = [getattr(self, f"hificl_{kind}_{factor}")[adapter_name] for factor in "AB"]
+            left, right = (torch.empty(f.weight.shape, dtype=f.weight.dtype, device=f.weight.device) for f in factors)
             n, rank = left.shape[1:]
             u, s, w = torch.linalg.svd(whole, full_matrices=False)  # (H, n, k), (H, k), (H, k, d)
             k = min(rank, s.shape[1])
@@ -193,6 +204,8 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
             right.zero_()
             left[:, :, :k].copy_(n**0.5 * u[:, :, :k] @ rotation)
             right[:, :k].copy_(rotation.mT @ (s[:, :k, None] * w[:, :k]) / n**0.5)
+            for factor, value in zip(factors, (left, right), strict=True):
+                factor.fill(value)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> VirtualPairs | None:
         """The virtual pairs for one attention call: of the active adapters, or of each row's own (see `rows`).

@@ -26,6 +26,7 @@ from . import (
     offloading,
     preflight,
     rows,
+    sharding,
     support,
     targets,
 )
@@ -160,7 +161,10 @@ class HiFICLModel(BaseTuner):
         else:
             # transformers reads the weights again, without the tuner.  In case that fails, or finds no parameters of
             # their names, they are loaded here already.
-            model.load_state_dict(self._in_keys_of(model, adapter_name, load.tensors), strict=False)
+            values = self._in_keys_of(model, adapter_name, load.tensors)
+            places = model.state_dict()
+            values |= {key: sharding.like(value, places[key]) for key, value in values.items() if key in places}
+            model.load_state_dict(values, strict=False)
 
     @staticmethod
     def _own_names(model: nn.Module) -> list[str]:
@@ -199,7 +203,8 @@ class HiFICLModel(BaseTuner):
             return
         layer = getattr(target, MODULE, None)
         if layer is None:
-            layer = interface.attach(target, support.head_shape_of(target))
+            shape = support.head_shape_of(target)
+            layer = interface.attach(target, shape, sharding.sharding_of(self.model, current_key, target, shape))
         layer.update_layer(adapter_name, peft_config, *offloading.device_and_dtype(target))
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from . import offloading, support, targets
+from . import offloading, sharding, support, targets
 from .layer import HiFICLLayer
 from .names import MODULE
 from .ops.formula import VirtualPairs, concatenate_pairs
@@ -173,6 +173,7 @@ def _prefix(model: Any, base: Any, adapter_name: str | None) -> Prefix:
 
 
 def _attentions(base: nn.Module, adapter_name: str | None) -> list[_Attention]:
+    sharding.check_whole(base, "A prefix")
     found = []
     for name, layer in base.named_modules():
         if isinstance(layer, HiFICLLayer):

@@ -8,7 +8,7 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from . import checkpoint, dry_run, offloading, support
+from . import checkpoint, dry_run, offloading, sharding, support
 from .config import HiFICLConfig
 from .layer import HiFICLLayer
 from .loading import Load
@@ -32,6 +32,7 @@ def check(model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[
     check_name(model, adapter_name)
     check_placement(model)
     offloading.check(model, config, names)
+    sharding.check_beside(model, config, checkpoint.HEADS.get(config.task_type or "", ()))
     check_targets(model, config, names)
     modules = set() if load is None else {module for key in load.tensors if (module := module_of(key))}
     if not checkpoint.on_other_stages(modules, model):
@@ -72,12 +73,7 @@ def check_name(model: nn.Module, adapter_name: str) -> None:
 
 
 def check_placement(model: nn.Module) -> None:
-    """The base model must not be sharded by tensor parallelism, nor traced by prepare_pippy."""
-    if (getattr(model, "_tp_size", None) or 1) > 1:
-        raise ValueError(
-            "The base model is sharded by tensor parallelism, which HiFICL does not support: load it without tp_plan "
-            "(device_map='auto' splits it by layers, which works)."
-        )
+    """The base model must not be traced by prepare_pippy."""
     if hasattr(model, "pippy_stage"):
         raise ValueError(
             "accelerate's prepare_pippy has traced the model, and its stages would not see an adapter that comes "
@@ -100,6 +96,7 @@ def check_targets(model: nn.Module, config: HiFICLConfig, names: set[str]) -> No
                     f"HiFICL cannot adapt module {name!r} of type {type(module).__name__}: {reason}. Choose attention "
                     "modules as target_modules, or leave target_modules=None to have them found."
                 )
+            sharding.sharding_of(model, name, module, support.head_shape_of(module))
 
 
 def check_load(

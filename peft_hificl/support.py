@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.eager_paged import eager_paged_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from . import sharding
 from .backends import BACKENDS
 from .names import MODULE, HeadShape
 
@@ -60,6 +61,8 @@ def why_unsupported(module: nn.Module) -> str | None:
     forward = vars(module).get("forward")
     if isinstance(forward, functools.partial) and forward.func.__module__ == "accelerate.hooks":
         forward = vars(module).get("_old_forward")  # which accelerate's forward calls
+    if getattr(forward, "__module__", None) == "transformers.distributed.tensor_parallel":
+        forward = None  # it runs the class's own, with this rank's part of the module's parameters
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         return "its forward has been replaced, and HiFICL cannot see what the new one does"
     try:
@@ -84,17 +87,17 @@ def why_replaced(dispatch: Dispatch, implementation: str) -> str | None:
 
     This is checked on every call, as functions can be replaced at any time: DeepSpeed's Ulysses registers its own for
     "sdpa" when accelerate prepares a model, and torch's context parallelism patches `scaled_dot_product_attention`.
+    The former computes what transformers' own does, which HiFICL knows; the latter does not ask for a function.
     """
     if implementation == "paged|sdpa":  # of transformers before 5.19
         implementation = "sdpa"
     found, own = dispatch.function_of(implementation), _OWN.get(implementation) or dispatch.eager
-    if found is not own:
+    if found is not own and exchange_of(dispatch, implementation) is None:
         if dispatch.interface is not ALL_ATTENTION_FUNCTIONS and implementation in dispatch.interface._local_mapping:
             return f"its modelling code replaces {implementation!r} by an attention of its own"
         return (
             f"{_name_of(found)} has taken the place of transformers' own attention function {implementation!r}, as "
-            "sequence parallelism (DeepSpeed's Ulysses) and attention packages do, and HiFICL does not know what it "
-            "computes. Run without it"
+            "attention packages do, and HiFICL does not know what it computes. Run without it"
         )
     if implementation == "sdpa":
         patched = torch.nn.functional.scaled_dot_product_attention
@@ -108,6 +111,13 @@ def why_replaced(dispatch: Dispatch, implementation: str) -> str | None:
                 "what it computes. Run without it"
             )
     return None
+
+
+def exchange_of(dispatch: Dispatch, implementation: str) -> sharding.Exchange | None:
+    """What exchanges heads for tokens around the attention function of an implementation; None if nothing does."""
+    own = _OWN.get(implementation) or dispatch.eager
+    found = dispatch.function_of(implementation)
+    return None if found is own or implementation != "sdpa" else sharding.exchange_in(found, own)
 
 
 def _name_of(function: Any) -> str:

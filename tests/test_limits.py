@@ -81,7 +81,13 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_export.py::test_every_way_gives_the_definition",
         "test_export.py::test_which_compilers_run_kernels",
     ),
-    "Tensor-parallel base models": ("test_bad_input.py::test_a_model_in_parallel_is_refused",),
+    "Tensor parallelism: heads": (
+        "test_bad_input.py::test_a_tensor_parallel_model_of_another_kind_is_refused",
+        "integration/test_two_processes.py::test_on_both_ranks",
+    ),
+    "from_pretrained(distributed_config=...) with": ("integration/test_two_processes.py::test_on_both_ranks",),
+    "inspection, prune_pairs, add_weighted_adapter": ("integration/test_two_processes.py::test_on_both_ranks",),
+    "A base model that is wrong under transformers' plan": "a matter of transformers, of each version of it",
     "PeftModel.from_pretrained(base, path) onto": ("test_offload.py::test_loading_onto_an_offloaded_base",),
     'model.load_adapter(path, "default")': ("test_limits.py::test_loading_the_only_adapter_again_onto_a_base_on_disk",),
     "transformers' own model.load_adapter(path) after": ("test_offload.py::test_loading_onto_an_offloaded_base",),
@@ -200,6 +206,7 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "integration/test_replaced_attention.py::test_torchs_function_is_patched",
         "integration/test_two_processes.py::test_on_both_ranks",
     ),
+    "DeepSpeed's Ulysses with attention sinks": ("integration/test_two_processes.py::test_on_both_ranks",),
     "A base model that passes no gradient on": (
         "test_watch.py::test_an_adapter_without_a_gradient_is_reported_once",
         "test_watch.py::test_compiled_models_are_not_reported",

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .. import sharding
 from ..layer import HiFICLLayer
 from ..names import MODULE, plain
 from ..ops.formula import VirtualPairs
@@ -132,8 +133,10 @@ def adapter_of(model: nn.Module, adapter_name: str | None) -> Adapter:
     """The only active adapter of a model.
 
     Raises:
-        ValueError: none or several are active, or another one than that of the given name.
+        ValueError: none or several are active, or another one than that of the given name; or its heads are divided
+            by tensor parallelism.
     """
+    sharding.check_whole(model, "This measurement of an adapter")
     layers = {
         plain(name).removesuffix(f".{MODULE}"): module
         for name, module in model.named_modules()

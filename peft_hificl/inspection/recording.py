@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import sharding
 from ..backends import dense
 from ..layer import HiFICLLayer
 from ..listeners import Call, heard_by
@@ -250,6 +251,7 @@ def record(model: nn.Module) -> Iterator[Records]:
         >>> bool(torch.allclose(found.alpha + found.beta.sum(-1), torch.ones(1, 2, 3)))
         True
     """
+    sharding.check_whole(model, "inspection.record")
     layers = {
         plain(name).removesuffix(f".{MODULE}"): module
         for name, module in model.named_modules()

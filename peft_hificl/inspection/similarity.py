@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import sharding
 from ..layer import layers_with
 from ..names import MODULE, plain
 
@@ -61,6 +62,7 @@ def pair_similarity(model: nn.Module, first: str, second: str | None = None) -> 
         >>> keys.shape, bool(torch.allclose(keys.diagonal(dim1=1, dim2=2), torch.ones(2, 4)))
         (torch.Size([2, 4, 4]), True)
     """
+    sharding.check_whole(model, "pair_similarity")
     second = first if second is None else second
     for name in (first, second):
         if not layers_with(model, name):

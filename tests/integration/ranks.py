@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import re
 import sys
 import traceback
@@ -23,9 +24,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate import (
+    Accelerator,
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    ParallelismConfig,
+    PartialState,
+)
 from accelerate.big_modeling import _attach_context_parallel_hooks
 from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedSequenceParallelConfig
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import fsdp_auto_wrap_policy
@@ -37,11 +46,15 @@ from torch.distributed.tensor.experimental import context_parallel as context
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
-from ..helpers import build, config, inputs_for, logits
+from peft_hificl import Scoring, VirtualPairs, initialize_from_demonstrations
+from peft_hificl.inspection import record
+from peft_hificl.sharding import Exchange
+
+from ..helpers import build, config, inputs_for, llama, logits
 from . import reports
 
 # A group shares its processes.
-GROUPS: dict[str, dict[str, Callable[[Path], None]]] = {"torch": {}, "deepspeed": {}}
+GROUPS: dict[str, dict[str, Callable[[Path], None]]] = {"torch": {}, "deepspeed": {}, "tensor": {}, "mesh": {}}
 KINDS = ["hificl", "lora"]
 IDS = inputs_for("gqa", rows=4)["input_ids"]
 STEPS = 3
@@ -329,39 +342,158 @@ def refused(call: Callable[[], object], *patterns: str) -> None:
 
 
 @contextmanager
-def ulysses(model: nn.Module) -> Iterator[None]:
-    """DeepSpeed's sequence parallelism takes the place of "sdpa" in transformers' attention interface."""
-    with_deepspeed()
-    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+def put_back() -> Iterator[None]:
+    """transformers' own functions are there again afterwards, and DeepSpeed may be set up anew."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    UlyssesSPAttentionHF.register_with_transformers(
-        model_name_or_path=model, core_attn_implementation="sdpa", sequence_parallel_size=2, micro_batch_size=1,
-        seq_length=LENGTH, seq_length_is_variable=True,
-    )  # fmt: skip
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]  # transformers' own function is there again
+        for name in ("sdpa", "flex_attention"):
+            ALL_ATTENTION_FUNCTIONS._local_mapping.pop(name, None)
+        parallel_state_sp._release_sequence_parallel_groups()
+
+
+@contextmanager
+def ulysses(model: nn.Module, rows: int, around: str = "sdpa") -> Iterator[None]:
+    """DeepSpeed's sequence parallelism takes the place of a function in transformers' attention interface."""
+    with_deepspeed()
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    with put_back():
+        UlyssesSPAttentionHF.register_with_transformers(
+            model_name_or_path=model, core_attn_implementation=around, sequence_parallel_size=2, micro_batch_size=rows,
+            seq_length=LENGTH, seq_length_is_variable=True,
+        )  # fmt: skip
+        yield
+
+
+def of_all_ranks(tensor: Tensor) -> Tensor:
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts, dim=1)
+
+
+@contextmanager
+def without_ulysses() -> Iterator[None]:
+    """transformers' own function is back, which is looked up at each call."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    replaced = ALL_ATTENTION_FUNCTIONS._local_mapping.pop("sdpa")
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = replaced
+
+
+@case("deepspeed", kv_heads=[1, 2, 4], heads=["query", "kv"])
+def sequence_parallel(folder: Path, kv_heads: int, heads: str) -> None:
+    """Logits and gradients; Ulysses is registered after the adapter was attached, as accelerate does it, and before."""
+    settings: dict[str, Any] = {"heads": heads, "skip_first_token": True, "task_type": "CAUSAL_LM"}
+
+    def adapted_twice() -> PeftModel:
+        torch.manual_seed(1)
+        model = get_peft_model(llama(kv_heads=kv_heads), config(**settings, pair_weights=True), adapter_name="a")
+        model.add_adapter("b", config(**settings, n=2))
+        return model.eval()
+
+    model, alone = adapted_twice(), adapted_twice()
+    rows = LONG + 20 * torch.arange(2)[:, None]
+    whole = {"input_ids": rows, "position_ids": POSITIONS.expand_as(rows), "use_cache": False}
+    own = {**whole, "input_ids": own_part(rows), "position_ids": own_part(whole["position_ids"])}
+    labels = functional.pad(rows, (0, 1), value=-100)[:, 1:]
+
+    def same(model: nn.Module, **kwargs: Any) -> None:
+        with without_ulysses():
+            want = logits(alone, **whole, **kwargs)
+        torch.testing.assert_close(of_all_ranks(logits(model, **own, **kwargs)), want, rtol=0, atol=1e-5)
+
+    def backward(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> None:
+        output = model(**inputs).logits.flatten(0, 1)
+        functional.cross_entropy(output, labels.flatten(), reduction="sum").backward()
+
+    with ulysses(model.get_base_model(), rows=2):
+        same(model)
+        same(adapted_twice())
+        same(model, adapter_names=["b", "__base__"])
+        backward(model, own, own_part(labels))
+        with without_ulysses():
+            backward(alone, whole, labels)
+        gradients = dict(alone.named_parameters())
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                dist.all_reduce(weight.grad)
+                torch.testing.assert_close(weight.grad, gradients[name].grad, rtol=1e-4, atol=1e-4, msg=name)
+        for m in (model, alone):
+            m.set_adapter("b")
+        same(model)
+        with model.disable_adapter(), alone.disable_adapter():
+            same(model)
+        with record(model):
+            refused(lambda: logits(model, **own), "recorded")
+        refused(lambda: initialize_from_demonstrations(model, {"input_ids": rows[:1]}, [1, 2]), "before DeepSpeed")
+    assert torch.equal(logits(model, **whole), logits(alone, **whole))
 
 
 @case("deepspeed")
-def sequence_parallel(folder: Path) -> None:
-    """Registered after the adapter was attached, as accelerate's `prepare` does it, and before."""
-    lora, model, base = adapted("lora").eval(), adapted("hificl").eval(), build("gqa")
-    plain, with_lora, want = (logits(m, input_ids=LONG) for m in (base, lora, model))
+def sequence_parallel_that_is_refused(folder: Path) -> None:
+    model = adapted("hificl").eval()
     own = {"input_ids": own_part(LONG), "position_ids": own_part(POSITIONS)}
-    cause = ("'sdpa'", "ulysses|uattn", "place|replaced")
-    with ulysses(model.get_base_model()):
-        torch.testing.assert_close(logits(lora, **own), own_part(with_lora), rtol=0, atol=1e-4)
-        refused(lambda: logits(model, **own), *cause)
-        refused(lambda: model.train()(**own, labels=own["input_ids"]), *cause)
-        refused(lambda: model.eval().generate(**own, max_new_tokens=2), *cause)
-        refused(lambda: logits(get_peft_model(build("gqa"), config()), **own), *cause)
-        refused(lambda: logits(get_peft_model(build("gqa"), config(target_modules=["self_attn"])), **own), *cause)
-        with model.disable_adapter():
-            torch.testing.assert_close(logits(model, **own), own_part(plain), rtol=0, atol=1e-4)
-    assert torch.equal(logits(model, input_ids=LONG), want)
+    model.get_base_model().set_attn_implementation("flex_attention")
+    with ulysses(model.get_base_model(), rows=1, around="flex_attention"), torch.compiler.set_stance("force_eager"):
+        refused(lambda: logits(model, **own), "'flex_attention'", "ulysses|uattn")
+    tensors = [torch.zeros(1, 4, 3, 16)] * 3
+    pairs = VirtualPairs(torch.zeros(1, 4, 2, 16), torch.zeros(1, 4, 2, 16))
+    for scores in ({"sinks": torch.zeros(4)}, {"bias": torch.zeros(1, 4, 3, 3)}):
+        scoring = Scoring(1.0, **scores)
+        refused(lambda: Exchange(None).attend(None, model, *tensors, pairs, scoring, {}, False), "sinks")
+
+
+@case("deepspeed", kind=KINDS, stage=[2, 3])
+def sequence_parallel_training(folder: Path, kind: str, stage: int) -> None:
+    """With accelerate, which evaluates each rank's rows alone."""
+    with_deepspeed()
+    model, alone = adapted(kind), adapted(kind)
+    labels = functional.pad(LONG, (0, 1), value=-100)[:, 1:]
+    whole = {"input_ids": LONG, "position_ids": POSITIONS, "use_cache": False}
+    own = {**whole, "input_ids": own_part(LONG), "position_ids": own_part(POSITIONS)}
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as `accelerate launch --use_deepspeed` does
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+    handler = DeepSpeedSequenceParallelConfig(sp_attn_implementation="sdpa")
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
+        parallelism_config=ParallelismConfig(sp_size=2, sp_backend="deepspeed", sp_handler=handler),
+    )
+
+    def loss_of(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        output = model(**inputs).logits.flatten(0, 1)
+        return functional.cross_entropy(output, labels.flatten(), reduction="sum") / (LENGTH - 1)
+
+    with put_back():
+        wrapped, _ = accelerator.prepare(model, sgd(model))
+        optimizer = sgd(alone)
+        for _ in range(STEPS):
+            wrapped.train()
+            loss = loss_of(wrapped, own, own_part(labels))
+            # DeepSpeed 0.19 sums gradients over the ranks of a row, but averages them in stage 3.
+            accelerator.backward(loss * (dist.get_world_size() if stage == 3 else 1))
+            loss = loss.detach()
+            dist.all_reduce(loss)
+            with without_ulysses():
+                want = loss_of(alone.train(), whole, labels)
+                want.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=1e-5)
+        wrapped.eval()
+        found = logits(wrapped, input_ids=LONG)
+    torch.testing.assert_close(found, logits(alone.eval(), input_ids=LONG), rtol=1e-4, atol=1e-4)
 
 
 @case("torch")

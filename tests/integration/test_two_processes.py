@@ -1,4 +1,4 @@
-"""Two processes: data parallel in all its ways, sequence and context parallel.  See ranks.py."""
+"""Two processes, or four: data parallel in all its ways; tensor, sequence and context parallel.  See ranks.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from . import tensor_parallel  # noqa: F401  # which adds its cases
 from .ranks import GROUPS
 
 pytestmark = pytest.mark.integration
@@ -22,10 +23,11 @@ CASES = [(group, name) for group, cases in GROUPS.items() for name in cases]
 
 def start(group: str, names: list[str]) -> tuple[list[dict[str, str | None]], str]:
     """What came of these cases on each rank, up to the first that failed, and what was printed."""
+    number = 4 if group == "mesh" else 2
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "127.0.0.1"),
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(number), "--local-addr", "127.0.0.1"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),  # a free port
-        *("-m", "tests.integration.ranks"),
+        *("-m", "tests.integration.tensor_parallel" if group in ("tensor", "mesh") else "tests.integration.ranks"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +40,7 @@ def start(group: str, names: list[str]) -> tuple[list[dict[str, str | None]], st
             except subprocess.TimeoutExpired:
                 process.terminate()  # torchrun ends its ranks
                 process.wait()
-        ranks = [Path(folder, f"{rank}.json") for rank in range(2)]
+        ranks = [Path(folder, f"{rank}.json") for rank in range(number)]
         outcomes = [json.loads(path.read_text()) if path.exists() else {} for path in ranks]
         return outcomes, Path(folder, "log").read_text(encoding="utf-8")
 
