@@ -8,6 +8,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from markdown_it import MarkdownIt
@@ -17,7 +18,10 @@ from mkdocstrings import Inventory
 import peft_hificl
 from benchmarks.quality.frame import load
 from benchmarks.quality.statistics import interval
+from benchmarks.real_base import report as real_base_report
+from benchmarks.real_base import runner as real_base_runner
 from benchmarks.real_base.__main__ import CACHE
+from benchmarks.real_base.tasks import TASKS
 from docs.figures import head, pairs
 from peft_hificl import inspection
 
@@ -87,6 +91,32 @@ SCORES = {
 }
 
 
+TRAINED_LANGUAGE_MODEL = {
+    "lora-8": "LoRA, r = 8",
+    "lora-3": "LoRA, r = 3",
+    "hificl-skip-demos": "HiFICL as in the example, n = 8, r = 8",
+}
+
+
+def rows_of_the_language_model() -> set[str]:
+    """Mean scores by number of samples, and the divergence from the base model, of the test data."""
+    folder = ROOT / "benchmarks" / "results" / "real_base-h200"
+    found = real_base_report.Results(real_base_runner.load(folder, TASKS), "test")
+    rows = set()
+    for method, title in TRAINED_LANGUAGE_MODEL.items():
+        scores, kls = [], []
+        for size in (16, 64, 256):
+            cells = [found.cell(task, method, size) for task in TASKS]
+            assert {len(cell) for cell in cells} == {5}
+            mean = interval(list(real_base_report.by_task(found, size, method)[-1].values()))
+            scores.append(f"{100 * mean.mean:.1f} ± {100 * mean.half:.1f}")
+            records = [record for cell in cells for record in cell.values()]
+            kls.append(f"{fmean(record['general_kl'] for record in records):.1f}")
+        rows.add(f"| {title} | {records[0]['parameters']:,} | {' | '.join(scores)} | {', '.join(kls)} |")
+    prompts = interval(list(real_base_report.by_task(found, real_base_report.PROMPTS, "8-shot")[-1].values()))
+    return rows | {f"| 8-shot prompt | 0 | {100 * prompts.mean:.1f} ± {100 * prompts.half:.1f} | - | - | 0 |"}
+
+
 def test_tables_and_picture_show_the_stored_results(tmp_path: Path) -> None:
     results = load(head.RESULTS)
     found = [(method, [interval(results.means(method, size)) for size in head.SIZES]) for method in SCORES]
@@ -96,10 +126,11 @@ def test_tables_and_picture_show_the_stored_results(tmp_path: Path) -> None:
         + " |"
         for method, points in found
     }
+    rows |= rows_of_the_language_model()
     for page in ("README.md", "docs/results.md"):
-        starts = tuple(f"| {title} | " for title in SCORES.values())
+        starts = tuple(f"| {title} | " for title in (*SCORES.values(), *TRAINED_LANGUAGE_MODEL.values()))
         shown = {line for line in (ROOT / page).read_text().splitlines() if line.startswith(starts)}
-        assert shown and shown <= rows, page
+        assert shown >= rows_of_the_language_model() and shown <= rows, page
     head.draw(tmp_path / "head.png")
     assert (tmp_path / "head.png").read_bytes().startswith(b"\x89PNG")
 
