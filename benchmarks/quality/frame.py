@@ -19,7 +19,7 @@ from .statistics import Paired, paired
 
 TASKS = {name: task.title for name, task in tasks.TASKS.items()}
 METHODS = {name: method.title for name, method in methods.METHODS.items()}
-TRIALS = {name: method.title for name, method in methods.TRIALS.items()}
+TRIALS = {name: method.title for name, method in (methods.TRIALS | methods.STARTS).items()}
 _ABLATED = ("hificl-teacher", "hificl-whole-k", "hificl-whole-v", "hificl-alpha-1")
 ABLATIONS = {name: METHODS[name] for name in _ABLATED}
 COMPARED = {name: title for name, title in METHODS.items() if name not in (*ABLATIONS, *plan.MATCHED)}
@@ -108,18 +108,20 @@ class Results:
         ratios = (mine / theirs).dropna()
         return float(np.exp(np.log(ratios).mean())) if len(ratios) else None
 
-    def trial(self, method: str, task: str, samples: int) -> tuple[float, float] | None:
-        """The rate that is best on validation data, on average over the seeds of trials, and its mean score.
+    def trial(
+        self, method: str, task: str, samples: int, seeds: tuple[int, ...] = plan.TRIAL_SEEDS
+    ) -> tuple[float, list[float]] | None:
+        """The rate that is best on validation data, on average over these seeds, and its scores by seed.
 
         None as long as one of its rates lacks a seed.
         """
         both = pd.concat([of for of in (self.sweeps, self.trials) if len(of)] or [self.sweeps])
         mine = both[(both["method"] == method) & (both["task"] == task) & (both["samples"] == samples)]
         by_rate = {rate: of.set_index("seed")["score"].to_dict() for rate, of in mine.groupby("rate")}
-        if any(not set(plan.TRIAL_SEEDS) <= set(by_rate.get(r, ())) for r in methods.ALL_METHODS[method].rates):
+        if any(not set(seeds) <= set(by_rate.get(r, ())) for r in methods.ALL_METHODS[method].rates):
             return None
-        means = {rate: plan.mean_score(of[seed] for seed in plan.TRIAL_SEEDS) for rate, of in by_rate.items()}
-        return max(means.items(), key=lambda item: item[1])
+        best = max(by_rate, key=lambda rate: plan.mean_score(by_rate[rate][seed] for seed in seeds))
+        return best, [by_rate[best][seed] for seed in seeds]
 
     def rates(self, method: str, task: str, samples: int) -> Rates | None:
         chooser, size = plan.swept_as(method, samples)

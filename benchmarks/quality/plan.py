@@ -52,7 +52,7 @@ MATCHED = tuple(name for name in METHODS if name.startswith(("hificl-r", "hificl
 # What is compared by validation data, with both seeds: HiFICL's settings, and LoRA beside them.
 TRIED = ("hificl", "hificl-n16", "hificl-one-rate", *TRIALS, "hificl-alpha-1", "lora-8")
 TRIED_ON = {64: tuple(TASKS), FULL: HARD_TASKS}
-STARTED_ON = ("knowledge", "composed")
+STARTED, STARTED_ON = ("hificl-paper-keys", *STARTS, "lora-3"), ("knowledge", "composed")
 SLOW = {"mimic": 3.0, "live": 3.0, "hificl-teacher": 3.0}  # a step's time, about
 
 
@@ -147,5 +147,5 @@ def trials(tasks: tuple[str, ...] = tuple(TASKS)) -> Iterator[Job]:
             for task in of:
                 if task in tasks:
                     yield from sweep(task, method, size, TRIAL_SEEDS)
-    for method in ("hificl-paper-keys", "lora-3", *STARTS):
+    for method in STARTED:
         yield from (job for task in STARTED_ON if task in tasks for job in sweep(task, method, 64, START_SEEDS))

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..common.tables import NOT_MEASURED, Table
 from . import goals, paper, plots, tables
 from .frame import METHODS, SEEDS, TASKS, Results, load
-from .plan import TRIAL_SEEDS
+from .plan import START_SEEDS, TRIAL_SEEDS
 
 __all__ = ["METHODS", "TASKS", "write"]
 
@@ -114,6 +114,8 @@ def _sections(found: Results, pictures: dict[str, str]) -> list[tuple[str, str, 
                 f"Mean of {len(TRIAL_SEEDS)} seeds, none of them one of those that are tested, at the rate that is "
                 "best for the setting and task. Settings are HiFICL's own but for what a row names.",
                 *tables.trials(found),
+                f"Where HiFICL starts, beside a LoRA of its size; {len(START_SEEDS)} seeds, keys at 0.3 of the rate.",
+                tables.starts(found),
             ],
         ),
         ("runs", "Runs", _runs(found)),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 
 from ..common.tables import Table, bytes_of, count, duration, scientific
 from . import paper
 from .frame import ABLATIONS, COMPARED, METHODS, PAIRS, RANKS, SEEDS, TASKS, TEACHERS, TRIALS, Rates, Results
-from .plan import FULL, SIZES, TRIED, TRIED_ON
+from .plan import FULL, SIZES, START_SEEDS, STARTED, STARTED_ON, TRIED, TRIED_ON
 from .statistics import Interval, Paired, holm, interval
 
 NOTHING = "-"
@@ -191,13 +191,27 @@ def trials(found: Results) -> list[Table]:
         for method in TRIED:
             of_tasks = [found.trial(method, task, samples) for task in tasks]
             if any(of_tasks):
-                cells = [NOTHING if of is None else f"{100 * of[1]:.1f} ({of[0]:g})" for of in of_tasks]
-                mean = fmean(of[1] for of in of_tasks if of) if all(of_tasks) else None
+                cells = [NOTHING if of is None else f"{100 * fmean(of[1]):.1f} ({of[0]:g})" for of in of_tasks]
+                mean = fmean(fmean(of[1]) for of in of_tasks if of) if all(of_tasks) else None
                 title = (METHODS | TRIALS)[method]
                 rows.append((title, *cells, NOTHING if mean is None else f"{100 * mean:.1f}"))
         columns = ("setting", *(TASKS[task] for task in tasks), "mean")
         tables.append(Table(f"Validation scores in % after {samples} training samples (rate)", columns, rows))
     return tables
+
+
+def starts(found: Results) -> Table:
+    """Where an adapter starts: mean and standard deviation over more seeds, at the best rate."""
+    rows = []
+    for method in STARTED:
+        of_tasks = [found.trial(method, task, 64, START_SEEDS) for task in STARTED_ON]
+        cells = [
+            NOTHING if of is None else f"{100 * fmean(of[1]):.1f} ± {100 * stdev(of[1]):.1f} ({of[0]:g})"
+            for of in of_tasks
+        ]
+        rows.append(((METHODS | TRIALS)[method], *cells))
+    columns = ("start", *(TASKS[task] for task in STARTED_ON))
+    return Table("Validation scores in % after 64 training samples, mean ± standard deviation (rate)", columns, rows)
 
 
 def _parameters(found: Results, methods: Iterable[str]) -> dict[str, list[str]]:

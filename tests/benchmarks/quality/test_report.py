@@ -19,7 +19,7 @@ from benchmarks.quality import frame, goals, plots, report, tables
 from benchmarks.quality.__main__ import RESULTS
 from benchmarks.quality.frame import METHODS, SHOTS, TASKS, TRIALS
 from benchmarks.quality.methods import ALL_METHODS
-from benchmarks.quality.plan import FULL, SIZES, TRIAL_SEEDS
+from benchmarks.quality.plan import FULL, SIZES, START_SEEDS, STARTED, TRIAL_SEEDS
 from benchmarks.quality.statistics import holm, interval, paired
 
 LEVELS = dict.fromkeys(METHODS, 0.5) | {"hificl": 0.7, "hificl-n16": 0.7}
@@ -195,7 +195,7 @@ def test_missing_task_leaves_no_mean(tmp_path: Path) -> None:
 
 
 def test_main_table(tmp_path: Path) -> None:
-    table = tables.main(write_all(tmp_path, seeds=1))
+    table = tables.main(write_all(tmp_path, LEVELS | {"hificl": 0.9}, seeds=1))
     row = row_of(table, "HiFICL")
     assert row["trainable parameters"] == "1,000 (1.00x)"
     assert row[TASKS["renaming"]].startswith("**") and row[TASKS["renaming"]].endswith("(1 seed)**")
@@ -282,7 +282,7 @@ def write_trial(folder: Path, name: str, method: str, rate: float, *scores: floa
 
 
 def test_trials_are_means_over_all_their_seeds_at_the_best_rate(tmp_path: Path) -> None:
-    (method,) = TRIALS
+    method = "hificl-keys-0.1"
     *rates, last = ALL_METHODS[method].rates
     write_trial(tmp_path, "sweeps", "hificl", 0.01, 0.3)  # of one seed and one rate
     for rate, scores in zip(rates, ((0.2, 0.8), (0.5, 0.56), (0.1, 0.9)), strict=True):
@@ -291,7 +291,7 @@ def test_trials_are_means_over_all_their_seeds_at_the_best_rate(tmp_path: Path) 
     assert frame.load(tmp_path).trial(method, "captions", FULL) is None
     write_trial(tmp_path, "trials", method, last, 0.9, 0.1)
     found = frame.load(tmp_path)
-    assert found.trial(method, "captions", FULL) == (rates[1], pytest.approx(0.53))
+    assert found.trial(method, "captions", FULL) == (rates[1], [0.5, 0.56])
     assert found.trial("hificl", "captions", FULL) is None
     few, many = tables.trials(found)
     assert few.rows == []
@@ -304,6 +304,19 @@ def test_trials_are_means_over_all_their_seeds_at_the_best_rate(tmp_path: Path) 
     row = row_of(tables.trials(frame.load(tmp_path))[1], TRIALS[method])
     assert row["mean"] == "31.0"
     assert found.rates(method, "captions", FULL) is None  # and so no part of the rates that were chosen
+
+
+def test_starts_are_shown_with_the_spread_of_more_seeds(tmp_path: Path) -> None:
+    method, scores = "start-weights", (0.2, 0.4, 0.6, 0.8)
+    for rate in ALL_METHODS[method].rates:
+        for seed, score in zip(START_SEEDS, scores, strict=True):
+            record = {"task": "composed", "method": method, "samples": 64, "seed": seed, "rate": rate}
+            better = score + (0.1 if rate == 0.03 else 0.0)
+            files.append(tmp_path / "trials" / "composed.jsonl", record | {"validation": {"score": better}})
+    table = tables.starts(frame.load(tmp_path))
+    row = row_of(table, TRIALS[method])
+    assert (row[TASKS["composed"]], row[TASKS["knowledge"]]) == ("60.0 ± 25.8 (0.03)", "-")
+    assert [of[0] for of in table.rows] == [(METHODS | TRIALS)[name] for name in STARTED]
 
 
 # -- goals -------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from benchmarks.common import environment
 from benchmarks.quality import costs, frame, plan, runner
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.encoding import encoded_task
-from benchmarks.quality.methods import METHODS, SHOTS, TRIALS
+from benchmarks.quality.methods import METHODS, SHOTS, STARTS, TRIALS
 from benchmarks.quality.plan import SEEDS, SIZES, TRAINED, TRIAL_SEEDS, Job, jobs, sweep, trials
 from benchmarks.quality.store import Store
 from benchmarks.quality.tasks import TASKS
@@ -92,8 +92,10 @@ def test_a_run_comes_after_the_sweep_that_it_waits_for():
 
 
 def test_sweeps_and_trials_draw_samples_of_their_own():
-    assert not set(TRIAL_SEEDS) & set(SEEDS)
-    assert {job.seed for job in (*jobs(), *trials()) if job.sweeps} == set(TRIAL_SEEDS)
+    assert not set(plan.START_SEEDS) & set(SEEDS)
+    assert {job.seed for job in jobs() if job.sweeps} == set(TRIAL_SEEDS) < set(plan.START_SEEDS)
+    assert {job.seed for job in trials()} == set(plan.START_SEEDS)
+    assert {job.seed for job in trials() if job.method in plan.TRIED} == set(TRIAL_SEEDS)
     assert {job.seed for job in jobs() if not job.sweeps} == set(SEEDS)
 
 
@@ -108,8 +110,9 @@ def test_every_method_is_swept_by_as_many_seeds_but_the_slow_ones():
 def test_trials_are_sweeps_that_choose_no_rate():
     tried = list(trials())
     assert all(job.sweeps for job in tried)
-    assert {job.method for job in tried} == set(plan.TRIED) > set(TRIALS)
-    assert {len(set(method.rates)) for method in TRIALS.values()} == {4}
+    assert {job.method for job in tried} == {*plan.TRIED, *plan.STARTED}
+    assert set(TRIALS) < set(plan.TRIED) and set(STARTS) < set(plan.STARTED)
+    assert {len(set(method.rates)) for method in (TRIALS | STARTS).values()} == {4}
     chooses = {job for job in jobs() if job.sweeps}
     assert {job.kind for job in chooses} == {"sweeps"}
     assert {job.kind for job in jobs() if not job.sweeps} == {"runs"}
