@@ -17,14 +17,19 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch.distributed
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from .config import HiFICLConfig
 from .names import HeadShape, plain
 from .ops.formula import Scoring, VirtualPairs
+
+if torch.distributed.is_available():
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+else:  # torch can be built without it
+    DTensor = ()  # type: ignore[misc,assignment]  # nothing is an instance of it
 
 # transformers' names for the dimensions of a device mesh: that which divides heads, and FSDP2's.
 _AXIS, _DATA = "tp", "fsdp"
