@@ -33,8 +33,8 @@ def install() -> None:
         def find_spec(cls, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
             if name != "peft":
                 return None
-            others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not cls)
-            spec = next(filter(None, others), None)
+            others = [finder for finder in sys.meta_path if finder is not cls and hasattr(finder, "find_spec")]
+            spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
             loader: Any = spec and spec.loader
             if hasattr(loader, "exec_module"):
                 execute = loader.exec_module

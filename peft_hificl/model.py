@@ -356,7 +356,8 @@ class HiFICLModel(BaseTuner):
         # PEFT selects keys that begin with the name of a layer.  FSDP1 and checkpoint_wrapper add to the names of
         # modules, but not to keys, so PEFT finds none there.
         found |= {key: tensor for key, tensor in state_dict.items() if module_of(key) is not None}
-        if not dist.is_initialized() or dist.get_rank() == 0:  # only rank 0 saves; other ranks may hold nothing
+        # Only rank 0 saves; other ranks may hold nothing.
+        if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
             ends = f".modules_to_save.{adapter_name}.", f"{checkpoint.TOKENS}.{adapter_name}"
             beside = {key: tensor for key, tensor in state_dict.items() if any(end in key for end in ends)}
             checkpoint.check_whole({**found, **beside})

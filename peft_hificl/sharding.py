@@ -17,14 +17,19 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch.distributed
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from .config import HiFICLConfig
 from .names import HeadShape, plain
 from .ops.formula import Scoring, VirtualPairs
+
+if torch.distributed.is_available():
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+else:  # torch can be built without it
+    DTensor = ()  # type: ignore[misc,assignment]  # nothing is an instance of it
 
 # transformers' names for the dimensions of a device mesh: that which divides heads, and FSDP2's.
 _AXIS, _DATA = "tp", "fsdp"
@@ -152,8 +157,9 @@ def check_beside(model: nn.Module, config: HiFICLConfig, heads: tuple[str, ...])
     tokens = config.trainable_token_indices
     ends = (*(config.modules_to_save or ()), *(tokens if isinstance(tokens, dict) else ()), *heads)
     copied = {name: module for name, module in model.named_modules() if name.endswith(ends)}
-    if isinstance(tokens, list | tuple):
-        copied["the input embedding"] = model.get_input_embeddings()  # type: ignore[operator]
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)  # PEFT goes by a name where there is none
+    if isinstance(tokens, list | tuple) and (found := embedding()) is not None:
+        copied["the input embedding"] = found
     sharded = _data_mesh(model) is not None  # whose parameters may be whole at this moment
     for name, module in copied.items():
         if sharded or any(isinstance(p, DTensor) and local(p) is not p for p in module.parameters()):

@@ -88,6 +88,12 @@ def test_it_is_imported_right_after_peft_and_once(code: str, stand_ins: tuple[En
     assert [line for line in printed(stand_ins[0], code) if line != "-"] == BOTH
 
 
+def test_a_finder_without_find_spec_is_passed_over(stand_ins: tuple[Environment, Path]) -> None:
+    """As Python does with those of old packages."""
+    code = "import sys; sys.meta_path.insert(0, type('Old', (), {'find_module': lambda *_: None})()); import peft"
+    assert printed(stand_ins[0], code) == BOTH
+
+
 def test_a_start_imports_nothing_and_leaves_one_finder(stand_ins: tuple[Environment, Path]) -> None:
     environment, _ = stand_ins
     code = "import sys; print(*sorted(sys.modules), sep='\\n')"

@@ -222,6 +222,13 @@ def test_rows_of_other_tokens_are_not_put_in_the_place_of_these(tmp_path: Path) 
         assert torch.equal(logits(same, **inputs_for("gqa")), logits(of[7, 8], **inputs_for("gqa")))
 
 
+def test_tokens_of_a_model_that_does_not_tell_its_embedding() -> None:
+    """PEFT takes that of the name `embed_tokens`."""
+    fields: dict[str, object] = {"trainable_token_indices": [7, 9], "target_modules": ["self_attn"]}
+    model = get_peft_model(nn.ModuleDict({"own": build("gqa")}), config(**fields))
+    assert any("embed_tokens.token_adapter" in name for name, _ in model.named_parameters())
+
+
 @pytest.mark.parametrize("tokens", [(7, 9), {"embed_tokens": (7, 9)}], ids=str)
 def test_tokens_in_a_tuple_are_rows(tokens: object) -> None:
     """PEFT alone would train the number in row 7 and column 9."""

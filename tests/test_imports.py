@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -39,3 +41,30 @@ def test_the_maths_imports_torch_alone() -> None:
             inside, outside = imports_of(module)
             assert all(name.startswith("ops.") for name in inside)
             assert outside <= {"__future__", "collections", "contextlib", "itertools", "logging", "torch", "typing"}
+
+
+WITHOUT_DISTRIBUTED = """
+import sys, torch
+torch.distributed.is_available = lambda: False
+import transformers
+from peft import PeftModel, get_peft_model
+base = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+))
+del torch.distributed.is_initialized
+sys.modules |= dict.fromkeys(["torch.distributed.fsdp", "torch.distributed.tensor"])
+
+from peft_hificl import HiFICLConfig, hotswap_adapter
+model = get_peft_model(base, HiFICLConfig(task_type="CAUSAL_LM", n=2, r=2))
+ids = torch.tensor([[1, 2, 3]])
+model(input_ids=ids, labels=ids).loss.backward()
+model.save_pretrained(sys.argv[1])
+hotswap_adapter(PeftModel.from_pretrained(model.unload(), sys.argv[1]), sys.argv[1], "default")
+print("done")
+"""
+
+
+def test_torch_may_be_built_without_distributed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_DISTRIBUTED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "done\n", done.stderr

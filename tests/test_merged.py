@@ -210,6 +210,21 @@ def test_half_precision_does_not_round_what_the_log_weights_of_a_head_share(
         assert not gradient[1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_log_weights_may_be_more_exact_than_the_log_sum_exp(dtype: torch.dtype) -> None:
+    """Those of an adapter in float64 give what the same in float32 give."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 4, 5, 8).to(dtype).requires_grad_().unbind()
+    keys, values = torch.randn(2, 1, 4, 3, 8).unbind()
+    found = []
+    for logs in (torch.float32, torch.float64):
+        weights = torch.linspace(-9, 2, 12).reshape(1, 4, 3).to(logs).requires_grad_()
+        output = merged.attention(query, key, value, VirtualPairs(keys, values, weights), Scoring(0.3))
+        found.append([output, *torch.autograd.grad(output.float().square().sum(), [query, weights])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, check_dtype=False)
+
+
 @pytest.mark.parametrize("way", ["training", "inference", "decoding", "merge"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_is_merged_in_float32(dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch) -> None:

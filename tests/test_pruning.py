@@ -89,6 +89,14 @@ def test_an_encoder_decoder_does_not_shift_its_labels() -> None:
     assert inspection.head_effects(model, data).loss == pytest.approx(want, rel=1e-5)
 
 
+def test_a_compiled_decoder_shifts_its_labels() -> None:
+    model, ids = adapted("gqa"), torch.randint(1, VOCAB, (1, 5))
+    few = ids.masked_fill(torch.arange(5) < 3, -100)
+    data = [{"input_ids": ids, "labels": labels} for labels in (ids, few)]
+    want = inspection.head_effects(model, data).loss
+    assert inspection.head_effects(torch.compile(model, backend="eager"), data).loss == pytest.approx(want)
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model, data = adapted("gqa"), data_for("gqa")
     model.train()

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -211,7 +210,7 @@ def _count(model: nn.Module, batch: Mapping[str, Any]) -> int:
 
     A decoder shifts them by one token; an encoder-decoder, an encoder, and a head of another task do not.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    shifted = isinstance(base, PreTrainedModel) and base.can_generate() and not base.config.is_encoder_decoder
+    base: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    shifted = base is not None and base.can_generate() and not base.config.is_encoder_decoder
     labels = batch["labels"]
     return int(((labels[:, 1:] if shifted else labels) != -100).sum())

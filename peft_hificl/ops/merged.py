@@ -226,7 +226,8 @@ def _top(inputs: _Inputs) -> Tensor | None:
     weights = inputs.log_weights
     if weights is None or torch.finfo(weights.dtype).eps >= torch.finfo(inputs.query.dtype).eps:
         return None
-    return weights.amax(dim=-1, keepdim=True).clamp_min(HIDDEN)  # finite, for a row without pairs
+    # Finite, for a row without pairs; in the dtype of the LSE.
+    return weights.amax(dim=-1, keepdim=True).clamp_min(HIDDEN).float()
 
 
 def _first_tokens(inputs: _Inputs) -> Tensor | None:
