@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from tokenizers import normalizers
 from torch.nn.functional import cross_entropy
 
 from benchmarks.lmm.answering import generate
@@ -72,6 +73,28 @@ def test_answers_of_demonstrations_are_found(name, of):
     texts = [encoder.tokenizer.decode(inputs["input_ids"][0][list(place)]).strip() for place in places]
     assert texts == ["red", "blue", "green", "a dog"]
     assert len(inputs["input_ids"][0]) >= places[-1].stop + 1  # the end follows
+
+
+def test_answers_are_found_where_a_template_parts_them_otherwise(load, root):
+    """LLaVA's asks with a line break, and says an answer behind a blank and a line break."""
+    _, processor = load("llava")
+    processor.chat_template = processor.chat_template.replace("['role'] }}\n", "['role'] }} \n")
+    encoder, found = Encoder(processor, "Answer."), read("vqav2", root / "data", "train")
+    inputs, places = encoder.demonstrations(found[:4])
+    texts = [encoder.tokenizer.decode(inputs["input_ids"][0][list(place)]) for place in places]
+    assert "assistant \nred" in encoder.tokenizer.decode(inputs["input_ids"][0])
+    assert encoder.text(found[0]).endswith("assistant\n") and texts == ["red", "blue", "green", "a dog"]
+
+
+def test_an_answer_has_no_blank_that_only_begins_a_text(load, root):
+    """Llama's older tokenizers put a blank before every text; an answer follows a prompt."""
+    _, processor = load("idefics2")
+    processor.tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
+    encoder, found = Encoder(processor, "Answer."), read("vqav2", root / "data", "train")
+    assert encoder.tokenizer.decode(encoder.answer(found[0])) == " red<end_of_utterance>"
+    batch, whole = encoder.trained(found[:1]), encoder.text(found[0], answered=True)
+    ids = encoder._process([whole], [found[:1]], "right")["input_ids"]
+    assert torch.equal(batch["input_ids"], ids[:, : batch["input_ids"].shape[1]])
 
 
 @each
