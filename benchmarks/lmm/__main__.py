@@ -70,17 +70,18 @@ def _run(args: argparse.Namespace) -> None:
     from . import report, runner
     from .methods import Method
 
-    Method.named(args.method)  # before anything is loaded
-    if args.method.startswith("hificl") and args.method != "hificl-paper" and args.n > args.samples:
-        raise ValueError(f"{args.n} pairs start as {args.n} demonstrations, and there are {args.samples} samples.")
     most = args.limit or max(args.samples, args.validation_samples, args.questions)
     sizes = tuple(min(most, size) for size in (args.samples, args.validation_samples, args.questions))
+    # Before anything is loaded: are there as many samples as the method shows, or begins as?
+    wanted = args.n if args.method == "hificl" else Method.named(args.method).shots
+    if wanted > sizes[0]:
+        raise ValueError(f"{args.method} reads {wanted} demonstrations, and there are {sizes[0]} samples.")
     splits = runner.load_splits(args.task, args.data, args.hub, args.hub_splits, sizes, args.seed)
     prepare()
     base, processor = runner.load_model(args.model, args.dtype)
     job = runner.Job(
-        args.model, args.task, args.method, args.n, args.r, sizes[0], args.epochs, args.seed, "test", sizes[2],
-        args.dtype, args.hub or "official files",
+        args.model, args.task, args.method, args.n, args.r, sizes[0], sizes[1], args.epochs, args.seed, "test",
+        sizes[2], args.dtype, " ".join((args.hub, *args.hub_splits)) if args.hub else "official files",
     )  # fmt: skip
     data = None if args.hub else args.data
     setup = runner.Setup(

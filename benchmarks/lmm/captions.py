@@ -79,7 +79,8 @@ class Objects:
             phrase = " ".join(words[:length])
             found.append(self._phrases.get(phrase, phrase))
             words = words[length:]
-        return [self._name[word] for word in found if word in self._name]
+        chair = "toilet" not in found  # else a seat is the toilet's
+        return [self._name[word] for word in found if word in self._name and (chair or word != "seat")]
 
     def of(self, image: int, captions: Iterable[str]) -> list[str]:
         """The objects of a picture: those that are marked in it, and those that people's captions name."""

@@ -27,7 +27,7 @@ from .recipe import Sizes
 METHODS = ("hificl", "lora-16")
 TEXT = 40  # tokens of a question, its instruction and the turns' marks; of an answer
 ANSWER = 4
-IMAGES = {"llava": (729, 729), "idefics2": (64, 3640), "qwen3_vl": (300, 1200)}  # tokens and patches of a COCO picture
+IMAGES = {"llava": (729, 729), "idefics2": (64, 1530), "qwen3_vl": (300, 1200)}  # tokens and patches of a COCO picture
 EVAL_BATCH, SHOTS, QUESTIONS = 8, 8, 10_000
 STATE = 4 * 4  # bytes of a trained parameter, its gradient and AdamW's two moments, in float32
 EFFICIENCY = 0.4  # of a card's peak, that training and the reading of prompts are taken to reach

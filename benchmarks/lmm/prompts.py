@@ -38,6 +38,7 @@ class Encoder:
         question = Sample("", "", "?", (_MARK,))  # type: ignore[arg-type]
         before, whole = self.text(question), self.text(question, answered=True)
         self.lead = whole[len(before) : whole.rindex(_MARK)] if whole.startswith(before) else ""
+        self.ask = before.splitlines(keepends=True)[-1]  # the line that an answer follows
         self.end = whole[whole.rindex(_MARK) + len(_MARK) :].strip() or self.tokenizer.eos_token
 
     def text(self, sample: Sample, shown: Sequence[Sample] = (), answered: bool = False) -> str:
@@ -87,8 +88,12 @@ class Encoder:
         return inputs | {"labels": _right(labels, IGNORED)}
 
     def answer(self, sample: Sample, end: bool = True) -> list[int]:
-        """The tokens of an answer."""
+        """The tokens of an answer, as they follow a prompt: some tokenizers would begin a text with another blank."""
         text = self.lead + sample.target + (self.end if end else "")
+        before, whole = self._ids(self.ask), self._ids(self.ask + text)
+        return whole[len(before) :] if whole[: len(before)] == before else self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -97,21 +102,25 @@ class Encoder:
         samples = list(samples)
         *before, last = samples
         inputs = self._process([self.text(last, before, answered=True)], [samples], "right")
-        places = []
+        ids, places = inputs["input_ids"][0], []
         for number, sample in enumerate(samples):
             prompt = self._process([self.text(sample, samples[:number])], [samples[: number + 1]], "right")[
                 "input_ids"
             ][0]
-            same = inputs["input_ids"][0][: len(prompt)] == prompt
+            same = ids[: len(prompt)] == prompt
             start = int(same.long().cumprod(0).sum())  # the last token of the prompt may be joined to the answer
-            places.append(range(start, start + len(self.answer(sample, end=False))))
+            answer = torch.tensor(self.answer(sample, end=False))
+            # A template may also part an answer from its mark by other blanks than it asks with, as LLaVA's does.
+            found = [n for n in range(start, start + 4) if torch.equal(ids[n : n + len(answer)], answer)]
+            start = found[0] if found else start
+            places.append(range(start, start + len(answer)))
         return inputs, places
 
     def stops(self, generation_config: Any) -> list[int]:
         """The tokens that end an answer: the model's own, and the template's if it is one token."""
         own = generation_config.eos_token_id
         ends = [own] if isinstance(own, int) else list(own or [])
-        ids = self.tokenizer(self.end, add_special_tokens=False)["input_ids"]
+        ids = self._ids(self.end)
         return sorted({*ends, *(ids if len(ids) == 1 else [])})
 
 

@@ -47,12 +47,13 @@ class Job:
     n: int
     r: int
     samples: int
+    held: int  # training data that are set apart for validation
     epochs: int
     seed: int
     split: str
     questions: int
     dtype: str
-    data: str  # "official files", or the hub's id
+    data: str  # "official files", or the hub's id and the splits
     rate: float | None = None  # of what is trained
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -194,7 +195,10 @@ def _shuffled(found: Iterable[Sample], seed: int) -> list[Sample]:
 
 
 def _key(sample: Sample) -> object:
-    return sample.image if isinstance(sample.image, Path) else id(sample.image)
+    """What two samples about one picture share: its file, or its pixels, as a hub's rows each hold a picture anew."""
+    if isinstance(sample.image, Path):
+        return sample.image
+    return sample.image.size, hashlib.sha256(sample.picture.tobytes()).digest()
 
 
 def draw(pool: Sequence[Sample], shots: int, query: Sample, seed: int) -> list[Sample]:

@@ -69,6 +69,8 @@ def train(
         dataloader_num_workers=workers, bf16=half is torch.bfloat16, fp16=half is torch.float16,
         use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
+    # Of several cards one is used: others get processes of their own, and the batch stays as it is.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -33,7 +33,7 @@ def main() -> None:
     run.add_argument("--rates", nargs="+", type=float, help="default: the method's own; on test data the best of them")
     run.add_argument("--processes", type=int, default=1)
     run.add_argument(
-        "--at-once", type=int, default=1, help="trainings of a method that share a batch, as a GPU likes it"
+        "--at-once", type=int, default=1, help="trainings of one method and rate that share a batch, for a GPU"
     )
     moved = commands.add_parser(
         "positions", parents=[cache, results], help="move texts that an adapter was not trained at"

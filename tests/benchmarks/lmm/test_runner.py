@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, Features, Sequence, Value
+from datasets import Image as Picture
+from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.lmm import __main__, answering, memory, recipe, report, runner, training
@@ -19,7 +22,7 @@ from benchmarks.speed.measure import peak_bytes
 
 from . import tiny
 
-JOB = Job("m", "vqav2", "lora-2", 8, 8, 8, 2, 0, "validation", 4, "float32", "official files", 0.1)
+JOB = Job("m", "vqav2", "lora-2", 8, 8, 8, 4, 2, 0, "validation", 4, "float32", "official files", 0.1)
 
 
 def command(root, folder, name, task, method, *more):
@@ -75,6 +78,47 @@ def test_training_learns(call):
     """Four answers to one question, told apart by the picture's color or by nothing: the loss falls."""
     record = call("llava", "vqav2", "hificl-paper", "--rates", "0.1", "--epochs", "40")[-1]
     assert record["steps"] == 80 and record["losses"][-1] < 0.5 * record["losses"][0]
+
+
+def test_recomputed_activations_change_nothing_in_half_precision(call, tmp_path):
+    row = ("qwen3_vl", "coco", "hificl", "--dtype", "bfloat16", "--rates", "0.01", "--n", "4")
+    kept, recomputed = (call(*row, *more, folder=tmp_path / "".join(more))[0] for more in ((), ("--checkpointing",)))
+    assert kept["losses"] == recomputed["losses"] and len(set(kept["losses"])) > 1
+
+
+def test_other_validation_samples_leave_others_to_train_on(call):
+    first, second = (call("llava", "vqav2", "hificl-paper", "--validation-samples", n)[-1] for n in ("4", "2"))
+    assert (first["held"], second["held"]) == (4, 2) and first["losses"] != second["losses"]
+
+
+def test_a_hubs_splits_are_rows_of_their_own(call, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "hub").mkdir()
+    for split, number in (("train", 30), ("validation", 5), ("test", 6)):
+        rows = {
+            "image": [Image.new("RGB", (9, 9), (n, 0, 0)) for n in range(number)],
+            "question": ["What?"] * number,
+            "answers": [["x", "y"]] * number,
+        }
+        features = Features({"image": Picture(), "question": Value("string"), "answers": Sequence(Value("string"))})
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "hub" / f"{split}.parquet")
+    hub = ("llava", "vqav2", "1-shot", "--hub", str(tmp_path / "hub"))
+    call(*hub)
+    records = call(*hub, "--hub-splits", "train", "test")
+    assert [record["questions"] for record in records] == [5, 6]
+    assert [record["data"].split()[1:] for record in records] == [["train", "validation"], ["train", "test"]]
+
+
+def test_one_process_trains_on_one_card(call, monkeypatch):
+    """Where there are two, the batch stays the paper's."""
+    original = training.TrainingArguments.__post_init__
+
+    def of_two(self):
+        original(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(training.TrainingArguments, "__post_init__", of_two)
+    assert call("llava", "vqav2", "hificl-paper")[0]["steps"] == 4
 
 
 class KilledError(Exception):
@@ -141,7 +185,9 @@ def test_a_rate_that_diverges_scores_nothing(call):
     ("change", "message"),
     [
         (("--method", "lora"), "No method 'lora'"),
-        (("--method", "hificl", "--n", "9"), "9 pairs start as 9 demonstrations, and there are 8 samples"),
+        (("--method", "hificl", "--n", "9"), "hificl reads 9 demonstrations, and there are 8 samples"),
+        (("--method", "hificl", "--limit", "4"), "hificl reads 8 demonstrations, and there are 4 samples"),
+        (("--method", "9-shot"), "9-shot reads 9 demonstrations, and there are 8 samples"),
         (("--data", "nowhere"), "There is no nowhere/v2_OpenEnded"),
         (("--samples", "16", "--limit", "16"), "are to be trained on"),
     ],

@@ -56,6 +56,14 @@ def test_validation_is_the_same_for_every_seed_and_shares_no_picture():
     assert first(found, 5) == first(found, 9)[:5] != found[:5]
 
 
+def test_questions_about_one_picture_of_a_hub_stay_together():
+    """Each row holds its picture anew: 20 pictures, three questions about each."""
+    found = [Sample(str(n), Pictures.new("RGB", (4, 4), (n % 20, 0, 0)), "?", ("x",)) for n in range(60)]
+    splits = split_training(found, 6, 20, 0)
+    held, trained = ({int(sample.name) % 20 for sample in splits[name]} for name in ("validation", "train"))
+    assert not held & trained and len(splits["train"]) == 20
+
+
 def test_demonstrations_are_drawn_anew_for_each_query():
     pool = asked(30, 30)
     drawn = [draw(pool, 4, Sample(str(n), Path("x"), "?", ("a",)), 7) for n in range(3)]

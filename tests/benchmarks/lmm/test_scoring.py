@@ -134,6 +134,12 @@ def test_chair_by_hand(root):
     }
 
 
+def test_a_seat_is_no_chair_beside_a_toilet(root):
+    objects = captions.Objects(root / "data")
+    assert objects.mentions("A toilet with its seat up") == ["toilet"] == objects.mentions("A toilet seat")
+    assert objects.mentions("Two seats on a train") == ["chair"]
+
+
 def test_chair_names_the_file_that_is_missing(root, tmp_path):
     shutil.copytree(root / "data", tmp_path / "data", ignore=shutil.ignore_patterns("synonyms.txt"))
     people = [sample("a cat", name="1"), sample("a dog", name="2")]

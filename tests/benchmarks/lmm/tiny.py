@@ -140,7 +140,8 @@ def save_data(folder: Path, train: int = 16, val: int = 6) -> None:
         marked = [{"image_id": first, "category_id": 44}]
         _write(folder / f"instances_{split}2014.json", {"categories": categories, "annotations": marked})
     _write(folder / "dataset_coco.json", {"images": karpathy})
-    (folder / "synonyms.txt").write_text("dog, puppy, terrier\ncat, kitten\nbottle\nteddy bear, teddy\nperson, baby\n")
+    lines = ("dog, puppy, terrier", "cat, kitten", "bottle", "teddy bear, teddy", "person, baby", "chair, seat")
+    (folder / "synonyms.txt").write_text("\n".join((*lines, "toilet")))
 
 
 def _write(path: Path, content: object) -> None:
