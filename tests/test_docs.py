@@ -82,12 +82,14 @@ def test_readme_shows_what_the_real_model_prints(
 
 
 SCORES = {
+    "lora-3": "LoRA, r = 3",
     "lora-8": "LoRA, r = 8",
     "lora-16": "LoRA, r = 16",
     "prefix-demos": "prefix tuning, from demonstrations",
     "hificl": "HiFICL, from demonstrations, slower keys",
     "hificl-n16": "the same with n = 16",
     "hificl-paper": "HiFICL, the paper's start and one rate",
+    "hificl-paper-keys": "HiFICL, the paper's start, slower keys",
 }
 
 
