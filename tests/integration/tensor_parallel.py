@@ -56,7 +56,11 @@ def both(kind: str, folder: Path, seed: int = 1, **kwargs: Any) -> tuple[PeftMod
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    """Element by element; in half precision by the norm: single elements depend on the order in which ranks add up."""
+    if tolerance < 1e-2:
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    else:
+        assert float((found.float() - wanted.float()).norm() / wanted.float().norm()) < tolerance
 
 
 def same_adapter(model: nn.Module, alone: nn.Module, adapter_name: str = "default", tolerance: float = 0.0) -> None:
@@ -286,7 +290,7 @@ def sharded_when_loaded(folder: Path, dtype: str) -> None:
         same_adapter(model, alone, name, tolerance=tolerance)
     same_adapter(model, alone, "a", tolerance=tolerance)
     want = logits(model.eval(), input_ids=IDS)
-    close(want, logits(alone.eval(), input_ids=IDS), 10 * tolerance)
+    close(want, logits(alone.eval(), input_ids=IDS), min(10 * tolerance, 0.1))
     again = AutoModelForCausalLM.from_pretrained(path, distributed_config=plan, dtype=dtype)
     for options in ({}, {"low_cpu_mem_usage": True}):
         loaded = PeftModel.from_pretrained(again, saved(model, folder / "adapter") / "b", **options).eval()
