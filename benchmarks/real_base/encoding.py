@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -93,19 +93,32 @@ def measure(model: nn.Module, rows: Sequence[Row], shown: Sequence[Row] = ()) ->
     if shown:
         ids = torch.tensor([[token for row in shown for token in row.ids]], device=device)
         cache = model(input_ids=ids, use_cache=True).past_key_values
-    right, loss, tokens = 0, 0.0, 0
+    right, loss, tokens = torch.zeros(3, device=device, dtype=torch.float64)
     for number in range(0, len(rows), BATCH):
         part = rows[number : number + BATCH]
         batch, before = Batch.of(part, device), copy.deepcopy(cache)
         if before is not None:
             before.batch_repeat_interleave(len(part))
-        logits, targets = batch.logits(model, before), batch.targets
-        wrong = torch.zeros_like(batch.said)
-        wrong[batch.said] = logits.argmax(dim=-1) != targets
-        right += int((~wrong.any(dim=1)).sum())
-        loss += float(cross_entropy(logits, targets, reduction="sum"))
-        tokens += len(targets)
-    return {"score": right / len(rows), "loss": loss / tokens}
+        found = answered(model, batch, before)
+        right, loss, tokens = right + found.right.sum(), loss + found.loss.sum(), tokens + found.tokens.sum()
+    return {"score": float(right) / len(rows), "loss": float(loss / tokens)}
+
+
+class Answered(NamedTuple):
+    """Of each row, (B): whether its whole answer is the likeliest, the summed loss of its tokens, and their number."""
+
+    right: Tensor
+    loss: Tensor
+    tokens: Tensor
+
+
+def answered(model: nn.Module, batch: Batch, cache: Any = None) -> Answered:
+    """How a model answers each row of a batch, behind what a cache holds."""
+    logits, targets = batch.logits(model, cache), batch.targets
+    wrong, loss = torch.zeros_like(batch.said), torch.zeros_like(batch.said, dtype=torch.float64)
+    wrong[batch.said] = logits.argmax(dim=-1) != targets
+    loss[batch.said] = cross_entropy(logits, targets, reduction="none").double()
+    return Answered(~wrong.any(dim=1), loss.sum(dim=1), batch.said.sum(dim=1))
 
 
 @torch.no_grad()

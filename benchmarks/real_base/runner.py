@@ -159,7 +159,7 @@ def _general(cache: Path) -> list[Row]:
 def perform(job: Job, cache: Path) -> Record:
     """Train and measure."""
     method, rows = METHODS[job.method], _task(cache, job.task)
-    chosen = [rows["train"][number] for number in samples(len(rows["train"]), job.samples, job.seed)]
+    chosen = _samples(job, cache)
     set_seed(job.seed)
     base = load_base(cache / "model")
     record: Record = asdict(job) | {"vector": torch.backends.cpu.get_cpu_capability()}
@@ -202,6 +202,7 @@ def perform_together(jobs: Sequence[Job], cache: Path) -> list[Record]:
         lost = together.forgetting(stacked, general, before)
         return [_rounded(score | _general_names(record)) for score, record in zip(scores, lost, strict=True)]
 
+    # What a method begins with is asked of validation data alone, where starts are compared.
     start = found() if jobs[0].split == "validation" else [{}] * len(jobs)
     data = [batches(range(len(rows)), STEPS, job.seed, BATCH) for rows, job in zip(chosen, jobs, strict=True)]
     diverged, records = together.train(stacked, rates, chosen, data, STEPS), list[Record]()

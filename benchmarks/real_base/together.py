@@ -24,7 +24,7 @@ from peft_hificl.ops.formula import OF_THE_SOFTMAX, VirtualPairs
 
 from ..common.tables import Record
 from ..quality.training import fit
-from .encoding import BATCH, Batch, Row
+from .encoding import BATCH, Batch, Row, answered
 
 State = dict[str, Tensor]  # what is trained, by name
 Own = Mapping[str, Tensor]  # the stacked parameters of one module, by their names in it
@@ -162,9 +162,7 @@ def train(
         diverged.logical_or_(~each.isfinite())
         return each[each.isfinite()].sum()
 
-    parameters = [
-        {"params": [model.stacked[name] for name in names], "lr": rate} for names, rate in groups if len(names)
-    ]
+    parameters = [{"params": [model.stacked[name] for name in names], "lr": rate} for names, rate in groups]
     fit(model, loss, parameters, map(list, zip(*data, strict=True)), steps, clip=clip_each)
     return diverged.tolist()
 
@@ -190,14 +188,9 @@ def measure(model: Together, rows: Sequence[Sequence[Row]]) -> list[Record]:
         filled = [list(islice(chain(part, cycle(own)), size)) for own, part in zip(rows, parts, strict=True)]
         counts = torch.tensor([len(part) for part in parts], device=device)
         counted = (torch.arange(size, device=device) < counts[:, None]).flatten()  # (K size): not filled up
-        batch = Batch.of([row for block in filled for row in block], device)
-        logits, targets = batch.logits(model), batch.targets
-        wrong, values = torch.zeros_like(batch.said), torch.zeros_like(batch.said, dtype=torch.float64)
-        wrong[batch.said] = logits.argmax(dim=-1) != targets
-        values[batch.said] = cross_entropy(logits, targets, reduction="none").double()
-        right += (counted & ~wrong.any(dim=1)).view(-1, size).sum(dim=1)
-        loss += (counted * values.sum(dim=1)).view(-1, size).sum(dim=1)
-        tokens += (counted * batch.said.sum(dim=1)).view(-1, size).sum(dim=1)
+        found = answered(model, Batch.of([row for block in filled for row in block], device))
+        for total, of_row in zip((right, loss, tokens), found, strict=True):
+            total += (counted * of_row).view(-1, size).sum(dim=1)
     sizes = [len(own) for own in rows]
     return [
         {"score": float(score) / size, "loss": float(mean)}

@@ -151,7 +151,7 @@ def _compiles_kernels() -> bool:
 
 def _plan(
     query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring
-) -> tuple[Path, _Inputs | None, Call | None]:
+) -> tuple[Path, _Inputs | None, _Virtual | None]:
     """The path and, if kernels are used, their inputs and the call over the virtual pairs."""
     reason = needs_formula(scoring)
     if reason is None:
@@ -183,7 +183,7 @@ def _plan(
     with torch.no_grad():
         virtual = _virtual_call(inputs)
     chosen = []
-    for call in (context, virtual):
+    for call in (context, virtual.call):
         reasons = {name: kernel.limits(call) for name, kernel in KERNELS.get(query.device.type, {}).items()}
         able = [name for name, reason in reasons.items() if reason is None]
         if not able:
@@ -199,7 +199,19 @@ def _context_call(inputs: _Inputs) -> Call:
     return Call(inputs.query, inputs.key, inputs.value, mask, inputs.is_causal, inputs.scaling)
 
 
-def _virtual_call(inputs: _Inputs) -> Call:
+class _Virtual(NamedTuple):
+    """A kernel call over the virtual pairs, and what was taken from the log-weights of each head for it.
+
+    Attributes:
+        call: its LSE lacks `top`.
+        top: (B or 1, H or 1, 1), or None: nothing.
+    """
+
+    call: Call
+    top: Tensor | None
+
+
+def _virtual_call(inputs: _Inputs) -> _Virtual:
     """Attention of the queries over the virtual pairs, all of which are visible."""
     query, keys, values = inputs.query, inputs.keys, inputs.values
     batch, _, _, dim = query.shape
@@ -214,7 +226,7 @@ def _virtual_call(inputs: _Inputs) -> Call:
     log_weights, top = inputs.log_weights, _top(inputs)
     if log_weights is not None:
         log_weights = (log_weights if top is None else log_weights - top)[:, :, None]  # (B or 1, H or 1, 1, n)
-    return Call(query, keys, values, _additive(log_weights, None, query.dtype), False, inputs.scaling)
+    return _Virtual(Call(query, keys, values, _additive(log_weights, None, query.dtype), False, inputs.scaling), top)
 
 
 def _top(inputs: _Inputs) -> Tensor | None:
@@ -264,7 +276,7 @@ class _Run(NamedTuple):
     states: tuple[State, ...] = ()
 
 
-def _run(inputs: _Inputs, context: Call, virtual: Call, for_backward: bool = False) -> _Run:
+def _run(inputs: _Inputs, context: Call, virtual: _Virtual, for_backward: bool = False) -> _Run:
     """Attention over the context and over the virtual pairs, merged; what a backward needs is made only for one."""
     kernels = [KERNELS[context.query.device.type][name] for name in inputs.kernels]
     one_query = context.query.shape[2] == 1 and not context.is_causal
@@ -272,9 +284,8 @@ def _run(inputs: _Inputs, context: Call, virtual: Call, for_backward: bool = Fal
         context_output, context_lse, context_state = _folded(kernels[0], context)
     else:
         context_output, context_lse, context_state = kernels[0].forward(context)
-    virtual_output, own_lse, virtual_state = kernels[1].forward(virtual)
-    top = _top(inputs)
-    own_lse = own_lse if top is None else own_lse + top
+    virtual_output, own_lse, virtual_state = kernels[1].forward(virtual.call)
+    own_lse = own_lse if virtual.top is None else own_lse + virtual.top
     first = _first_tokens(inputs)
     virtual_lse = _hidden(own_lse, first)
     if inputs.sinks is not None:
@@ -381,8 +392,8 @@ class _Differentiable(torch.autograd.Function):
         *seen, context_state, virtual_state = (tuple(islice(saved, size)) for size in ctx.sizes)
         context, virtual = _Seen(*seen[0]), _Seen(*seen[-1])
         kernels = [KERNELS[inputs.query.device.type][name] for name in inputs.kernels]
-        grad, call, first = _aligned(grad), _virtual_call(inputs), _first_tokens(inputs)
-        if (top := _top(inputs)) is not None:
+        grad, (call, top), first = _aligned(grad), _virtual_call(inputs), _first_tokens(inputs)
+        if top is not None:
             virtual = virtual._replace(lse=virtual.lse - top)
         of_pairs = grad if first is None else grad.masked_fill(first[..., None], 0)
         of_query, of_keys, of_values = kernels[1].backward(call, of_pairs, *virtual, virtual_state)
