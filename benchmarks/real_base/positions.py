@@ -18,7 +18,7 @@ from peft_hificl import HiFICLLayer
 from ..common import files
 from ..common.environment import note_environment
 from ..common.tables import Record
-from ..quality.training import batches, fit, samples
+from ..quality.training import batches, fit
 from . import runner
 from .base import load_base
 from .encoding import Row, loss_of, measure
@@ -48,7 +48,7 @@ def run(tasks: Sequence[str], seeds: Sequence[int], results: Path, cache: Path) 
 
 def _trained(task: str, seed: int, cache: Path) -> tuple[nn.Module, dict[str, list[Row]]]:
     rows = runner._task(cache, task)
-    chosen = [rows["train"][number] for number in samples(len(rows["train"]), SAMPLES, seed)]
+    chosen = runner.training_rows(task, SAMPLES, seed, cache)
     set_seed(seed)
     attach = METHODS[METHOD].attach
     assert attach is not None

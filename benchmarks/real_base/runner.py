@@ -132,9 +132,10 @@ def _task(cache: Path, name: str) -> dict[str, list[Row]]:
     return {split: encode(tokenizer, of) for split, of in load_task(cache / "tasks", name).items()}
 
 
-def _samples(job: Job, cache: Path) -> list[Row]:
-    rows = _task(cache, job.task)["train"]
-    return [rows[number] for number in samples(len(rows), job.samples, job.seed)]
+def training_rows(task: str, size: int, seed: int, cache: Path) -> list[Row]:
+    """The samples of a seed, of which fewer are the first of more."""
+    rows = _task(cache, task)["train"]
+    return [rows[number] for number in samples(len(rows), size, seed)]
 
 
 @functools.cache
@@ -146,7 +147,7 @@ def _start(method: str, task: str, seed: int, size: int, cache: Path) -> State:
     attach = METHODS[method].attach
     assert attach is not None
     set_seed(seed)
-    model, _ = attach(load_base(cache / "model", "cpu"), _samples(Job(task, method, size, seed, "train"), cache), 1.0)
+    model, _ = attach(load_base(cache / "model", "cpu"), training_rows(task, size, seed, cache), 1.0)
     return state_of(model)
 
 
@@ -159,7 +160,7 @@ def _general(cache: Path) -> list[Row]:
 def perform(job: Job, cache: Path) -> Record:
     """Train and measure."""
     method, rows = METHODS[job.method], _task(cache, job.task)
-    chosen = _samples(job, cache)
+    chosen = training_rows(job.task, job.samples, job.seed, cache)
     set_seed(job.seed)
     base = load_base(cache / "model")
     record: Record = asdict(job) | {"vector": torch.backends.cpu.get_cpu_capability()}
@@ -187,7 +188,7 @@ def perform_together(jobs: Sequence[Job], cache: Path) -> list[Record]:
     method, rate = METHODS[jobs[0].method], jobs[0].rate
     assert method.attach is not None and rate is not None
     base, tasks, general = load_base(cache / "model"), [_task(cache, job.task) for job in jobs], _general(cache)
-    chosen = [_samples(job, cache) for job in jobs]
+    chosen = [training_rows(job.task, job.samples, job.seed, cache) for job in jobs]
     states = [_start(job.method, job.task, job.seed, min(job.samples, READ), cache) for job in jobs]
     before = log_probabilities(base, general)
     bare = replace(method.attach, start=None) if isinstance(method.attach, Adapter) else method.attach

@@ -190,7 +190,7 @@ def measure(model: Together, rows: Sequence[Sequence[Row]]) -> list[Record]:
         counted = (torch.arange(size, device=device) < counts[:, None]).flatten()  # (K size): not filled up
         found = answered(model, Batch.of([row for block in filled for row in block], device))
         for total, of_row in zip((right, loss, tokens), found, strict=True):
-            total += (counted * of_row).view(-1, size).sum(dim=1)
+            total.add_((counted * of_row).view(-1, size).sum(dim=1))
     sizes = [len(own) for own in rows]
     return [
         {"score": float(score) / size, "loss": float(mean)}
