@@ -31,7 +31,8 @@ DEVICE = torch.device("cuda")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HALF = (BF16, FP16)
 GROUPS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
-BLOCKS = {"flash": BF16, "efficient": FP32}  # a dtype that each kernel is chosen for, without a mask
+# A dtype and a length that each kernel is chosen for, without a mask.
+BLOCKS = {"cudnn": (BF16, 72), "flash": (BF16, 37), "efficient": (FP32, 37)}
 
 # Errors are ||got - want|| / ||want||, in units of the dtype's eps. Half precision: a kernel rounds the weights before
 # it multiplies them with the values, then its output, and the merge rounds once more, each by at most eps / 2 and not
@@ -41,6 +42,8 @@ BLOCKS = {"flash": BF16, "efficient": FP32}  # a dtype that each kernel is chose
 # off by a good part of 1, which is 128 eps of bfloat16.
 FORWARD = {BF16: 0.5, FP16: 0.5, FP32: 12.0}
 BACKWARD = {BF16: 1.0, FP16: 1.0, FP32: 24.0}
+
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 Within = Callable[[str, Tensor, Tensor, torch.dtype, float], None]
 
@@ -175,17 +178,24 @@ def check(
         within("without gradients", run(merged.attention, mine, *given), want, dtype, FORWARD[dtype])
 
 
-def chosen(dtype: torch.dtype, options: dict[str, Any]) -> str:
+def chosen(dtype: torch.dtype, options: dict[str, Any], length: int = 37, size: int | None = None) -> str:
+    """The kernel of the context, for head dimensions up to 128."""
+    size = length if size is None else size
+    if options.get("is_causal") and length != size:
+        return "efficient"
+    if dtype in HALF and length > 1 and size >= 64 and kernels._prefers_cudnn(DEVICE):
+        return "cudnn"
     return "flash" if dtype in HALF and "mask" not in options else "efficient"
 
 
 @dtypes(BF16, FP16, FP32)
 @pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("length", [37, 77])
 @pytest.mark.parametrize("mask", ["none", "is_causal", "causal", "padded", "additive", "per-head"])
 @pytest.mark.parametrize("groups", GROUPS)
-def test_masks_and_groups(groups: str, mask: str, d: int, dtype: torch.dtype, within: Within) -> None:
-    options = mask_of(mask, 37, 37, dtype)
-    check(within, draw(groups, 37, 37, d, dtype), chosen(dtype, options), **options)
+def test_masks_and_groups(groups: str, mask: str, length: int, d: int, dtype: torch.dtype, within: Within) -> None:
+    options = mask_of(mask, length, length, dtype)
+    check(within, draw(groups, length, length, d, dtype), chosen(dtype, options, length), **options)
 
 
 @dtypes(BF16, FP32)
@@ -210,16 +220,18 @@ def test_half_precision_without_flash(groups: str, mask: str, dtype: torch.dtype
 @pytest.mark.parametrize("kernel", BLOCKS)
 def test_lengths_around_the_kernels_blocks(kernel: str, mask: str, length: int, within: Within) -> None:
     """The memory-efficient kernel pads its LSE to a multiple of 32, and wants rows of masks at multiples of 16."""
-    dtype = BLOCKS[kernel]
+    dtype, _ = BLOCKS[kernel]
     options = mask_of(mask, length, length, dtype)
-    check(within, draw("gqa", length, length, 64, dtype), chosen(dtype, options), **options)
+    with nullcontext() if kernel == "cudnn" else sdpa_kernel(WITHOUT_CUDNN):
+        wanted = chosen(dtype, options, length) if kernel == "cudnn" else chosen(dtype, options)
+        check(within, draw("gqa", length, length, 64, dtype), wanted, **options)
 
 
 @pytest.mark.parametrize("mask", ["is_causal", "padded"])
 @dtypes(BF16, FP32)
 def test_a_long_sequence(dtype: torch.dtype, mask: str, within: Within) -> None:
     options = mask_of(mask, 1030, 1030, dtype)
-    check(within, draw("gqa", 1030, 1030, 128, dtype), chosen(dtype, options), **options)
+    check(within, draw("gqa", 1030, 1030, 128, dtype), chosen(dtype, options, 1030), **options)
 
 
 @pytest.mark.parametrize("n", [1, 16, 130])
@@ -234,17 +246,16 @@ def test_numbers_of_pairs(dtype: torch.dtype, n: int, within: Within) -> None:
 @pytest.mark.parametrize("groups", GROUPS)
 def test_decoding(groups: str, mask: str, size: int, dtype: torch.dtype, within: Within) -> None:
     options = mask_of(mask, 1, size, dtype)
-    check(within, draw(groups, 1, size, 64, dtype), chosen(dtype, options), **options)
+    check(within, draw(groups, 1, size, 64, dtype), chosen(dtype, options, 1, size), **options)
 
 
-@pytest.mark.parametrize("shape", [(3, 40), (40, 3)], ids=["fewer-queries", "fewer-keys"])
-@pytest.mark.parametrize("mask", ["none", "is_causal", "causal"])
+@pytest.mark.parametrize("shape", [(3, 40), (40, 3), (3, 90), (90, 70)], ids="{0[0]}-{0[1]}".format)
+@pytest.mark.parametrize("mask", ["none", "is_causal", "causal", "padded"])
 @dtypes(BF16, FP32)
 def test_rectangles(dtype: torch.dtype, mask: str, shape: tuple[int, int], within: Within) -> None:
     """Flash counts causal attention from the last key, `is_causal` from the first: it must not get these."""
     options = mask_of(mask, *shape, dtype)
-    kernel = "flash" if dtype == BF16 and mask == "none" else "efficient"
-    check(within, draw("gqa", *shape, 64, dtype), kernel, **options)
+    check(within, draw("gqa", *shape, 64, dtype), chosen(dtype, options, *shape), **options)
 
 
 HEAD_DIMS: dict[str, tuple[int, torch.dtype, str | None, str | None]] = {  # dim, dtype, kernel without a mask, with one
@@ -299,22 +310,27 @@ def test_pairs_of_each_row(pair_heads: int, weights: str, dtype: torch.dtype, wi
 
 @pytest.mark.parametrize("alpha_one", [False, True], ids=["", "alpha-1"])
 @pytest.mark.parametrize("mask", ["is_causal", "padded"])
+@pytest.mark.parametrize(("length", "n"), [(37, 5), (72, 5), (72, 70)])
 @dtypes(BF16, FP16, FP32)
-def test_weighted_pairs_beside_sinks(dtype: torch.dtype, mask: str, alpha_one: bool, within: Within) -> None:
-    inputs = draw("gqa", 37, 37, 64, dtype, n=5)
-    inputs |= {"log_weights": torch.randn(1, 4, 5).to(dtype), "sinks": torch.randn(4).to(dtype)}
-    options = mask_of(mask, 37, 37, dtype)
-    check(within, inputs, chosen(dtype, options), alpha_one=alpha_one, **options)
+def test_weighted_pairs_beside_sinks(
+    dtype: torch.dtype, length: int, n: int, mask: str, alpha_one: bool, within: Within
+) -> None:
+    inputs = draw("gqa", length, length, 64, dtype, n=n)
+    inputs |= {"log_weights": torch.randn(1, 4, n).to(dtype), "sinks": torch.randn(4).to(dtype)}
+    options = mask_of(mask, length, length, dtype)
+    check(within, inputs, chosen(dtype, options, length), alpha_one=alpha_one, **options)
 
 
 @pytest.mark.parametrize("given", ["bool", "minimum", "-inf"])
+@pytest.mark.parametrize("length", [37, 72])
 @dtypes(BF16, FP16, FP32)
-def test_a_row_that_sees_nothing_sees_the_pairs(dtype: torch.dtype, given: str, within: Within) -> None:
-    inputs = draw("gqa", 37, 37, 64, dtype)
-    mask = visible("causal", 37, 37).clone()
+def test_a_row_that_sees_nothing_sees_the_pairs(dtype: torch.dtype, length: int, given: str, within: Within) -> None:
+    inputs = draw("gqa", length, length, 64, dtype)
+    mask = visible("causal", length, length).clone()
     mask[..., :20, :] = False
     lowest = torch.finfo(dtype).min if given == "minimum" else -torch.inf
-    check(within, inputs, "efficient", mask=mask if given == "bool" else torch.where(mask, 0.0, lowest).to(dtype))
+    options = {"mask": mask if given == "bool" else torch.where(mask, 0.0, lowest).to(dtype)}
+    check(within, inputs, chosen(dtype, options, length), **options)
     x = {name: t.to(DEVICE) for name, t in inputs.items()}
     pairs = VirtualPairs(x["virtual_keys"], x["virtual_values"])
     got = merged.attention(x["query"], x["key"], x["value"], pairs, Scoring(0.125, mask=mask.to(DEVICE)))
@@ -356,7 +372,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kernel", BLOCKS)
 def test_any_memory_layout(kernel: str, layout: str, which: str, within: Within) -> None:
-    check(within, draw("gqa", 37, 37, 64, BLOCKS[kernel]), kernel, change={which: LAYOUTS[layout]})
+    dtype, length = BLOCKS[kernel]
+    wanted = chosen(dtype, {}, length)
+    check(within, draw("gqa", length, length, 64, dtype), wanted, change={which: LAYOUTS[layout]})
 
 
 @pytest.mark.parametrize("which", ["query", "key", "value", "virtual_keys", "virtual_values", "grad"])
@@ -371,7 +389,8 @@ def test_memory_that_is_not_aligned(kernel: str, way: str, which: str, within: W
         flat = torch.cat([tensor.new_zeros(1), tensor.flatten()])
         return flat[1:].view(tensor.shape)
 
-    check(within, draw("gqa", 37, 37, 64, BLOCKS[kernel]), kernel, change={which: off})
+    dtype, length = BLOCKS[kernel]
+    check(within, draw("gqa", length, length, 64, dtype), chosen(dtype, {}, length), change={which: off})
 
 
 MASK_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -382,7 +401,7 @@ MASK_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("size", [32, 37])
+@pytest.mark.parametrize("size", [32, 37, 64, 75])
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 @pytest.mark.parametrize("layout", MASK_LAYOUTS)
 @dtypes(BF16, FP32)
@@ -391,7 +410,8 @@ def test_any_memory_layout_of_a_mask(dtype: torch.dtype, layout: str, kind: str,
     mask[..., 3] = False
     if kind == "additive":
         mask = torch.where(mask, torch.randn(size, size).to(dtype), -torch.inf)
-    check(within, draw("gqa", size, size, 64, dtype), "efficient", mask=MASK_LAYOUTS[layout](mask))
+    options = {"mask": MASK_LAYOUTS[layout](mask)}
+    check(within, draw("gqa", size, size, 64, dtype), chosen(dtype, options, size), **options)
 
 
 @dtypes(FP16, BF16)
@@ -419,6 +439,12 @@ def test_paths_and_their_reasons() -> None:
         return merged.attention_path(*given, Scoring(0.125, **options))
 
     assert path().kernel == "flash"
+    if kernels._prefers_cudnn(DEVICE):
+        y = {name: t.to(DEVICE) for name, t in draw("gqa", 64, 64, 64, BF16).items()}
+        longer = (y["query"], y["key"], y["value"], VirtualPairs(y["virtual_keys"], y["virtual_values"]))
+        assert path(args=longer).kernel == path(args=longer, is_causal=True).kernel == "cudnn"
+        with sdpa_kernel(WITHOUT_CUDNN):
+            assert path(args=longer).kernel == "flash"
     assert path(mask=torch.ones(6, 6, dtype=torch.bool, device=DEVICE)).kernel == "efficient"
     assert path(args=(*(t.float() for t in args[:3]), args[3])).kernel == "efficient"
     none, reason = path(args=(*(t.double() for t in args[:3]), args[3]))
@@ -444,10 +470,11 @@ def test_double_precision_and_dropout_take_the_formula(dtype: torch.dtype, withi
 
 
 @pytest.mark.parametrize("mask", ["is_causal", "padded"])
+@pytest.mark.parametrize("length", [37, 72])
 @dtypes(BF16, FP32)
-def test_a_cuda_graph_of_forward_and_backward(dtype: torch.dtype, mask: str) -> None:
-    options = on_device(mask_of(mask, 37, 37, dtype))
-    leaves = {name: t.to(DEVICE).requires_grad_() for name, t in draw("gqa", 37, 37, 64, dtype).items()}
+def test_a_cuda_graph_of_forward_and_backward(dtype: torch.dtype, length: int, mask: str) -> None:
+    options = on_device(mask_of(mask, length, length, dtype))
+    leaves = {name: t.to(DEVICE).requires_grad_() for name, t in draw("gqa", length, length, 64, dtype).items()}
 
     def step() -> list[Tensor]:
         pairs = VirtualPairs(leaves["virtual_keys"], leaves["virtual_values"])
@@ -545,8 +572,8 @@ def pair_of_models(implementation: str, dtype: torch.dtype) -> tuple[PeftModel, 
     return mine, exact
 
 
-def prompts(padded: bool) -> dict[str, Tensor]:
-    ids = torch.randint(5, VOCAB, (2, 21), generator=torch.Generator().manual_seed(1))
+def prompts(padded: bool, length: int = 21) -> dict[str, Tensor]:
+    ids = torch.randint(5, VOCAB, (2, length), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     if padded:
         mask[1, :8] = 0
@@ -587,28 +614,29 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def kernel_of(implementation: str, dtype: torch.dtype, padded: bool) -> list[str]:
+def kernel_of(implementation: str, dtype: torch.dtype, padded: bool, length: int = 21) -> list[str]:
     """What a forward pass is to run."""
     if implementation == "eager":
         return []
     if implementation == "flex_attention":
         return ["flex"] * LAYERS
-    context, pairs = ("flash" if dtype in HALF and not masked else "efficient" for masked in (padded, False))
-    return [context, pairs] * LAYERS
+    context = chosen(dtype, {"mask": None} if padded else {}, length)
+    return [context, chosen(dtype, {})] * LAYERS
 
 
 @dtypes(BF16, FP16, FP32)
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("length", [21, 80])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_logits_and_training_gradients(
-    implementation: str, padded: bool, dtype: torch.dtype, within: Within, taken: list[str]
+    implementation: str, length: int, padded: bool, dtype: torch.dtype, within: Within, taken: list[str]
 ) -> None:
     mine, exact = pair_of_models(implementation, dtype)
-    inputs = prompts(padded)
+    inputs = prompts(padded, length)
     seen = inputs["attention_mask"].bool()
     want = exact(**inputs).logits
     got = mine(**to_device(inputs)).logits
-    assert taken == kernel_of(implementation, dtype, padded)
+    assert taken == kernel_of(implementation, dtype, padded, length)
     within("logits", got.cpu()[seen], want[seen], dtype, MODEL[dtype])
     expected = adapter_gradients(exact, want, seen)
     found = adapter_gradients(mine, got, seen.to(DEVICE))
@@ -720,11 +748,12 @@ def test_training_with_a_gradient_scaler(fused_optimizer: bool) -> None:
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["flash", "efficient"])
-def test_torch_compile_of_a_training_step(padded: bool, within: Within) -> None:
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("length", [21, 80])
+def test_torch_compile_of_a_training_step(length: int, padded: bool, within: Within) -> None:
     torch._dynamo.reset()
     model, exact = pair_of_models("sdpa", BF16)
-    inputs = prompts(padded)
+    inputs = prompts(padded, length)
     seen = inputs["attention_mask"].bool()
     want = exact(**inputs).logits
     compiled = torch.compile(model.get_base_model(), fullgraph=True)

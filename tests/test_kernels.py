@@ -88,6 +88,28 @@ class Aten:
         of_query, *others = gradients(p, x["grad_out"], x["out"], query, key, value, x["scale"])
         return of_query, *(g.reshape(len(g), heads, -1, *g.shape[2:]).sum(2) for g in others)
 
+    def _scaled_dot_product_cudnn_attention(self, *args: object, **kwargs: object) -> tuple[object, ...]:
+        x = bound("_scaled_dot_product_cudnn_attention", args, kwargs)
+        assert x["return_debug_mask"] is False and x["compute_log_sumexp"] is True
+        query, mask = x["query"], x["attn_bias"]
+        key, value = (x[name].repeat_interleave(query.shape[1] // x[name].shape[1], 1) for name in ("key", "value"))
+        assert mask is None or (mask.shape == (*query.shape[:3], key.shape[2]) and mask.stride(-1) == 1)
+        s = scores(query, key, mask, x["is_causal"], x["scale"])
+        lse = s.logsumexp(-1, keepdim=True)
+        return s.softmax(-1) @ value, lse, None, None, query.shape[2], key.shape[2], *rng(key), None
+
+    def _scaled_dot_product_cudnn_attention_backward(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
+        x = bound("_scaled_dot_product_cudnn_attention_backward", args, kwargs)
+        query, heads = x["query"], x["key"].shape[1]
+        assert (x["cum_seq_q"], x["cum_seq_k"]) == (None, None)
+        assert (x["max_q"], x["max_k"]) == (query.shape[2], x["key"].shape[2])
+        assert (int(x["philox_seed"]), int(x["philox_offset"])) == tuple(map(int, rng(x["key"])))
+        assert x["logsumexp"].shape == (*query.shape[:3], 1) and x["logsumexp"].is_contiguous()
+        key, value = (x[name].repeat_interleave(query.shape[1] // heads, 1) for name in ("key", "value"))
+        p = torch.exp(scores(query, key, x["attn_bias"], x["is_causal"], x["scale"]) - x["logsumexp"])
+        of_query, *others = gradients(p, x["grad_out"], x["out"], query, key, value, x["scale"])
+        return of_query, *(g.reshape(len(g), heads, -1, *g.shape[2:]).sum(2) for g in others)
+
     def _scaled_dot_product_efficient_attention(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
         x = bound("_scaled_dot_product_efficient_attention", args, kwargs)
         query, key, value = self._checked(x)
@@ -116,7 +138,7 @@ class Aten:
         return query, key, value
 
 
-@pytest.fixture(params=["flash", "efficient"])
+@pytest.fixture(params=["flash", "efficient", "cudnn"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """One of CUDA's kernels, in the place of the CPU's."""
     monkeypatch.setattr(kernels, "aten", Aten())
@@ -156,10 +178,8 @@ def test_without_a_mask(groups: str, case: str, kernel: str) -> None:
 @pytest.mark.parametrize("size", [5, 16, 18], ids=str)
 @pytest.mark.parametrize("mask", ["causal", "per-head", "transposed", "one-for-all-keys", "log-weights", "decode"])
 @pytest.mark.parametrize("groups", GROUPS)
-def test_the_memory_efficient_kernels_masks(groups: str, mask: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "aten", Aten())
-    efficient = KERNELS["cuda"]["efficient"]._replace(limits=lambda call: None)
-    monkeypatch.setitem(KERNELS, "cpu", {"efficient": efficient})
+@pytest.mark.parametrize("kernel", ["efficient", "cudnn"], indirect=True)
+def test_masks(kernel: str, groups: str, mask: str, size: int) -> None:
     torch.manual_seed(1)
     heads, kv = GROUPS[groups]
     length = 1 if mask == "decode" else 3
@@ -224,9 +244,54 @@ def test_the_limits_ask_the_device_of_the_call(monkeypatch: pytest.MonkeyPatch) 
     assert KERNELS["cuda"]["efficient"].limits(call()) is None
 
 
-def test_flash_comes_first() -> None:
-    assert list(KERNELS["cuda"]) == ["flash", "efficient"]
-    assert [kernel.groups for kernel in KERNELS["cuda"].values()] == [True, False]
+def test_limits_of_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_prefers_cudnn", lambda device: True)
+    limits = KERNELS["cuda"]["cudnn"].limits
+
+    def square(length: int, dim: int = 64, dtype: torch.dtype = torch.bfloat16, **changes: object) -> Call:
+        q = torch.empty(1, 4, length, dim, dtype=dtype, device="meta")
+        return Call(q, q, q, None, True, 0.3)._replace(**changes)
+
+    whole = square(80)
+    assert limits(whole) is None and limits(square(64, 128, torch.float16, mask=whole.query)) is None
+    for dtype in (torch.float32, torch.float64):
+        assert limits(square(80, dtype=dtype)) == "cuDNN's attention wants float16 or bfloat16"
+    for dim, fits in ((8, True), (4, False), (128, True), (136, False)):
+        assert (limits(square(80, dim)) is None) == fits, dim
+    assert limits(square(80, 136)) == "cuDNN's attention wants a head dimension up to 128 that is a multiple of 8"
+    more = square(96).query
+    assert limits(square(80, key=more)) == "cuDNN's attention wants causal attention to be square"
+    assert limits(square(80, key=more, is_causal=False)) is None
+    small = "cuDNN's attention is not worth its plan for one query or for fewer than 64 keys"
+    assert limits(square(63)) == limits(square(1, key=more, is_causal=False)) == small
+    with monkeypatch.context() as within:
+        within.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert limits(whole) == "cuDNN's attention is not deterministic"
+    with monkeypatch.context() as within:
+        within.setattr(torch._C, "_get_cudnn_sdp_enabled", lambda: False)
+        assert limits(whole) == "cuDNN's attention is switched off"
+    monkeypatch.setattr(kernels, "_prefers_cudnn", lambda device: False)
+    assert limits(whole) == "cuDNN's attention is not what PyTorch prefers on this device"
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "preferred"),
+    [
+        ((9, 0), 91900, True), ((9, 0), 91500, False), ((9, 0), None, False), ((8, 0), 91900, False),
+        ((10, 0), 91501, True), ((10, 3), 91900, True), ((10, 7), 91900, False), ((12, 0), 91900, False),
+    ],
+)  # fmt: skip
+def test_cudnn_is_taken_where_pytorch_prefers_it(
+    capability: tuple[int, int], version: int | None, preferred: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    assert kernels._prefers_cudnn(DEVICE) is preferred
+
+
+def test_the_order_of_the_kernels() -> None:
+    assert list(KERNELS["cuda"]) == ["cudnn", "flash", "efficient"]
+    assert [kernel.groups for kernel in KERNELS["cuda"].values()] == [True, True, False]
 
 
 def test_reasons_are_whole_sentences(monkeypatch: pytest.MonkeyPatch) -> None:

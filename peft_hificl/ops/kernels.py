@@ -73,6 +73,58 @@ def _cpu_limits(call: Call) -> str | None:
     return None if torch._C._get_flash_sdp_enabled() else "flash attention is switched off"
 
 
+# -- CUDA: cuDNN's, takes a mask and grouped key/value heads; what PyTorch prefers on Hopper and Blackwell -----------
+
+
+def _cudnn_forward(call: Call) -> tuple[Tensor, Tensor, State]:
+    query, key, value, _, is_causal, scaling = call
+    result = aten._scaled_dot_product_cudnn_attention(
+        query, key, value, _whole_mask(call), True, 0.0, is_causal, False, scale=scaling
+    )
+    output, lse, _, _, _, _, seed, offset, _ = result
+    return output, lse.squeeze(-1), (seed, offset)
+
+
+def _cudnn_backward(call: Call, grad: Tensor, output: Tensor, lse: Tensor, state: State) -> Gradients:
+    query, key, value, _, is_causal, scaling = call
+    gradients: Gradients = aten._scaled_dot_product_cudnn_attention_backward(
+        grad, query, key, value, output, lse.unsqueeze(-1).contiguous(), *state, _whole_mask(call), None, None,
+        query.shape[2], key.shape[2], 0.0, is_causal, scale=scaling,
+    )  # fmt: skip
+    return gradients
+
+
+def _cudnn_limits(call: Call) -> str | None:
+    length, size, dim = call.query.shape[2], call.key.shape[2], call.query.shape[3]
+    obstacles = {
+        "cuDNN's attention is switched off": not torch._C._get_cudnn_sdp_enabled(),
+        "cuDNN's attention is not what PyTorch prefers on this device": not _prefers_cudnn(call.query.device),
+        "cuDNN's attention wants float16 or bfloat16": call.query.dtype not in (torch.float16, torch.bfloat16),
+        "cuDNN's attention wants a head dimension up to 128 that is a multiple of 8": dim > 128 or dim % 8 != 0,
+        "cuDNN's attention wants causal attention to be square": call.is_causal and length != size,
+        # It plans anew for each shape, which a growing cache would ask for in each step.
+        "cuDNN's attention is not worth its plan for one query or for fewer than 64 keys": length == 1 or size < 64,
+        "cuDNN's attention is not deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    return next((reason for reason, holds in obstacles.items() if holds), None)
+
+
+def _whole_mask(call: Call) -> Tensor | None:
+    """The mask with all its dimensions, whose last is contiguous."""
+    mask = call.mask
+    if mask is None:
+        return None
+    size = call.key.shape[2]
+    mask = mask.expand(*mask.shape[:-1], size)
+    return (mask if mask.stride(-1) == 1 else mask.contiguous()).expand(*call.query.shape[:3], size)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _prefers_cudnn(device: torch.device) -> bool:
+    """Whether PyTorch's own attention tries cuDNN's kernel first, from CUDA 13 on in every case."""
+    return _capability(device) in ((9, 0), (10, 0), (10, 3)) and (torch.backends.cudnn.version() or 0) > 91500
+
+
 # -- CUDA: flash, takes grouped key/value heads, but no mask ---------------------------------------------------------
 
 
@@ -169,6 +221,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 KERNELS: dict[str, dict[str, Kernel]] = {
     "cpu": {"flash": Kernel(_cpu_forward, _cpu_backward, _cpu_limits)},
     "cuda": {
+        "cudnn": Kernel(_cudnn_forward, _cudnn_backward, _cudnn_limits),
         "flash": Kernel(_flash_forward, _flash_backward, _flash_limits),
         "efficient": Kernel(_efficient_forward, _efficient_backward, _efficient_limits, groups=False),
     },

@@ -333,11 +333,12 @@ def _times(factor: Tensor, output: Tensor) -> Tensor:
 
 
 def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
-    """(1 - weight) * start + weight * end, in the memory of `start` where the dtypes allow it."""
+    """(1 - weight) * start + weight * end, in the memory of `start`, which nobody else holds."""
     weight = weight.unsqueeze(-1)
     if weight.dtype == start.dtype:
-        return start.lerp_(end, weight)  # nobody else holds a kernel's output
-    return torch.lerp(start.to(weight.dtype), end.to(weight.dtype), weight).to(start.dtype)
+        return start.lerp_(end, weight)
+    # lerp_ takes one dtype; these two take each value as it is and round the sum once, without copies in float32.
+    return torch.addcmul(weight * end, 1 - weight, start, out=start)
 
 
 def add_pairs(
