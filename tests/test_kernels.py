@@ -1,7 +1,8 @@
 """CUDA's kernels without CUDA: stand-ins of the same signatures that compute what PyTorch documents, and nothing else.
 
 The stand-ins take their arguments by the names of the real operators' schemas, insist on what the real ones need (masks
-in rows of a multiple of 16, an LSE padded to 32, no dropout) and are the definition otherwise.
+in rows of a multiple of 16, an LSE padded to 32, an output as their forward lays it out, no dropout) and are the
+definition otherwise.
 """
 
 from __future__ import annotations
@@ -105,6 +106,8 @@ class Aten:
         assert (x["max_q"], x["max_k"]) == (query.shape[2], x["key"].shape[2])
         assert (int(x["philox_seed"]), int(x["philox_offset"])) == tuple(map(int, rng(x["key"])))
         assert x["logsumexp"].shape == (*query.shape[:3], 1) and x["logsumexp"].is_contiguous()
+        layout = torch.empty_like(query).stride()
+        assert x["out"].stride() == x["grad_out"].stride() == layout  # else a plan for another layout may read them
         key, value = (x[name].repeat_interleave(query.shape[1] // heads, 1) for name in ("key", "value"))
         p = torch.exp(scores(query, key, x["attn_bias"], x["is_causal"], x["scale"]) - x["logsumexp"])
         of_query, *others = gradients(p, x["grad_out"], x["out"], query, key, value, x["scale"])
@@ -123,6 +126,7 @@ class Aten:
         query, key, value = self._checked(x)
         assert (int(x["philox_seed"]), int(x["philox_offset"])) == tuple(map(int, rng(x["key"])))
         assert x["logsumexp"].shape[2] % 32 == 0 and x["grad_input_mask"] == [True, True, True, False]
+        assert x["out"].transpose(1, 2).is_contiguous()  # the kernel does not ask
         lse = x["logsumexp"][:, :, : query.shape[2], None]
         assert torch.isposinf(x["logsumexp"][:, :, query.shape[2] :]).all()
         p = torch.exp(scores(query, key, x["attn_bias"], x["is_causal"], x["scale"]) - lse)
@@ -353,6 +357,30 @@ def test_an_lse_as_long_as_the_head_dimension(groups: str, kernel: str) -> None:
     torch.manual_seed(2)
     heads, kv = GROUPS[groups]
     check(tensors(heads, kv, 3, 7, 32, 32, 3))
+
+
+@pytest.mark.parametrize("alpha_one", [False, True], ids=["", "alpha-1"])
+@pytest.mark.parametrize("layout", ["heads-first", "tokens-first", "of-a-larger-one"])
+def test_a_backward_gets_what_its_forward_laid_out(kernel: str, layout: str, alpha_one: bool) -> None:
+    """The output and its gradient, whatever the layout of the query and of the gradient that comes in."""
+    torch.manual_seed(3)
+    x = tensors(4, 2, 3, 7, 8, 8, 3)
+    x["sinks"] = torch.randn(4, dtype=torch.float64)
+    want_in = {name: t.clone().requires_grad_() for name, t in x.items()}
+    want, _ = oracle.hificl(**want_in, scaling=0.3, alpha_one=alpha_one)
+
+    def laid_out(t: Tensor) -> Tensor:
+        if layout == "tokens-first":
+            return t.transpose(1, 2).contiguous().transpose(1, 2)
+        return torch.cat([t, t], dim=2)[:, :, : t.shape[2]] if layout == "of-a-larger-one" else t.contiguous()
+
+    y = {name: (laid_out(t) if t.dim() == 4 else t.clone()).detach().requires_grad_() for name, t in x.items()}
+    pairs = VirtualPairs(y["virtual_keys"], y["virtual_values"], None, not alpha_one)
+    got = merged.attention(y["query"], y["key"], y["value"], pairs, Scoring(0.3, sinks=y["sinks"]))
+    direction = torch.randn_like(want)
+    grads_want = torch.autograd.grad(want, list(want_in.values()), direction)
+    for a, b in zip(torch.autograd.grad(got, list(y.values()), laid_out(direction)), grads_want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
 @pytest.fixture

@@ -87,6 +87,10 @@ def _cudnn_forward(call: Call) -> tuple[Tensor, Tensor, State]:
 
 def _cudnn_backward(call: Call, grad: Tensor, output: Tensor, lse: Tensor, state: State) -> Gradients:
     query, key, value, _, is_causal, scaling = call
+    # PyTorch keeps cuDNN's plans by the layouts of query, key, value and mask alone: a plan that was made for another
+    # layout of the output or of its gradient would read them wrongly.
+    like = torch.empty_like(query)
+    grad, output = (t if t.stride() == like.stride() else torch.empty_like(query).copy_(t) for t in (grad, output))
     gradients: Gradients = aten._scaled_dot_product_cudnn_attention_backward(
         grad, query, key, value, output, lse.unsqueeze(-1).contiguous(), *state, _whole_mask(call), None, None,
         query.shape[2], key.shape[2], 0.0, is_causal, scale=scaling,
@@ -174,7 +178,9 @@ def _efficient_forward(call: Call) -> tuple[Tensor, Tensor, State]:
 
 def _efficient_backward(call: Call, grad: Tensor, output: Tensor, lse: Tensor, state: State) -> Gradients:
     query, key, value, mask = _layout(call)
-    lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)  # as the forward gives it
+    # As the forward gives them: in half precision, the kernel does not look at the layout of the output.
+    lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
+    output = output.transpose(1, 2).contiguous().transpose(1, 2)
     grad_query, grad_key, grad_value, _ = aten._scaled_dot_product_efficient_attention_backward(
         grad, query, key, value, mask, output, lse, *state, 0.0, [True, True, True, False], call.is_causal,
         scale=call.scaling,

@@ -184,12 +184,15 @@ def _plan(
         virtual = _virtual_call(inputs)
     chosen = []
     for call in (context, virtual.call):
-        reasons = {name: kernel.limits(call) for name, kernel in KERNELS.get(query.device.type, {}).items()}
-        able = [name for name, reason in reasons.items() if reason is None]
-        if not able:
-            reason = "; ".join(filter(None, reasons.values())) or f"no kernel for the device {query.device.type}"
-            return Path(None, reason), None, None
-        chosen.append(able[0])
+        reasons = []
+        for name, kernel in KERNELS.get(query.device.type, {}).items():
+            reason = kernel.limits(call)
+            if reason is None:
+                chosen.append(name)
+                break
+            reasons.append(reason)
+        else:
+            return Path(None, "; ".join(reasons) or f"no kernel for the device {query.device.type}"), None, None
     return Path(chosen[0], "it takes these inputs"), inputs._replace(kernels=(chosen[0], chosen[1])), virtual
 
 
@@ -328,8 +331,11 @@ def _folded(kernel: Kernel, call: Call) -> tuple[Tensor, Tensor, State]:
 
 
 def _times(factor: Tensor, output: Tensor) -> Tensor:
-    """A factor (B, H, T) times an output (B, H, T, d), in the dtype of the factor: it is not rounded before a sum."""
-    return factor.unsqueeze(-1) * output
+    """A factor (B, H, T) times an output (B, H, T, d), in the dtype of the factor: it is not rounded before a sum.
+
+    The output comes first, and so the product has its layout in memory.
+    """
+    return output * factor.unsqueeze(-1)
 
 
 def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
