@@ -11,13 +11,14 @@ from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfi
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
 from transformers import LlamaForCausalLM
 
-from peft_hificl import HiFICLConfig, initialize_from_demonstrations, parameter_groups
+from peft_hificl import HiFICLConfig, HiFICLLayer, VirtualPairs, initialize_from_demonstrations, parameter_groups
 
 from ..quality.methods.adapters import hificl, one_word_each
 from ..quality.methods.learner import trainable
 from .encoding import Row
 
 PREFIX_TOKENS = 27  # 311,040 parameters on this base, as many as HiFICL with n = 8, r = 8
+RECOMMENDED = "hificl-skip-demos"
 LORA_RATIO = 0.2  # of the rates that are best for a LoRA and for HiFICL alone
 
 Attached = tuple[PeftModel, list[dict[str, Any]]]  # a model and the groups of parameters that are trained
@@ -41,14 +42,19 @@ class Adapter:
     Attributes:
         config: of the adapter.
         start: makes it begin as the training samples say.
-        weight_lr_ratio: rate of HiFICL's log-weights, as a fraction of that of its values.
+        key_lr_ratio, weight_lr_ratio: rates of HiFICL's keys and log-weights, as fractions of that of its values.
         beside: a LoRA on the same base, whose rate is `LORA_RATIO` of that of the values.
+        decay: weight decay of all that is trained, if not that of every method.
+        dropout: the share of HiFICL's pairs that a row and head does without in training.
     """
 
     config: Callable[[], PeftConfig]
     start: Callable[[PeftModel, Sequence[Row]], None] | None = None
+    key_lr_ratio: float = 0.3
     weight_lr_ratio: float = 1.0
     beside: Callable[[], PeftConfig] | None = None
+    decay: float | None = None
+    dropout: float = 0.0
 
     def __call__(self, base: LlamaForCausalLM, rows: Sequence[Row], rate: float) -> Attached:
         model = get_peft_model(base, self.config())
@@ -56,13 +62,33 @@ class Adapter:
             self.start(model, rows)
         if not isinstance(model.active_peft_config, HiFICLConfig):
             return model, [{"params": trainable(model), "lr": rate}]
-        groups = parameter_groups(model, rate, weight_lr_ratio=self.weight_lr_ratio)
+        groups = parameter_groups(model, rate, self.key_lr_ratio, self.weight_lr_ratio)
         if self.beside is not None:
             base.add_adapter(self.beside(), "beside")
             base.set_adapter(["default", "beside"])
             own = {id(parameter) for group in groups for parameter in group["params"]}
             groups.append({"params": [p for p in trainable(model) if id(p) not in own], "lr": LORA_RATIO * rate})
+        if self.decay is not None:
+            groups = [group | {"weight_decay": self.decay} for group in groups]
+        if self.dropout:
+            for layer in model.modules():
+                if isinstance(layer, HiFICLLayer):
+                    layer.register_forward_hook(drop_pairs(self.dropout))
         return model, groups
+
+
+def drop_pairs(share: float) -> Callable[[HiFICLLayer, tuple[torch.Tensor, ...], VirtualPairs], VirtualPairs | None]:
+    """A hook that takes pairs away in training; the softmax over those that are left needs no other scale."""
+
+    def hook(layer: HiFICLLayer, inputs: tuple[torch.Tensor, ...], pairs: VirtualPairs) -> VirtualPairs | None:
+        if not layer.training:
+            return None
+        query = inputs[0]
+        kept = torch.rand(*query.shape[:2], pairs.keys.shape[2], device=query.device) >= share  # (B, H, n)
+        weights = torch.zeros_like(kept, dtype=query.dtype) if pairs.log_weights is None else pairs.log_weights
+        return pairs._replace(log_weights=weights.masked_fill(~kept, -torch.inf))
+
+    return hook
 
 
 def lora(r: int, targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj")) -> Callable[[], PeftConfig]:
@@ -105,9 +131,38 @@ def _prompt(model: PeftModel, ids: list[int]) -> torch.Tensor:
     return torch.tensor([ids], device=next(model.parameters()).device)
 
 
-_LORA, _PAIRS, _IA3 = (1e-3, 3e-3, 1e-2), (5e-3, 1.5e-2, 5e-2), (3e-2, 1e-1, 3e-1)
+_LORA, _PAIRS, _IA3 = (3e-4, 1e-3, 3e-3, 1e-2), (1.5e-3, 5e-3, 1.5e-2, 5e-2), (1e-2, 3e-2, 1e-1, 3e-1)
 
 _WHOLE = {"pair_weights": True, "skip_first_token": True}
+
+_NOT_FACTORISED = {"factorize_keys": False, "factorize_values": False}
+
+
+def _recommended(**changes: Any) -> Callable[[], PeftConfig]:
+    return hificl(**({"skip_first_token": True} | changes))
+
+
+# What is recommended, with one thing changed: tried on validation data alone.
+_CHANGED: dict[str, tuple[str, Adapter]] = {
+    "alpha-1": ("alpha = 1", Adapter(_recommended(scale_self_attention=False), pairs_from_answers)),
+    "weights": ("with log-weights", Adapter(_recommended(pair_weights=True), pairs_from_answers)),
+    "whole": ("n = 9, not factorised", Adapter(_recommended(n=9, **_NOT_FACTORISED), pairs_from_answers)),
+    "n4": ("n = 4, r = 4", Adapter(_recommended(n=4, r=4), pairs_from_answers)),
+    "kv": ("a pair for all query heads of a key/value head", Adapter(_recommended(heads="kv"), pairs_from_answers)),
+    "lower": (
+        "in the lower half of the layers",
+        Adapter(_recommended(layers_to_transform=list(range(15))), pairs_from_answers),
+    ),
+    "second": (
+        "in every second layer", Adapter(_recommended(layers_to_transform=list(range(0, 30, 2))), pairs_from_answers)
+    ),
+    "decay": ("weight decay 2", Adapter(_recommended(), pairs_from_answers, decay=2.0)),
+    "dropout": ("a fifth of the pairs dropped in training", Adapter(_recommended(), pairs_from_answers, dropout=0.2)),
+    "keys-1": ("one rate", Adapter(_recommended(), pairs_from_answers, key_lr_ratio=1.0)),
+    "keys-0.1": ("keys at a tenth of the rate", Adapter(_recommended(), pairs_from_answers, key_lr_ratio=0.1)),
+    "random": ("random pairs", Adapter(_recommended())),
+    "random-alpha-1": ("random pairs, alpha = 1", Adapter(_recommended(scale_self_attention=False))),
+}  # fmt: skip
 
 METHODS: dict[str, Method] = {
     "zero-shot": Method("zero-shot"),
@@ -135,7 +190,7 @@ METHODS: dict[str, Method] = {
         "HiFICL from the identity", rates=_PAIRS,
         attach=Adapter(hificl(init_weights="identity", **_WHOLE), weight_lr_ratio=30),
     ),
-    "hificl-skip-demos": Method(
+    RECOMMENDED: Method(
         "HiFICL from answer words, the first token skipped", rates=_PAIRS,
         attach=Adapter(hificl(skip_first_token=True), pairs_from_answers),
     ),
@@ -146,4 +201,8 @@ METHODS: dict[str, Method] = {
     "hificl-matched": Method(
         "HiFICL from matched demonstrations", rates=_PAIRS, attach=Adapter(hificl(**_WHOLE), pairs_from_prompt)
     ),
+    **{
+        f"{RECOMMENDED}-{name}": Method(f"HiFICL as recommended, but {title}", rates=_PAIRS, attach=attach)
+        for name, (title, attach) in _CHANGED.items()
+    },
 }  # fmt: skip

@@ -194,7 +194,7 @@ def perform_together(jobs: Sequence[Job], cache: Path) -> list[Record]:
     bare = replace(method.attach, start=None) if isinstance(method.attach, Adapter) else method.attach
     model, groups = bare(base, chosen[0], rate)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    rates = [([names[id(parameter)] for parameter in group["params"]], group["lr"]) for group in groups]
+    named = [group | {"params": [names[id(parameter)] for parameter in group["params"]]} for group in groups]
     number = sum(parameter.numel() for parameter in trainable(model))
     stacked = Together(model, states)
 
@@ -206,7 +206,7 @@ def perform_together(jobs: Sequence[Job], cache: Path) -> list[Record]:
     # What a method begins with is asked of validation data alone, where starts are compared.
     start = found() if jobs[0].split == "validation" else [{}] * len(jobs)
     data = [batches(range(len(rows)), STEPS, job.seed, BATCH) for rows, job in zip(chosen, jobs, strict=True)]
-    diverged, records = together.train(stacked, rates, chosen, data, STEPS), list[Record]()
+    diverged, records = together.train(stacked, named, chosen, data, STEPS), list[Record]()
     common = {"steps": STEPS, "batch": BATCH, "parameters": number, "together": len(jobs), "device": _device(base)}
     common["matmul"] = torch.get_float32_matmul_precision()
     for job, begun, bad, record in zip(jobs, start, diverged, found(), strict=True):

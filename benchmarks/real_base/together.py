@@ -140,7 +140,7 @@ def losses(model: Together, blocks: Sequence[Sequence[Row]]) -> Tensor:
 
 def train(
     model: Together,
-    groups: Sequence[tuple[Sequence[str], float]],
+    groups: Sequence[Mapping[str, Any]],
     rows: Sequence[Sequence[Row]],
     data: Sequence[Iterator[list[int]]],
     steps: int,
@@ -149,7 +149,7 @@ def train(
 
     Args:
         model: what is trained.
-        groups: names of parameters, and their rate.
+        groups: as an optimizer takes them, with the names of parameters in their place.
         rows: the samples of each training.
         data: the batches of each training, as places in its rows.
         steps: how many.
@@ -162,7 +162,7 @@ def train(
         diverged.logical_or_(~each.isfinite())
         return each[each.isfinite()].sum()
 
-    parameters = [{"params": [model.stacked[name] for name in names], "lr": rate} for names, rate in groups]
+    parameters = [{**group, "params": [model.stacked[name] for name in group["params"]]} for group in groups]
     fit(model, loss, parameters, map(list, zip(*data, strict=True)), steps, clip=clip_each)
     return diverged.tolist()
 

@@ -18,7 +18,7 @@ from benchmarks.real_base.encoding import Batch, Row, encode, encode_text, forge
 from benchmarks.real_base.methods import METHODS
 from benchmarks.real_base.runner import Job, best_rate, load, perform, plan, run
 from benchmarks.real_base.tasks import Item, in_words, split
-from peft_hificl import HiFICLConfig
+from peft_hificl import HiFICLConfig, HiFICLLayer
 
 from ..helpers import byte_tokenizer
 
@@ -178,7 +178,7 @@ def test_forgetting_is_the_divergence_from_the_base():
 
 
 def test_methods_that_are_trained_may_try_as_many_rates():
-    assert {len(METHODS[name].rates) for name in TRAINED} == {3}
+    assert {len(METHODS[name].rates) for name in TRAINED} == {4}
     assert not any(method.rates for name, method in METHODS.items() if name not in TRAINED)
 
 
@@ -209,6 +209,28 @@ def test_pairs_begin_as_words_of_answers(monkeypatch):
     text = byte_tokenizer().decode(inputs["input_ids"][0])
     assert text == "Q: x\nA: ABC\nQ: yy\nA: DEF\nQ: z\nA: GHI\n"
     assert "".join(text[place] for place in places) == " DH"  # the first token of an answer, then further on
+
+
+def test_pairs_are_dropped_in_training_alone():
+    rows = encode(byte_tokenizer(), SAMPLES["train"])
+    model, _ = METHODS[f"{methods.RECOMMENDED}-dropout"].attach(tiny_base(), rows, 0.1)
+    ids = {"input_ids": torch.tensor([rows[0].ids])}
+    plain, _ = METHODS[methods.RECOMMENDED].attach(tiny_base(), rows, 0.1)
+    torch.testing.assert_close(model.eval()(**ids).logits, plain.eval()(**ids).logits)
+    trained = [model.train()(**ids).logits for _ in range(2)]
+    assert not torch.allclose(*trained) and all(logits.isfinite().all() for logits in trained)
+    layer = next(module for module in model.modules() if isinstance(module, HiFICLLayer))
+    torch.manual_seed(0)
+    query = torch.randn(40, 4, 3, 8)
+    weights = layer(query, query, query).log_weights  # (B, H, n)
+    assert 0.1 < weights.isneginf().float().mean() < 0.3 and set(weights[weights.isfinite()].tolist()) == {0.0}
+
+
+def test_weight_decay_belongs_to_each_group():
+    _, groups = METHODS[f"{methods.RECOMMENDED}-decay"].attach(
+        tiny_base(), encode(byte_tokenizer(), SAMPLES["train"]), 1
+    )
+    assert [group["weight_decay"] for group in groups] == [2.0, 2.0]
 
 
 def test_a_prefix_begins_as_the_first_tokens_of_a_prompt():
@@ -295,7 +317,7 @@ def test_a_prompt_shows_the_first_of_the_samples_that_others_train_on(cache, qui
     assert four == eight[:4] and eight == ten[:8] and other != eight
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [name for name in TRAINED if "dropout" not in name])  # draws that a batch changes
 def test_trainings_in_one_batch_are_those_of_each_alone(name, cache, monkeypatch):
     """Other tasks, seeds, sizes and splits in one batch: every number is that of PEFT's own modules, job by job."""
     monkeypatch.setattr(runner, "STEPS", 8)
