@@ -145,6 +145,14 @@ def _recommended(**changes: Any) -> Callable[[], PeftConfig]:
 # What is recommended, with one thing changed: tried on validation data alone.
 _CHANGED: dict[str, tuple[str, Adapter]] = {
     "alpha-1": ("alpha = 1", Adapter(_recommended(scale_self_attention=False), pairs_from_answers)),
+    "alpha-1-whole": (
+        "alpha = 1, n = 9, not factorised",
+        Adapter(_recommended(n=9, scale_self_attention=False, **_NOT_FACTORISED), pairs_from_answers),
+    ),
+    "alpha-1-dropout": (
+        "alpha = 1, a fifth of the pairs dropped in training",
+        Adapter(_recommended(scale_self_attention=False), pairs_from_answers, dropout=0.2),
+    ),
     "weights": ("with log-weights", Adapter(_recommended(pair_weights=True), pairs_from_answers)),
     "whole": ("n = 9, not factorised", Adapter(_recommended(n=9, **_NOT_FACTORISED), pairs_from_answers)),
     "n4": ("n = 4, r = 4", Adapter(_recommended(n=4, r=4), pairs_from_answers)),
