@@ -102,7 +102,7 @@ TRAINED_LANGUAGE_MODEL = {
 
 def rows_of_the_language_model() -> set[str]:
     """Mean scores by number of samples, and the divergence from the base model, of the test data."""
-    folder = ROOT / "benchmarks" / "results" / "real_base-h200"
+    folder = ROOT / "benchmarks" / "results" / "real_base-gpu"
     found = real_base_report.Results(real_base_runner.load(folder, TASKS), "test")
     rows = set()
     for method, title in TRAINED_LANGUAGE_MODEL.items():

@@ -131,7 +131,7 @@ def _prompt(model: PeftModel, ids: list[int]) -> torch.Tensor:
     return torch.tensor([ids], device=next(model.parameters()).device)
 
 
-_LORA, _PAIRS, _IA3 = (3e-4, 1e-3, 3e-3, 1e-2), (1.5e-3, 5e-3, 1.5e-2, 5e-2), (1e-2, 3e-2, 1e-1, 3e-1)
+_LORA, _PAIRS, _IA3 = (1e-3, 3e-3, 1e-2), (5e-3, 1.5e-2, 5e-2), (3e-2, 1e-1, 3e-1)
 
 _WHOLE = {"pair_weights": True, "skip_first_token": True}
 

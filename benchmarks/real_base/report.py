@@ -8,7 +8,7 @@ from statistics import fmean, median
 
 from ..common.tables import Record, Table, bytes_of, count, decimal
 from ..quality.statistics import Interval, holm, interval, paired
-from .methods import METHODS
+from .methods import METHODS, RECOMMENDED
 from .runner import SPLITS, Job, best_rate, load
 from .tasks import TASKS
 
@@ -48,9 +48,12 @@ class Results:
         best = best_rate(self.done, task, method, size)
         return best if best in rates else min(rates, default=None)
 
-    def cell(self, task: str, method: str, size: int) -> Cell:
+    def rates(self, task: str, method: str, size: int) -> set[float]:
+        return set(self._cells.get((task, method, size), {}))
+
+    def cell(self, task: str, method: str, size: int, rate: float | None = None) -> Cell:
         size = size if METHODS[method].attach else METHODS[method].shots
-        rate = self.rate(task, method, size)
+        rate = self.rate(task, method, size) if rate is None else rate
         return {} if rate is None else self._cells[task, method, size][rate]
 
     def tasks(self, size: int) -> list[str]:
@@ -146,6 +149,38 @@ def _of_one(records: Sequence[Record]) -> tuple[str, str]:
     return f"{seconds:.0f}", bytes_of(max(record["peak_bytes"] for record in alone))
 
 
+def change_table(found: Results, size: int) -> Table | None:
+    """What is recommended with one thing changed, over the tasks that all of these changes were tried on.
+
+    At one rate for all tasks: of those that were tried with most seeds, the one with the best mean.
+    """
+    changed = [name for name in found.methods(size) if name.startswith(f"{RECOMMENDED}-")]
+    tasks = [task for task in found.tasks(size) if all(found.cell(task, name, size) for name in changed)]
+    if not changed or not tasks:
+        return None
+    rates, means = dict[str, float](), dict[str, dict[int, float]]()
+    for name in (RECOMMENDED, REFERENCES[0], *changed):
+        at = {
+            rate: over_tasks(scores(found.cell(task, name, size, rate)) for task in tasks)
+            for rate in set.intersection(*(found.rates(task, name, size) for task in tasks))
+        }
+        if any(at.values()):
+            rates[name], means[name] = max(at.items(), key=lambda item: (len(item[1]), fmean(item[1].values() or [0])))
+    compared = [name for name in (RECOMMENDED, REFERENCES[0]) if name in means]
+    rows = []
+    for name, of in means.items():
+        less = []
+        for other in compared:
+            seeds = sorted(of.keys() & means[other].keys())
+            pair = paired([of[seed] for seed in seeds], [means[other][seed] for seed in seeds])
+            less.append(NOTHING if name == other else percent(pair, "+"))
+        records = [record for task in tasks for record in found.cell(task, name, size, rates[name]).values()]
+        row = [METHODS[name].title, count(records[-1]["parameters"]), f"{rates[name]:g}"]
+        rows.append([*row, percent(interval(list(of.values()))), *less, _mean(records, "general_kl")])
+    columns = ("method", "parameters", "rate", "score", *(f"less {METHODS[name].title}" for name in compared), "KL")
+    return Table(f"One change at a time: means over {', '.join(tasks)}", columns, rows)
+
+
 def rate_table(found: Results, size: int) -> Table:
     rows = [
         [
@@ -175,6 +210,7 @@ def write(results: Path) -> Path:
                 compared = [name for name in REFERENCES if name in found.methods(size)]
                 tables += [difference_table(found, size, name) for name in compared]
                 tables += [cost_table(found, size), rate_table(found, size)]
+                tables += filter(None, [change_table(found, size)])
             lines += ["", f"## {split.capitalize()} data, {'prompts' if size == PROMPTS else f'{size} samples'}"]
             for table in tables:
                 lines += ["", *table.markdown()]
