@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,11 @@ from transformers import LlamaForCausalLM
 
 from peft_hificl import HiFICLConfig, HiFICLLayer, VirtualPairs, initialize_from_demonstrations, parameter_groups
 
+from ..common.tables import Record
 from ..quality.methods.adapters import hificl, one_word_each
 from ..quality.methods.learner import trainable
-from .encoding import Row
+from . import task_vector
+from .encoding import Row, measure
 
 PREFIX_TOKENS = 27  # 311,040 parameters on this base, as many as HiFICL with n = 8, r = 8
 RECOMMENDED = "hificl-skip-demos"
@@ -25,12 +27,23 @@ Attached = tuple[PeftModel, list[dict[str, Any]]]  # a model and the groups of p
 Attach = Callable[[LlamaForCausalLM, Sequence[Row], float], Attached]  # of a base, training samples and a rate
 
 
+def prompted(base: LlamaForCausalLM, rows: Mapping[str, Sequence[Row]], split: str, shown: Sequence[Row]) -> Record:
+    """What `encoding.measure` tells with these demonstrations before every query."""
+    return measure(base, rows[split], shown)
+
+
 @dataclass(frozen=True)
 class Method:
-    """Demonstrations in the prompt or, with `attach`, something that is trained."""
+    """Demonstrations in the prompt or, with `attach`, something that is trained.
+
+    Attributes:
+        answer: without `attach`, what is measured of the base, given the rows of each split, the name of one, and the
+            demonstrations.
+    """
 
     title: str
     shots: int = 0
+    answer: Callable[[LlamaForCausalLM, Mapping[str, Sequence[Row]], str, Sequence[Row]], Record] = prompted
     rates: tuple[float, ...] = ()  # as many for each method that is trained, a factor of about 3 apart
     attach: Attach | None = None
 
@@ -175,6 +188,7 @@ _CHANGED: dict[str, tuple[str, Adapter]] = {
 METHODS: dict[str, Method] = {
     "zero-shot": Method("zero-shot"),
     **{f"{k}-shot": Method(f"{k}-shot", shots=k) for k in (1, 4, 8)},
+    "task-vector": Method("Task Vector of 16 samples", shots=16, answer=task_vector.answer),
     "lora-3": Method("LoRA, r = 3", rates=_LORA, attach=Adapter(lora(3))),
     "lora-8": Method("LoRA, r = 8", rates=_LORA, attach=Adapter(lora(8))),
     "lora-mlp": Method(

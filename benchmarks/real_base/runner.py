@@ -165,7 +165,7 @@ def perform(job: Job, cache: Path) -> Record:
     base = load_base(cache / "model")
     record: Record = asdict(job) | {"vector": torch.backends.cpu.get_cpu_capability()}
     if method.attach is None or job.rate is None:
-        return record | _rounded(measure(base, rows[job.split], chosen))
+        return record | _rounded(method.answer(base, rows, job.split, chosen))
     model, groups = method.attach(base, chosen, job.rate)
     record |= {"steps": STEPS, "batch": BATCH, "parameters": sum(p.numel() for p in trainable(model))}
     record["start"] = _rounded(measure(model, rows[job.split]) | forgetting_of(model, cache))

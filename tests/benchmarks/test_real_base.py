@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.real_base import base, methods, positions, report, runner, sources, tasks
+from benchmarks.real_base import base, methods, positions, report, runner, sources, task_vector, tasks
 from benchmarks.real_base.__main__ import CACHE, main
 from benchmarks.real_base.encoding import Batch, Row, encode, encode_text, forgetting, loss_of, measure
 from benchmarks.real_base.methods import METHODS
@@ -200,6 +200,38 @@ def test_each_method_trains_what_it_adds_and_nothing_else(name):
     assert all(torch.equal(kept[key], value) for key, value in model_before.items())
 
 
+def test_a_task_vector_takes_the_place_of_a_querys_state():
+    """With the vectors of one prompt and its own query behind them, the patched layer decides alone what is said."""
+    rows = {
+        "train": encode(byte_tokenizer(), SAMPLES["train"]),
+        "validation": encode(byte_tokenizer(), SAMPLES["test"]),
+    }
+    model, shown = tiny_base(), rows["train"][:10]
+    made = task_vector.vectors(model, shown)
+    assert len(made) == 1  # two layers, the last of which passes a norm
+    states = []
+    for number, query in enumerate(shown):
+        before = [shown[(number + place) % 10] for place in range(1, 9)]
+        ids = [token for row in before for token in row.ids] + query.ids[: query.start]
+        states.append(model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0, -1])
+    torch.testing.assert_close(made[0], torch.stack(states).mean(0), rtol=1e-4, atol=1e-5)
+    query = rows["validation"][1]
+    found = task_vector._patched(model, 0, made[0], [query])
+    # By hand: the first layer, the vector in its place, the second layer and the head.
+    ids = torch.tensor([query.ids])
+    handle = model.model.layers[0].register_forward_hook(
+        lambda layer, args, output: torch.cat(
+            [output[:, : query.start - 1], made[0][None, None], output[:, query.start :]], dim=1
+        )
+    )
+    logits = model(input_ids=ids).logits[0, query.start - 1 : -1]
+    handle.remove()
+    want = torch.nn.functional.cross_entropy(logits, torch.tensor(query.ids[query.start :]))
+    assert found["loss"] == pytest.approx(float(want), rel=1e-4) != measure(model, [query])["loss"]
+    record = task_vector.answer(model, rows, "validation", shown)
+    assert record["layer"] == 0 and record["loss"] != measure(model, rows["validation"])["loss"]
+
+
 def test_pairs_begin_as_words_of_answers(monkeypatch):
     seen = []
     monkeypatch.setattr(methods, "initialize_from_demonstrations", lambda *args: seen.append(args[1:]))
@@ -306,7 +338,7 @@ def test_a_rate_that_diverges_scores_nothing(cache, monkeypatch):
 
 def test_a_prompt_shows_the_first_of_the_samples_that_others_train_on(cache, quick, monkeypatch):
     seen = []
-    monkeypatch.setattr(runner, "measure", lambda model, rows, shown=(): seen.append(shown) or {"score": 0.5})
+    monkeypatch.setattr(methods, "measure", lambda model, rows, shown=(): seen.append(shown) or {"score": 0.5})
     perform(Job("past", "4-shot", 4, 1, "validation"), cache)
     perform(Job("past", "8-shot", 8, 1, "validation"), cache)
     perform(Job("past", "8-shot", 8, 2, "validation"), cache)
