@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .config import HiFICLConfig
 from .names import HeadShape, plain
+from .ops import merged
 from .ops.formula import Scoring, VirtualPairs
 
 if torch.distributed.is_available():
@@ -249,6 +250,45 @@ def exchange_in(found: Callable[..., Any], own: Callable[..., Any]) -> Exchange 
     ulysses: Any = inspect.getclosurevars(found).nonlocals.get("uattn")
     known = getattr(ulysses, "attn", None) is own and hasattr(ulysses, "sp_rank") and hasattr(ulysses, "world_size")
     return Exchange(ulysses) if known else None
+
+
+class Ring(NamedTuple):
+    """torch's `context_parallel` in the place of `scaled_dot_product_attention`.
+
+    Attributes:
+        group: the ranks that share each row.
+    """
+
+    group: torch.distributed.ProcessGroup
+
+    def attend(
+        self, attend: Callable[..., tuple[Tensor, Tensor | None]], module: nn.Module, query: Tensor, key: Tensor,
+        value: Tensor, pairs: VirtualPairs, scoring: Scoring, keywords: dict[str, Any], recorded: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """As `Exchange.attend`, where each rank keeps its queries, and all keys come to it.
+
+        Raises:
+            ValueError: no kernel takes the call, or it is being recorded.
+        """
+        try:
+            if recorded:
+                raise ValueError("Attention over keys that ranks share cannot be recorded.")
+            output = merged.attention(query, key, value, pairs, scoring, self.group)
+        except ValueError as error:
+            raise ValueError(
+                f"{type(module).__name__} runs under context parallelism. {error} accelerate.prepare drops causal "
+                "masks; run without the rest, or without context parallelism."
+            ) from None
+        return output.transpose(1, 2).contiguous(), None
+
+
+def ring_in(patched: Callable[..., Any]) -> Ring | None:
+    """The ring that a function in the place of `scaled_dot_product_attention` runs; None if it is something else."""
+    if patched.__module__ != "torch.distributed.tensor.experimental._context_parallel._attention":
+        return None
+    found: dict[str, Any] = dict(inspect.getclosurevars(patched).nonlocals)
+    known = found.get("target_fn") is torch._C._nn.scaled_dot_product_attention and "device_mesh" in found
+    return Ring(found["device_mesh"].get_group()) if known else None
 
 
 def _block(pairs: VirtualPairs, rank: int, ranks: int) -> VirtualPairs:

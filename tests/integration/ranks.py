@@ -32,7 +32,6 @@ from accelerate import (
     ParallelismConfig,
     PartialState,
 )
-from accelerate.big_modeling import _attach_context_parallel_hooks
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedSequenceParallelConfig
 from datasets import Dataset
@@ -42,7 +41,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
-from torch.distributed.tensor.experimental import context_parallel as context
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
@@ -54,7 +52,9 @@ from ..helpers import build, config, inputs_for, llama, logits
 from . import reports
 
 # A group shares its processes.
-GROUPS: dict[str, dict[str, Callable[[Path], None]]] = {"torch": {}, "deepspeed": {}, "tensor": {}, "mesh": {}}
+GROUPS: dict[str, dict[str, Callable[[Path], None]]] = {
+    name: {} for name in ("torch", "deepspeed", "tensor", "mesh", "context", "ring")
+}
 KINDS = ["hificl", "lora"]
 IDS = inputs_for("gqa", rows=4)["input_ids"]
 STEPS = 3
@@ -120,17 +120,21 @@ def trains_as_one_process(kind: str, parallel: Parallel, folder: Path) -> None:
         dist.all_reduce(loss)
         torch.testing.assert_close(loss / dist.get_world_size(), want, rtol=1e-5, atol=1e-5)
         if number in (0, STEPS - 1):
-            here = folder / str(number)
-            state = parallel.full_state()
-            if dist.get_rank() == 0:
-                parallel.inner.save_pretrained(here, state_dict=state)
-            dist.barrier()
-            stored, wanted = load_file(here / "adapter_model.safetensors"), get_peft_model_state_dict(alone)
-            assert stored.keys() == wanted.keys(), (sorted(stored), sorted(wanted))
-            for name, tensor in wanted.items():
-                assert not torch.equal(tensor, before[name]), name
-                torch.testing.assert_close(stored[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+            here = stored_as(folder / str(number), parallel.inner, parallel.full_state(), alone)
+            assert not any(torch.equal(p, before[name]) for name, p in get_peft_model_state_dict(alone).items())
     same_logits(PeftModel.from_pretrained(build("gqa"), here), alone)
+
+
+def stored_as(folder: Path, model: PeftModel, state: dict[str, Tensor], alone: PeftModel) -> Path:
+    """Rank 0 stores the adapter, and what it has stored is that of one process."""
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder, state_dict=state)
+    dist.barrier()
+    stored, wanted = load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(alone)
+    assert stored.keys() == wanted.keys(), (sorted(stored), sorted(wanted))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(stored[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    return folder
 
 
 def same_logits(model: nn.Module, other: nn.Module) -> None:
@@ -319,7 +323,7 @@ def zero(folder: Path, kind: str, stage: int) -> None:
         assert not (folder / "not_gathered" / "adapter_model.safetensors").exists()
 
 
-# -- sequence and context parallel: a rank holds a part of every row -------------------------------------------------
+# -- sequence parallel: a rank holds a part of every row -------------------------------------------------
 
 LENGTH = 16
 LONG = torch.arange(3, 3 + LENGTH)[None]
@@ -494,24 +498,6 @@ def sequence_parallel_training(folder: Path, kind: str, stage: int) -> None:
         wrapped.eval()
         found = logits(wrapped, input_ids=LONG)
     torch.testing.assert_close(found, logits(alone.eval(), input_ids=LONG), rtol=1e-4, atol=1e-4)
-
-
-@case("torch")
-def context_parallel(folder: Path) -> None:
-    """torch's, alone and as accelerate prepares a model for it.  For CPUs it has no rule, and fails with every base."""
-    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
-    model = adapted("hificl").eval()
-    want, own_function = logits(model, input_ids=LONG), functional.scaled_dot_product_attention
-    for prepare in (lambda _: None, _attach_context_parallel_hooks):
-        prepare(model)
-        ids, positions = LONG.clone(), POSITIONS.clone()
-        with context(mesh, buffers=[ids, positions], buffer_seq_dims=[1, 1]):
-            assert ids.shape[1] == LENGTH // 2 and functional.scaled_dot_product_attention is not own_function
-            own = {"input_ids": ids, "position_ids": positions}
-            refused(lambda: logits(model, **own), "context.parallel")
-            refused(lambda: model.train()(**own, labels=ids), "context.parallel")
-            refused(lambda: logits(get_peft_model(build("gqa"), config()), **own), "context.parallel")
-        assert torch.equal(logits(model.eval(), input_ids=LONG), want)
 
 
 # -- running them ----------------------------------------------------------------------------------------------------
