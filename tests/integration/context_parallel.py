@@ -17,24 +17,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import (
     Accelerator,
-    DistributedType,
     FullyShardedDataParallelPlugin,
     ParallelismConfig,
-    PartialState,
 )
 from accelerate.big_modeling import _attach_context_parallel_hooks
 from accelerate.utils import TorchContextParallelConfig
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.experimental._attention import _cp_options, context_parallel_unshard, set_rotate_method
 from torch.nn import functional
+from transformers import Trainer, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_hificl import Scoring, VirtualPairs, initialize_from_demonstrations
@@ -44,6 +45,7 @@ from peft_hificl.ops import merged
 from .. import oracle
 from ..helpers import build, config, llama, logits
 from . import reports
+from .as_on_gpus import pretend
 from .ranks import STEPS, adapted, case, main, refused, sgd, stored_as
 
 LENGTH = 16
@@ -224,6 +226,11 @@ def recomputes(folder: Path) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.testing.assert_close(gradients(model, within=True), after)
         refused(lambda: gradients(model, within=False), "number of tensors")
+    model = adapted("hificl").train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    found = gradients(model, within=False)  # without the ring, and nothing notices
+    assert not any(torch.allclose(gradient, want, rtol=1e-2) for gradient, want in zip(found, wanted, strict=True))
 
 
 @case("context")
@@ -240,6 +247,8 @@ def refused_under_context_parallel(folder: Path) -> None:
         with record(model):
             refused(lambda: logits(model, **own), "recorded")
         refused(lambda: initialize_from_demonstrations(model, {"input_ids": ids[:1]}, [1, 2, 3]), "before")
+        with model.disable_adapter():  # the base model itself
+            refused(lambda: logits(model, **own), "flash_attention_for_cpu.*sharding strategy")
         for attention in model.modules():
             if hasattr(attention, "attention_dropout"):
                 attention.attention_dropout = 0.1
@@ -254,25 +263,23 @@ def refused_under_context_parallel(folder: Path) -> None:
     torch.testing.assert_close(logits(model, input_ids=ROWS), want)
 
 
-def with_fsdp2(accelerator_kwargs: dict[str, Any]) -> Accelerator:
-    """accelerate with FSDP2 on CPUs, where it would use DDP."""
+def with_fsdp2(**kwargs: Any) -> Accelerator:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
         state_dict_type="FULL_STATE_DICT", cpu_ram_efficient_loading=False,
     )  # fmt: skip
-    PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    accelerator = Accelerator(fsdp_plugin=plugin, **accelerator_kwargs)
+    pretend()
+    accelerator = Accelerator(fsdp_plugin=plugin, **kwargs)
     assert accelerator.is_fsdp2
     return accelerator
 
 
-@case("context", kind=["hificl"], rotation=["allgather", "alltoall"])
-def trains_with_accelerate(folder: Path, kind: str, rotation: str) -> None:
+@case("context", rotation=["allgather", "alltoall"])
+def trains_with_accelerate(folder: Path, rotation: str) -> None:
     """Losses, gradients (by the file after one step) and the stored adapter; FSDP2 sums gradients over the ranks."""
     handler = TorchContextParallelConfig(cp_comm_strategy=rotation)
-    accelerator = with_fsdp2({"parallelism_config": ParallelismConfig(cp_size=2, cp_handler=handler)})
-    model, alone = adapted(kind), adapted(kind)
+    accelerator = with_fsdp2(parallelism_config=ParallelismConfig(cp_size=2, cp_handler=handler))
+    model, alone = adapted("hificl"), adapted("hificl")
     wrapped, optimizer = accelerator.prepare(model, sgd(model))
     assert sum(isinstance(module, FSDPModule) for module in wrapped.modules()) > 2
     own_optimizer = sgd(alone)
@@ -299,6 +306,32 @@ def trains_with_accelerate(folder: Path, kind: str, rotation: str) -> None:
     again = PeftModel.from_pretrained(build("gqa"), here).eval()
     wanted = logits(alone.eval(), input_ids=ROWS)
     torch.testing.assert_close(logits(again, input_ids=ROWS), wanted, rtol=1e-4, atol=1e-4)
+
+
+@case("context")
+def trainer_with_context_parallel(folder: Path) -> None:
+    """transformers' own: losses, norms of gradients, the stored adapter."""
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=0.1, optim="sgd",
+        lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, report_to=[], save_strategy="no",
+        logging_steps=1, disable_tqdm=True, fsdp=True, parallelism_config=ParallelismConfig(cp_size=2),
+        fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+    )  # fmt: skip
+    pretend()
+    model, alone = adapted("hificl"), adapted("hificl")
+    rows = Dataset.from_dict({"input_ids": ROWS, "labels": ROWS}).with_format("torch")
+    run = Trainer(model, arguments, train_dataset=rows)
+    run.train()
+    assert run.accelerator.is_fsdp2 and sum(isinstance(module, FSDPModule) for module in model.modules()) > 2
+    optimizer = sgd(alone, momentum=0.0)
+    for found in run.state.log_history[:STEPS]:
+        loss = alone(input_ids=ROWS, labels=ROWS).loss
+        loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in alone.parameters() if p.requires_grad])
+        assert [found["loss"], found["grad_norm"]] == pytest.approx([loss.item(), norm.item()], rel=1e-4)
+        optimizer.step()
+        optimizer.zero_grad()
+    stored_as(folder / "adapter", model, run.accelerator.get_state_dict(run.model_wrapped), alone)
 
 
 if __name__ == "__main__":
