@@ -206,11 +206,11 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "integration/test_replaced_attention.py::test_torchs_function_is_patched",
         "integration/test_two_processes.py::test_on_both_ranks",
     ),
-    "DeepSpeed's Ulysses with attention sinks": ("integration/test_two_processes.py::test_on_both_ranks",),
     "Context parallelism (torch's": ("integration/test_two_processes.py::test_on_both_ranks",),
     "The backward of gradient checkpointing after": ("integration/test_two_processes.py::test_on_both_ranks",),
     "torch's context_parallel on CPUs": ("integration/test_two_processes.py::test_on_both_ranks",),
     "torch's context_parallel without FSDP2": ("integration/test_two_processes.py::test_on_both_ranks",),
+    "DeepSpeed's Ulysses with attention sinks": ("integration/test_two_processes.py::test_on_both_ranks",),
     "A base model that passes no gradient on": (
         "test_watch.py::test_an_adapter_without_a_gradient_is_reported_once",
         "test_watch.py::test_compiled_models_are_not_reported",
