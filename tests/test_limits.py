@@ -138,6 +138,7 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_limits.py::test_transformers_finds_no_local_bin_file",
     ),
     "A stage of a pipeline": (
+        "integration/test_two_processes.py::test_on_both_ranks",
         "test_loading.py::test_stages_of_a_pipeline_together_are_the_model",
         "test_loading.py::test_a_stage_takes_its_layers",
         "test_loading.py::test_a_stage_saves_its_own_layers",

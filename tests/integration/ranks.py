@@ -53,7 +53,7 @@ from . import reports
 
 # A group shares its processes.
 GROUPS: dict[str, dict[str, Callable[[Path], None]]] = {
-    name: {} for name in ("torch", "deepspeed", "tensor", "mesh", "context", "ring")
+    name: {} for name in ("torch", "deepspeed", "tensor", "mesh", "context", "ring", "stages")
 }
 KINDS = ["hificl", "lora"]
 IDS = inputs_for("gqa", rows=4)["input_ids"]

@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from . import context_parallel, tensor_parallel  # noqa: F401  # which add their cases
+from . import context_parallel, pipeline_parallel, tensor_parallel  # noqa: F401  # which add their cases
 from .ranks import GROUPS
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
-MODULES = dict.fromkeys(["tensor", "mesh"], "tensor_parallel") | dict.fromkeys(["context", "ring"], "context_parallel")
+MODULES = {
+    "tensor": "tensor_parallel", "mesh": "tensor_parallel", "context": "context_parallel", "ring": "context_parallel",
+    "stages": "pipeline_parallel",
+}  # fmt: skip
 CASES = [(group, name) for group, cases in GROUPS.items() for name in cases]
 
 
