@@ -27,10 +27,10 @@ from .ops.formula import Scoring, VirtualPairs
 
 if torch.distributed.is_available():
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 else:  # torch can be built without it
-    DTensor = ()  # type: ignore[misc,assignment]  # nothing is an instance of it
+    DTensor = FSDPModule = FullyShardedDataParallel = ()  # type: ignore[misc,assignment]  # nothing is an instance of it
 
 # transformers' names for the dimensions of a device mesh: that which divides heads, and FSDP2's.
 _AXIS, _DATA = "tp", "fsdp"
@@ -76,12 +76,12 @@ class Sharding(NamedTuple):
 
 
 def sharding_of(model: nn.Module, name: str, attention: nn.Module, shape: HeadShape) -> Sharding | None:
-    """How transformers has divided an attention of a model when it loaded it; None if it has not.
+    """How an attention of a model is divided, by transformers when it loaded it or by FSDP2; None if it is not.
 
     Raises:
         ValueError: it is divided in a way that HiFICL could get wrong, or its heads do not divide.
     """
-    data = _data_mesh(model)
+    data = _data_mesh(model) or _fsdp_mesh(model, name, attention)
     weights = [p for p in attention.parameters() if isinstance(p, DTensor)]
     weights = [w for w in weights if _AXIS in (w.device_mesh.mesh_dim_names or ())]
     divided = not all(w.placements[-1].is_replicate() for w in weights)
@@ -136,6 +136,50 @@ def _data_mesh(model: nn.Module) -> DeviceMesh | None:
     return found
 
 
+def _fsdp_mesh(model: nn.Module, name: str, attention: nn.Module) -> DeviceMesh | None:
+    """The ranks over which FSDP2 has sharded an attention of a model that was loaded whole; None if it has not.
+
+    Raises:
+        ValueError: it has sharded what is divided by tensor parallelism, too, or keeps it elsewhere.
+    """
+    places = [model.get_submodule(name[:end]) for end, letter in enumerate(f"{name}.") if letter == "."]
+    units = [module for module in (model, *places) if isinstance(module, FSDPModule)]
+    if units and not any(isinstance(p, DTensor) or p.is_meta for p in attention.parameters()):  # meta: a dry run
+        units[-1].reshard()  # after a forward, its parameters may still be whole
+    sharded = [p for p in attention.parameters() if isinstance(p, DTensor)]
+    meshes = [p.device_mesh for p in sharded if p.device_mesh.mesh_dim_names != (_AXIS,)]
+    if not meshes:
+        return None
+    if _AXIS in (meshes[0].mesh_dim_names or ()) or sharded[0].device.type != meshes[0].device_type:
+        raise ValueError(
+            f"{name!r} is sharded by FSDP2 beside tensor parallelism, or offloaded by it, where an adapter that is "
+            "attached now would have no place: attach it before the model is sharded."
+        )
+    return meshes[0]
+
+
+def check_late(model: nn.Module, config: HiFICLConfig) -> None:
+    """Refuse to attach an adapter for training to a model whose shards are laid out already, which would leave it out.
+
+    FSDP2 can take it (`sharding_of`); FSDP1 and ZeRO-3 would not reduce its gradients, and the ranks diverge.
+
+    Raises:
+        ValueError: FSDP1 has wrapped the model, or DeepSpeed has made a ZeRO-3 engine of it.
+    """
+    if config.inference_mode:
+        return
+    if any(hasattr(module, "ds_id") for module in model.modules()):
+        sharder = "DeepSpeed's ZeRO-3"
+    elif any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        sharder = "FSDP (version 1)"
+    else:
+        return
+    raise ValueError(
+        f"{sharder} has sharded {type(model).__name__}, and would not reduce the gradients of an adapter that is "
+        "attached now: attach it before, or use FSDP2, which takes one afterwards."
+    )
+
+
 def forget(model: nn.Module) -> None:
     """Let a copy of a model, which is whole, know nothing of the ranks that share the model."""
     vars(model).update(_tp_size=None, _device_mesh=None)
@@ -161,9 +205,9 @@ def check_beside(model: nn.Module, config: HiFICLConfig, heads: tuple[str, ...])
     embedding: Any = getattr(model, "get_input_embeddings", lambda: None)  # PEFT goes by a name where there is none
     if isinstance(tokens, list | tuple) and (found := embedding()) is not None:
         copied["the input embedding"] = found
-    sharded = _data_mesh(model) is not None  # whose parameters may be whole at this moment
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())  # which may be whole at this moment
     for name, module in copied.items():
-        if sharded or any(isinstance(p, DTensor) and local(p) is not p for p in module.parameters()):
+        if sharded or any(isinstance(p, DTensor) for p in module.parameters()):
             raise ValueError(
                 f"Module {name!r} is divided among ranks, and PEFT's copy of it (modules_to_save, "
                 "trainable_token_indices) would compute with the base model's weights: leave it out."
