@@ -123,6 +123,8 @@ ROWS: dict[str, tuple[str, ...] | str] = {
     "Padded rows where positions are learned": ("test_positions.py::test_a_padded_row_equals_the_row_alone",),
     "A mask of four dimensions": ("test_positions.py::test_masks_of_other_forms_leave_positions_to_the_caller",),
     "past_key_values across set_adapter": ("test_limits.py::test_a_cache_keeps_what_the_earlier_adapter_computed",),
+    "An adapter for training that is added after FSDP1": ("integration/test_two_processes.py::test_on_both_ranks",),
+    "set_adapter to an adapter that was frozen": ("integration/test_two_processes.py::test_on_both_ranks",),
     "An adapter that is added after FSDP2": ("integration/test_two_processes.py::test_on_both_ranks",),
     "A fresh adapter as the start": (
         "test_peft_api.py::test_paper_init_is_not_the_identity",

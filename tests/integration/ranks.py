@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -233,9 +233,8 @@ def rates_under_fsdp(folder: Path, way: str) -> None:
     optimizers = [
         torch.optim.SGD(parameter_groups(m, lr=0.1, key_lr_ratio=0.3, weight_lr_ratio=10)) for m in (wrapped, alone)
     ]
-    assert [group["lr"] for group in optimizers[0].param_groups] == [
-        group["lr"] for group in optimizers[1].param_groups
-    ]
+    found, wanted = ([group["lr"] for group in optimizer.param_groups] for optimizer in optimizers)
+    assert found == wanted and len(wanted) == 3
     for _ in range(STEPS):
         step(wrapped, optimizers[0], Tensor.backward, own_rows())
         step(alone, optimizers[1], Tensor.backward, IDS)
@@ -326,6 +325,17 @@ def added_after_fsdp2(folder: Path, ran: bool, loaded: bool) -> None:
 
 case("torch", ran=[False, True], loaded=[False, True])(added_after_fsdp2)
 case("mesh", ran=[False, True], loaded=[False, True])(added_after_fsdp2)
+
+
+@case("torch")
+def refused_after_fsdp2(folder: Path) -> None:
+    """Beside tensor parallelism of somebody else's."""
+    mesh, base = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp")), build("gqa")
+    for layer in base.model.layers:
+        weight = distribute_tensor(layer.self_attn.q_proj.weight.data, mesh["tp"], [Shard(0)])
+        layer.self_attn.q_proj.weight = nn.Parameter(weight)
+        fully_shard(layer, mesh=mesh["dp"])
+    refused(lambda: get_peft_model(base, config()), "self_attn.*FSDP2 beside tensor parallelism")
 
 
 @case("torch")
