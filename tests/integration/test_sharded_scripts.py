@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_hificl import HiFICLConfig
 
+from .. import examples
+
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
@@ -54,19 +56,79 @@ def same_as_one_process(folder: Path, ids: Tensor, steps: int) -> None:
 def run(folder: Path, *command: str) -> None:
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT),
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": "cpu", "HF_DATASETS_CACHE": str(folder / "cache"),
+        "ACCELERATE_USE_CPU": str("torch.distributed.run" in command),
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=240,
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=240,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def torchrun(folder: Path, ranks: int, *command: str) -> None:
+    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    run(folder, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(ranks), *command)
+
+
 def launch(flags: str, folder: Path, script: str, *arguments: str) -> None:
     """By accelerate, on CPUs that it takes for GPUs."""
-    command = ["accelerate.commands.launch", *flags.split(), "--main_process_port", "0"]
+    command = ["-m", "accelerate.commands.launch", *flags.split(), "--main_process_port", "0"]
     run(folder, *command, "-m", "tests.integration.as_on_gpus", script, *arguments)
+
+
+WRAP = "--fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
+WAYS = {
+    "fsdp2": f"--use_fsdp --fsdp_version 2 {WRAP}",
+    "fsdp1": f"--use_fsdp --fsdp_version 1 {WRAP} --fsdp_sync_module_states false "
+    "--fsdp_cpu_ram_efficient_loading false",
+    "zero2": "--use_deepspeed --zero_stage 2",
+    "zero3": "--use_deepspeed --zero_stage 3",
+    "hsdp": f"--use_fsdp --fsdp_version 2 {WRAP} --use_parallelism_config --parallelism_config_dp_replicate_size 2 "
+    "--parallelism_config_dp_shard_size 2",
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a chat model, an adapter that one process has trained, and one that it went on with."""
+    folder = tmp_path_factory.mktemp("sharded")
+    examples.save_chat_model(folder / "model")
+    script, *arguments = options(4, "one")
+    run(folder, str(ROOT / script), *arguments)
+    run(folder, str(ROOT / script), *arguments[:-1], "more", "--adapter", "one")
+    return folder
+
+
+def options(batch_size: int, output: str) -> list[str]:
+    data = ROOT / "examples" / "data" / "ports.jsonl"
+    text = f"examples/train_sharded.py --model model --data {data} --epochs 4 --learning_rate 0.05"
+    return [*text.split(), "--batch_size", str(batch_size), "--output_dir", output]
+
+
+@pytest.mark.parametrize("way", [*WAYS, "ddp"])
+def test_the_example_of_many_ways(way: str, trained: Path) -> None:
+    """Each way stores what one process stores, and FSDP2 goes on with an adapter as one process does."""
+    ranks = 4 if way == "hsdp" else 2
+    for output, more in ((way, []), ("more-sharded", ["--adapter", "one"]))[: 2 if way == "fsdp2" else 1]:
+        script, *arguments = options(4 // ranks, output)
+        if way == "ddp":
+            torchrun(trained, 2, str(ROOT / script), *arguments, *more)
+        else:
+            launch(f"{WAYS[way]} --num_processes {ranks}", trained, str(ROOT / script), *arguments, *more)
+        wanted, found = (
+            load_file(trained / name / "adapter_model.safetensors") for name in ("more" if more else "one", output)
+        )
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("way", [*WAYS, "ddp"])
+def test_the_page_has_the_command(way: str) -> None:
+    flags = "--multi_gpu" if way == "ddp" else WAYS[way].replace("_size 2", "_size N").replace("stage 2", "stage 3")
+    page = re.sub(r"_size \d", "_size N", " ".join(PAGE.replace("\\\n", " ").split()))
+    assert f"accelerate launch {flags} " in page
 
 
 def test_context_parallelism(tmp_path: Path) -> None:
@@ -77,6 +139,5 @@ def test_context_parallelism(tmp_path: Path) -> None:
 
 def test_pipeline_parallelism(tmp_path: Path) -> None:
     script_of_the_page("train_stages.py", tmp_path)
-    torchrun = ["torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    run(tmp_path, *torchrun, "--local-addr", "127.0.0.1", "--nproc-per-node", "2", "train_stages.py")
+    torchrun(tmp_path, 2, "train_stages.py")
     same_as_one_process(tmp_path, torch.arange(20).reshape(4, 5) + 9, steps=3)
