@@ -24,7 +24,6 @@ from .layer import HiFICLLayer
 from .listeners import listening, tell
 from .names import MODULE, HeadShape
 from .ops.formula import Scoring, VirtualPairs
-from .sharding import Sharding
 from .support import Dispatch, check_backend, dispatch_of, exchange_of
 
 IMPLEMENTATION = "hificl"
@@ -157,10 +156,10 @@ def _with_paged_past(
     return paged_cache.update(cache, layer, cast(int, module.layer_idx), key, value, keywords)
 
 
-def attach(module: nn.Module, head_shape: HeadShape, sharding: Sharding | None) -> HiFICLLayer:
+def attach(module: nn.Module, head_shape: HeadShape) -> HiFICLLayer:
     """Give an attention module a HiFICLLayer without adapters, and route its attention calls to this file."""
     config = cast(PreTrainedConfig, module.config)
-    layer = HiFICLLayer(config, head_shape, sharding)
+    layer = HiFICLLayer(config, head_shape)
     module.add_module(MODULE, layer)
     own = copy.copy(config)
     own._attn_implementation_internal = IMPLEMENTATION

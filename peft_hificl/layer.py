@@ -80,7 +80,9 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         base_config: the original configuration object of the attention module, from which the attention implementation
             is read on every call.
         head_shape: query and key/value heads, head dimension of keys, head dimension of values.
-        sharding: where the parameters are, if the base model is tensor-parallel; see `sharding`.
+
+    Attributes:
+        sharding: where the parameters of the next adapter will be, if ranks share the base model; see `sharding`.
     """
 
     hificl_W: Any  # noqa: N815  # a ModuleDict, as the others that are looked up by name
@@ -89,11 +91,11 @@ class HiFICLLayer(nn.Module, BaseTunerLayer):
         "n", "r", "heads", *OF_THE_SOFTMAX, "scaling", "log_scaling", "awaits_weights", "had_gradient",
     )  # fmt: skip
 
-    def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape, sharding: Sharding | None = None) -> None:
+    def __init__(self, base_config: PreTrainedConfig, head_shape: HeadShape) -> None:
         super().__init__()
         self.base_config = base_config
         self.head_shape = head_shape
-        self.sharding = sharding
+        self.sharding: Sharding | None = None
         self._device_and_dtype = torch.device("cpu"), torch.get_default_dtype()
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())

@@ -201,10 +201,10 @@ class HiFICLModel(BaseTuner):
         # itself matched under the same plain name.
         if isinstance(target, (HiFICLLayer, OptimizedModule)):
             return
-        layer = getattr(target, MODULE, None)
-        if layer is None:
-            shape = support.head_shape_of(target)
-            layer = interface.attach(target, shape, sharding.sharding_of(self.model, current_key, target, shape))
+        shape = support.head_shape_of(target)
+        placed = sharding.sharding_of(self.model, current_key, target, shape)
+        layer = getattr(target, MODULE, None) or interface.attach(target, shape)
+        layer.sharding = placed  # FSDP2 may have come after an earlier adapter
         layer.update_layer(adapter_name, peft_config, *offloading.device_and_dtype(target))
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:

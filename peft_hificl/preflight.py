@@ -32,6 +32,7 @@ def check(model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[
     check_name(model, adapter_name)
     check_placement(model)
     offloading.check(model, config, names)
+    sharding.check_late(model, config)
     sharding.check_beside(model, config, checkpoint.HEADS.get(config.task_type or "", ()))
     check_targets(model, config, names)
     modules = set() if load is None else {module for key in load.tensors if (module := module_of(key))}

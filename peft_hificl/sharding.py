@@ -22,14 +22,15 @@ from torch import Tensor, nn
 
 from .config import HiFICLConfig
 from .names import HeadShape, plain
+from .ops import merged
 from .ops.formula import Scoring, VirtualPairs
 
 if torch.distributed.is_available():
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 else:  # torch can be built without it
-    DTensor = ()  # type: ignore[misc,assignment]  # nothing is an instance of it
+    DTensor = FSDPModule = FullyShardedDataParallel = ()  # type: ignore[misc,assignment]  # nothing is an instance of it
 
 # transformers' names for the dimensions of a device mesh: that which divides heads, and FSDP2's.
 _AXIS, _DATA = "tp", "fsdp"
@@ -75,12 +76,12 @@ class Sharding(NamedTuple):
 
 
 def sharding_of(model: nn.Module, name: str, attention: nn.Module, shape: HeadShape) -> Sharding | None:
-    """How transformers has divided an attention of a model when it loaded it; None if it has not.
+    """How an attention of a model is divided, by transformers when it loaded it or by FSDP2; None if it is not.
 
     Raises:
         ValueError: it is divided in a way that HiFICL could get wrong, or its heads do not divide.
     """
-    data = _data_mesh(model)
+    data = _data_mesh(model) or _fsdp_mesh(model, name, attention)
     weights = [p for p in attention.parameters() if isinstance(p, DTensor)]
     weights = [w for w in weights if _AXIS in (w.device_mesh.mesh_dim_names or ())]
     divided = not all(w.placements[-1].is_replicate() for w in weights)
@@ -135,6 +136,50 @@ def _data_mesh(model: nn.Module) -> DeviceMesh | None:
     return found
 
 
+def _fsdp_mesh(model: nn.Module, name: str, attention: nn.Module) -> DeviceMesh | None:
+    """The ranks over which FSDP2 has sharded an attention of a model that was loaded whole; None if it has not.
+
+    Raises:
+        ValueError: it has sharded what is divided by tensor parallelism, too, or keeps it elsewhere.
+    """
+    places = [model.get_submodule(name[:end]) for end, letter in enumerate(f"{name}.") if letter == "."]
+    units = [module for module in (model, *places) if isinstance(module, FSDPModule)]
+    if units and not any(isinstance(p, DTensor) or p.is_meta for p in attention.parameters()):  # meta: a dry run
+        units[-1].reshard()  # after a forward, its parameters may still be whole
+    sharded = [p for p in attention.parameters() if isinstance(p, DTensor)]
+    meshes = [p.device_mesh for p in sharded if p.device_mesh.mesh_dim_names != (_AXIS,)]
+    if not meshes:
+        return None
+    if _AXIS in (meshes[0].mesh_dim_names or ()) or sharded[0].device.type != meshes[0].device_type:
+        raise ValueError(
+            f"{name!r} is sharded by FSDP2 beside tensor parallelism, or offloaded by it, where an adapter that is "
+            "attached now would have no place: attach it before the model is sharded."
+        )
+    return meshes[0]
+
+
+def check_late(model: nn.Module, config: HiFICLConfig) -> None:
+    """Refuse to attach an adapter for training to a model whose shards are laid out already, which would leave it out.
+
+    FSDP2 can take it (`sharding_of`); FSDP1 and ZeRO-3 would not reduce its gradients, and the ranks diverge.
+
+    Raises:
+        ValueError: FSDP1 has wrapped the model, or DeepSpeed has made a ZeRO-3 engine of it.
+    """
+    if config.inference_mode:
+        return
+    if any(hasattr(module, "ds_id") for module in model.modules()):
+        sharder = "DeepSpeed's ZeRO-3"
+    elif any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        sharder = "FSDP (version 1)"
+    else:
+        return
+    raise ValueError(
+        f"{sharder} has sharded {type(model).__name__}, and would not reduce the gradients of an adapter that is "
+        "attached now: attach it before, or use FSDP2, which takes one afterwards."
+    )
+
+
 def forget(model: nn.Module) -> None:
     """Let a copy of a model, which is whole, know nothing of the ranks that share the model."""
     vars(model).update(_tp_size=None, _device_mesh=None)
@@ -160,9 +205,9 @@ def check_beside(model: nn.Module, config: HiFICLConfig, heads: tuple[str, ...])
     embedding: Any = getattr(model, "get_input_embeddings", lambda: None)  # PEFT goes by a name where there is none
     if isinstance(tokens, list | tuple) and (found := embedding()) is not None:
         copied["the input embedding"] = found
-    sharded = _data_mesh(model) is not None  # whose parameters may be whole at this moment
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())  # which may be whole at this moment
     for name, module in copied.items():
-        if sharded or any(isinstance(p, DTensor) and local(p) is not p for p in module.parameters()):
+        if sharded or any(isinstance(p, DTensor) for p in module.parameters()):
             raise ValueError(
                 f"Module {name!r} is divided among ranks, and PEFT's copy of it (modules_to_save, "
                 "trainable_token_indices) would compute with the base model's weights: leave it out."
@@ -249,6 +294,45 @@ def exchange_in(found: Callable[..., Any], own: Callable[..., Any]) -> Exchange 
     ulysses: Any = inspect.getclosurevars(found).nonlocals.get("uattn")
     known = getattr(ulysses, "attn", None) is own and hasattr(ulysses, "sp_rank") and hasattr(ulysses, "world_size")
     return Exchange(ulysses) if known else None
+
+
+class Ring(NamedTuple):
+    """torch's `context_parallel` in the place of `scaled_dot_product_attention`.
+
+    Attributes:
+        group: the ranks that share each row.
+    """
+
+    group: torch.distributed.ProcessGroup
+
+    def attend(
+        self, attend: Callable[..., tuple[Tensor, Tensor | None]], module: nn.Module, query: Tensor, key: Tensor,
+        value: Tensor, pairs: VirtualPairs, scoring: Scoring, keywords: dict[str, Any], recorded: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """As `Exchange.attend`, where each rank keeps its queries, and all keys come to it.
+
+        Raises:
+            ValueError: no kernel takes the call, or it is being recorded.
+        """
+        try:
+            if recorded:
+                raise ValueError("Attention over keys that ranks share cannot be recorded.")
+            output = merged.attention(query, key, value, pairs, scoring, self.group)
+        except ValueError as error:
+            raise ValueError(
+                f"{type(module).__name__} runs under context parallelism. {error} accelerate.prepare drops causal "
+                "masks; run without the rest, or without context parallelism."
+            ) from None
+        return output.transpose(1, 2).contiguous(), None
+
+
+def ring_in(patched: Callable[..., Any]) -> Ring | None:
+    """The ring that a function in the place of `scaled_dot_product_attention` runs; None if it is something else."""
+    if patched.__module__ != "torch.distributed.tensor.experimental._context_parallel._attention":
+        return None
+    found: dict[str, Any] = dict(inspect.getclosurevars(patched).nonlocals)
+    known = found.get("target_fn") is torch._C._nn.scaled_dot_product_attention and "device_mesh" in found
+    return Ring(found["device_mesh"].get_group()) if known else None
 
 
 def _block(pairs: VirtualPairs, rank: int, ranks: int) -> VirtualPairs:

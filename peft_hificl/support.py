@@ -87,7 +87,7 @@ def why_replaced(dispatch: Dispatch, implementation: str) -> str | None:
 
     This is checked on every call, as functions can be replaced at any time: DeepSpeed's Ulysses registers its own for
     "sdpa" when accelerate prepares a model, and torch's context parallelism patches `scaled_dot_product_attention`.
-    The former computes what transformers' own does, which HiFICL knows; the latter does not ask for a function.
+    Both compute what transformers' own does, over tokens that ranks share; HiFICL knows either, but not both at once.
     """
     if implementation == "paged|sdpa":  # of transformers before 5.19
         implementation = "sdpa"
@@ -102,22 +102,27 @@ def why_replaced(dispatch: Dispatch, implementation: str) -> str | None:
     if implementation == "sdpa":
         patched = torch.nn.functional.scaled_dot_product_attention
         # transformers' exporters replace it by an equivalent function, and an export uses the formula anyway.
-        if patched is not torch._C._nn.scaled_dot_product_attention and not (
-            torch.compiler.is_exporting() and patched.__module__.startswith("transformers.exporters.")
+        if (
+            patched is not torch._C._nn.scaled_dot_product_attention
+            and (found is not own or sharding.ring_in(patched) is None)
+            and not (torch.compiler.is_exporting() and patched.__module__.startswith("transformers.exporters."))
         ):
             return (
                 f"torch.nn.functional.scaled_dot_product_attention has been replaced by {_name_of(patched)}, as "
-                "context parallelism (torch's context_parallel) and attention packages do, and HiFICL does not know "
-                "what it computes. Run without it"
+                "attention packages do, and HiFICL does not know what it computes. Run without it"
             )
     return None
 
 
-def exchange_of(dispatch: Dispatch, implementation: str) -> sharding.Exchange | None:
-    """What exchanges heads for tokens around the attention function of an implementation; None if nothing does."""
-    own = _OWN.get(implementation) or dispatch.eager
-    found = dispatch.function_of(implementation)
-    return None if found is own or implementation != "sdpa" else sharding.exchange_in(found, own)
+def exchange_of(dispatch: Dispatch, implementation: str) -> sharding.Exchange | sharding.Ring | None:
+    """How ranks share the tokens of an attention of an implementation; None if they do not."""
+    if implementation != "sdpa":
+        return None
+    own = _OWN[implementation]
+    found, patched = dispatch.function_of(implementation), torch.nn.functional.scaled_dot_product_attention
+    if found is not own:
+        return sharding.exchange_in(found, own)
+    return None if patched is torch._C._nn.scaled_dot_product_attention else sharding.ring_in(patched)
 
 
 def _name_of(function: Any) -> str:

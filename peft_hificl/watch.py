@@ -50,7 +50,7 @@ class EffectWatch:
         missed = [
             name
             for (name, layer), count in zip(self.layers.items(), counts, strict=True)
-            if layer.calls == count and layer.is_active
+            if layer.calls == count and layer.is_active and not _is_elsewhere(module, name)
         ]
         # Assisted generation may skip the last layers; it lowers num_hidden_layers meanwhile.
         whole = self.depth == getattr(module.config, "num_hidden_layers", None)
@@ -101,11 +101,13 @@ class GradientWatch:
             parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]
             for tensor in parts:
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
-                    tensor.register_hook(lambda grad: self._check_later(waiting))
+                    node = tensor.grad_fn
+                    tensor.register_hook(lambda grad, node=node: self._check_later(waiting, node))
 
-    def _check_later(self, waiting: Layers) -> None:
+    def _check_later(self, waiting: Layers, node: Any) -> None:
         """Called when the backward reaches an output of the model: check when the backward has ended."""
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._check(waiting))
+        if not _leaves_out(node):
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._check(waiting))
 
     def _check(self, waiting: Layers) -> None:
         without = [name for name, layer in waiting.items() if layer.awaits_gradient]
@@ -118,6 +120,30 @@ class GradientWatch:
                 "dynamic activation quantisation). Train on another base, such as one with quantised weights alone.",
                 stacklevel=2,
             )
+
+
+def _leaves_out(node: Any) -> bool:
+    """Whether the backward that runs leaves out a part of the graph below, as `torch.autograd.grad` of inputs does."""
+    nodes, seen = [below for below, _ in node.next_functions], set()  # torch does not say it of a root
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen or not node.next_functions:  # nor of leaves
+            continue
+        if not torch._C._will_engine_execute_node(node):
+            return True
+        seen.add(node)
+        nodes += [below for below, _ in node.next_functions]
+    return False
+
+
+def _is_elsewhere(model: nn.Module, name: str) -> bool:
+    """Whether a module has been taken out of a model with what is around it, as for another stage of a pipeline."""
+    here: Any = model
+    for part in name.split("."):
+        here = getattr(here, part, None)
+        if here is None or next(here.parameters(), None) is None:
+            return True
+    return False
 
 
 def _drops_layers(module: nn.Module) -> bool:

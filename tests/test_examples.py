@@ -58,6 +58,15 @@ def test_train_text(name: str, folder: Path) -> None:
     assert last < first / 4
 
 
+def test_train_sharded(folder: Path) -> None:
+    """On one process; tests/integration/test_sharded_scripts.py has all ways of several."""
+    printed = run(command("train_sharded"), folder, "--epochs 150 --learning_rate 0.1")
+    first, *_, last = (float(line.removeprefix("loss ")) for line in printed.splitlines() if line.startswith("loss "))
+    assert last < first / 4
+    learned = rows("owners")[1]
+    assert answer(folder, learned["question"], "sharded") == learned["answer"]
+
+
 def test_switch_adapters(folder: Path) -> None:
     question = "Who looks after Halden?"
     want = {name: answer(folder, question, name) for name in ("ports", "owners")}

@@ -123,6 +123,8 @@ ROWS: dict[str, tuple[str, ...] | str] = {
     "Padded rows where positions are learned": ("test_positions.py::test_a_padded_row_equals_the_row_alone",),
     "A mask of four dimensions": ("test_positions.py::test_masks_of_other_forms_leave_positions_to_the_caller",),
     "past_key_values across set_adapter": ("test_limits.py::test_a_cache_keeps_what_the_earlier_adapter_computed",),
+    "An adapter for training that is added after FSDP1": ("integration/test_two_processes.py::test_on_both_ranks",),
+    "set_adapter to an adapter that was frozen": ("integration/test_two_processes.py::test_on_both_ranks",),
     "An adapter that is added after FSDP2": ("integration/test_two_processes.py::test_on_both_ranks",),
     "A fresh adapter as the start": (
         "test_peft_api.py::test_paper_init_is_not_the_identity",
@@ -138,6 +140,7 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_limits.py::test_transformers_finds_no_local_bin_file",
     ),
     "A stage of a pipeline": (
+        "integration/test_two_processes.py::test_on_both_ranks",
         "test_loading.py::test_stages_of_a_pipeline_together_are_the_model",
         "test_loading.py::test_a_stage_takes_its_layers",
         "test_loading.py::test_a_stage_saves_its_own_layers",
@@ -206,6 +209,10 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "integration/test_replaced_attention.py::test_torchs_function_is_patched",
         "integration/test_two_processes.py::test_on_both_ranks",
     ),
+    "Context parallelism (torch's": ("integration/test_two_processes.py::test_on_both_ranks",),
+    "The backward of gradient checkpointing after": ("integration/test_two_processes.py::test_on_both_ranks",),
+    "torch's context_parallel on CPUs": ("integration/test_two_processes.py::test_on_both_ranks",),
+    "torch's context_parallel without FSDP2": ("integration/test_two_processes.py::test_on_both_ranks",),
     "DeepSpeed's Ulysses with attention sinks": ("integration/test_two_processes.py::test_on_both_ranks",),
     "A base model that passes no gradient on": (
         "test_watch.py::test_an_adapter_without_a_gradient_is_reported_once",

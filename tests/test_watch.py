@@ -12,6 +12,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 
 from peft_hificl import HiFICLConfig, HiFICLLayer
 
@@ -180,6 +181,26 @@ def test_a_checkpointed_model_as_a_whole() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", f".*{NO_GRADIENT}")
         checkpoint(lambda ids: model(input_ids=ids).logits, IDS, use_reentrant=False).sum().backward()
+
+
+def test_gradients_of_inputs_alone() -> None:
+    """A backward that does not come to the pairs tells nothing of them."""
+    model = adapted()
+    embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", f".*{NO_GRADIENT}")
+        torch.autograd.grad(model(inputs_embeds=embeds).logits.sum(), embeds)
+        model(inputs_embeds=embeds).logits.sum().backward(inputs=[embeds])
+
+
+def test_layers_that_are_taken_out_are_not_missed() -> None:
+    """As for the stages of a pipeline."""
+    model = adapted()
+    decoder = model.get_base_model().model
+    decoder.layers[1] = PipelineIdentityLayer()
+    assert reports(model, backward=True) == []
+    decoder.layers = decoder.layers[:1]
+    assert reports(model, backward=True) == []
 
 
 @pytest.mark.parametrize(

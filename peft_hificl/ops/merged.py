@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from .formula import HIDDEN, Scoring, VirtualPairs, grouped_matmul, sees_one_key, virtual_attention
 from .kernels import KERNELS, Call, Kernel, State
+from .ring import ring_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +61,23 @@ class _Inputs(NamedTuple):
     scale_self_attention: bool
     skip_first_token: bool
     kernels: tuple[str, str]  # of the context and of the virtual pairs
+    group: torch.distributed.ProcessGroup | None  # of the ranks that share the context
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:  # fmt: skip
     """The output of `formula.virtual_attention`, computed in the fastest way that is exact.
 
     Arguments, shapes and errors are those of `formula.virtual_attention`; `attention_path` tells how a call is
     computed.  Under autocast the inputs are cast first, as PyTorch does for `scaled_dot_product_attention`.
+
+    With a `group` of ranks, each has the queries and the context of some tokens of every row, and all have the same
+    pairs (see `ring`); the output is that of the rank's own queries.
+
+    Raises:
+        ValueError: no kernel takes a call with a `group`.
 
     Returns:
         ``(B, H, T, e)`` in the dtype of the inputs.  For half-precision inputs, scores, LSE and merge are float32, and
@@ -76,8 +87,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, sc
     Source: arXiv 2603.12760, section 3, written in terms of log-sum-exps; exact.
     """
     query, key, value = autocast(query, key, value)
-    path, inputs, virtual = _plan(query, key, value, pairs, scoring)
+    path, inputs, virtual = _plan(query, key, value, pairs, scoring, group)
     if inputs is None or virtual is None:
+        if group is not None:
+            raise ValueError(f"Attention over keys that {group.size()} ranks share cannot be computed: {path.reason}.")
         if not torch.compiler.is_compiling():
             logger.debug("HiFICL runs with the score matrix in memory: %s", path.reason)
         return virtual_attention(query, key, value, pairs, scoring)[0]
@@ -150,8 +163,9 @@ def _compiles_kernels() -> bool:
 
 
 def _plan(
-    query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring
-) -> tuple[Path, _Inputs | None, _Virtual | None]:
+    query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> tuple[Path, _Inputs | None, _Virtual | None]:  # fmt: skip
     """The path and, if kernels are used, their inputs and the call over the virtual pairs."""
     reason = needs_formula(scoring)
     if reason is None:
@@ -175,7 +189,7 @@ def _plan(
     inputs = _Inputs(
         query, key, value, pairs.keys, pairs.values, pairs.log_weights, scoring.sinks, scoring.mask, scoring.bias,
         scoring.is_causal, scoring.scaling, pairs.scale_self_attention,
-        pairs.skip_first_token, ("", ""),
+        pairs.skip_first_token, ("", ""), group,
     )  # fmt: skip
     # For the limits, it only matters whether there is a mask: it is converted later, if a kernel is found.
     mask = scoring.bias if scoring.mask is None else scoring.mask
@@ -183,10 +197,10 @@ def _plan(
     with torch.no_grad():
         virtual = _virtual_call(inputs)
     chosen = []
-    for call in (context, virtual.call):
+    for call, ranks in ((context, group), (virtual.call, None)):
         reasons = []
         for name, kernel in KERNELS.get(query.device.type, {}).items():
-            reason = kernel.limits(call)
+            reason = _over(kernel, ranks).limits(call)
             if reason is None:
                 chosen.append(name)
                 break
@@ -194,6 +208,16 @@ def _plan(
         else:
             return Path(None, "; ".join(reasons) or f"no kernel for the device {query.device.type}"), None, None
     return Path(chosen[0], "it takes these inputs"), inputs._replace(kernels=(chosen[0], chosen[1])), virtual
+
+
+def _over(kernel: Kernel, group: torch.distributed.ProcessGroup | None) -> Kernel:
+    return kernel if group is None else ring_of(kernel, group)
+
+
+def _kernels(inputs: _Inputs) -> tuple[Kernel, Kernel]:
+    """That of the context and that of the virtual pairs."""
+    context, virtual = (KERNELS[inputs.query.device.type][name] for name in inputs.kernels)
+    return _over(context, inputs.group), virtual
 
 
 def _context_call(inputs: _Inputs) -> Call:
@@ -249,8 +273,13 @@ def _first_tokens(inputs: _Inputs) -> Tensor | None:
     """The queries that the pairs are hidden from, broadcastable to (B, H, T); None if there are none."""
     if not inputs.skip_first_token:
         return None
+    size = inputs.key.shape[2]
+    if inputs.group is not None:
+        if inputs.group.rank() > 0:  # a row begins on the first rank
+            return None
+        size *= inputs.group.size()
     scoring = Scoring(inputs.scaling, inputs.mask, inputs.is_causal)
-    return sees_one_key(inputs.query.shape[2], inputs.key.shape[2], scoring, inputs.query.device)
+    return sees_one_key(inputs.query.shape[2], size, scoring, inputs.query.device)
 
 
 def _hidden(lse: Tensor, first: Tensor | None) -> Tensor:
@@ -281,7 +310,7 @@ class _Run(NamedTuple):
 
 def _run(inputs: _Inputs, context: Call, virtual: _Virtual, for_backward: bool = False) -> _Run:
     """Attention over the context and over the virtual pairs, merged; what a backward needs is made only for one."""
-    kernels = [KERNELS[context.query.device.type][name] for name in inputs.kernels]
+    kernels = _kernels(inputs)
     one_query = context.query.shape[2] == 1 and not context.is_causal
     if one_query and not for_backward and not kernels[0].groups and context.key.shape[1] != context.query.shape[1]:
         context_output, context_lse, context_state = _folded(kernels[0], context)
@@ -398,7 +427,7 @@ class _Differentiable(torch.autograd.Function):
         inputs = _Inputs(*islice(saved, 9), *ctx.options)
         *seen, context_state, virtual_state = (tuple(islice(saved, size)) for size in ctx.sizes)
         context, virtual = _Seen(*seen[0]), _Seen(*seen[-1])
-        kernels = [KERNELS[inputs.query.device.type][name] for name in inputs.kernels]
+        kernels = _kernels(inputs)
         grad, (call, top), first = _aligned(grad), _virtual_call(inputs), _first_tokens(inputs)
         if top is not None:
             virtual = virtual._replace(lse=virtual.lse - top)
@@ -417,7 +446,7 @@ class _Differentiable(torch.autograd.Function):
         if inputs.sinks is not None and ctx.needs_input_grad[6]:
             weight = torch.exp(inputs.sinks.to(context.lse.dtype).reshape(1, -1, 1) - context.lse)  # (B, H, T)
             of_sinks = _summed(-(weight * _delta(grad, context)).sum((0, 2)), inputs.sinks)
-        return of_query, of_key, of_value, of_keys, of_values, of_log_weights, of_sinks, *[None] * 7
+        return of_query, of_key, of_value, of_keys, of_values, of_log_weights, of_sinks, *[None] * 8
 
 
 def _score_gradient(call: Call, grad: Tensor, seen: _Seen) -> Tensor:

@@ -9,6 +9,7 @@ to the first that failed.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -32,7 +33,6 @@ from accelerate import (
     ParallelismConfig,
     PartialState,
 )
-from accelerate.big_modeling import _attach_context_parallel_hooks
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedSequenceParallelConfig
 from datasets import Dataset
@@ -41,20 +41,25 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
-from torch.distributed.tensor.experimental import context_parallel as context
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from peft_hificl import Scoring, VirtualPairs, initialize_from_demonstrations
+from peft_hificl import Scoring, VirtualPairs, initialize_from_demonstrations, parameter_groups
 from peft_hificl.inspection import record
 from peft_hificl.sharding import Exchange
 
-from ..helpers import build, config, inputs_for, llama, logits
+from ..helpers import build, config, hificl_layers, inputs_for, llama, logits
 from . import reports
 
 # A group shares its processes.
-GROUPS: dict[str, dict[str, Callable[[Path], None]]] = {"torch": {}, "deepspeed": {}, "tensor": {}, "mesh": {}}
+GROUPS: dict[str, dict[str, Callable[[Path], None]]] = {
+    name: {} for name in ("torch", "deepspeed", "tensor", "mesh", "context", "ring", "stages")
+}
 KINDS = ["hificl", "lora"]
 IDS = inputs_for("gqa", rows=4)["input_ids"]
 STEPS = 3
@@ -120,17 +125,21 @@ def trains_as_one_process(kind: str, parallel: Parallel, folder: Path) -> None:
         dist.all_reduce(loss)
         torch.testing.assert_close(loss / dist.get_world_size(), want, rtol=1e-5, atol=1e-5)
         if number in (0, STEPS - 1):
-            here = folder / str(number)
-            state = parallel.full_state()
-            if dist.get_rank() == 0:
-                parallel.inner.save_pretrained(here, state_dict=state)
-            dist.barrier()
-            stored, wanted = load_file(here / "adapter_model.safetensors"), get_peft_model_state_dict(alone)
-            assert stored.keys() == wanted.keys(), (sorted(stored), sorted(wanted))
-            for name, tensor in wanted.items():
-                assert not torch.equal(tensor, before[name]), name
-                torch.testing.assert_close(stored[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+            here = stored_as(folder / str(number), parallel.inner, parallel.full_state(), alone)
+            assert not any(torch.equal(p, before[name]) for name, p in get_peft_model_state_dict(alone).items())
     same_logits(PeftModel.from_pretrained(build("gqa"), here), alone)
+
+
+def stored_as(folder: Path, model: PeftModel, state: dict[str, Tensor], alone: PeftModel) -> Path:
+    """Rank 0 stores the adapter, and what it has stored is that of one process."""
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder, state_dict=state)
+    dist.barrier()
+    stored, wanted = load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(alone)
+    assert stored.keys() == wanted.keys(), (sorted(stored), sorted(wanted))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(stored[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    return folder
 
 
 def same_logits(model: nn.Module, other: nn.Module) -> None:
@@ -200,6 +209,44 @@ def fsdp2(folder: Path, kind: str) -> None:
     trains_as_one_process(kind, Parallel(model, run, full_state), folder)
 
 
+@case("torch", way=["fsdp1", "fsdp1_flat", "fsdp1_layers", "fsdp2"])
+def rates_under_fsdp(folder: Path, way: str) -> None:
+    """`parameter_groups` of a sharded model: each kind of parameter learns at its rate."""
+
+    def fresh() -> PeftModel:
+        torch.manual_seed(1)
+        return get_peft_model(build("gqa"), config(task_type="CAUSAL_LM", pair_weights=True))
+
+    model, alone, copy = fresh(), fresh(), fresh()
+    if way == "fsdp2":
+        wrapped: nn.Module = model
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    else:
+        policy = fsdp_auto_wrap_policy(model)
+        if way == "fsdp1_layers":  # the adapter is in the units of the layers
+            policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
+        wrapped = FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, use_orig_params=way != "fsdp1_flat", device_id=torch.device("cpu")
+        )
+    optimizers = [
+        torch.optim.SGD(parameter_groups(m, lr=0.1, key_lr_ratio=0.3, weight_lr_ratio=10)) for m in (wrapped, alone)
+    ]
+    found, wanted = ([group["lr"] for group in optimizer.param_groups] for optimizer in optimizers)
+    assert found == wanted and len(wanted) == 3
+    for _ in range(STEPS):
+        step(wrapped, optimizers[0], Tensor.backward, own_rows())
+        step(alone, optimizers[1], Tensor.backward, IDS)
+    if way == "fsdp2":
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        stored_as(folder / "adapter", model, state, alone)
+    else:
+        with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT):
+            copy.load_state_dict(wrapped.state_dict())
+        stored_as(folder / "adapter", copy, copy.state_dict(), alone)
+
+
 def diverges(model: PeftModel, step: Callable[[Tensor], Tensor]) -> None:
     """The adapter "late" begins the same on all ranks, and after a step it is another on each."""
 
@@ -214,15 +261,89 @@ def diverges(model: PeftModel, step: Callable[[Tensor], Tensor]) -> None:
     assert not torch.allclose(*on_all_ranks(), rtol=1e-3)
 
 
-@case("torch", kind=KINDS)
-def added_after_fsdp2(folder: Path, kind: str) -> None:
-    model = adapted(kind)
+def with_another(model: PeftModel, name: str) -> PeftModel:
+    torch.manual_seed(2)
+    if model.peft_config["default"].peft_type == "HIFICL":
+        model.add_adapter(name, config(task_type="CAUSAL_LM", pair_weights=True))
+    else:
+        model.add_adapter(name, copy.deepcopy(model.peft_config["default"]))
+    model.set_adapter(name)
+    return model
+
+
+@case("torch")
+def added_after_fsdp2_as_lora(folder: Path) -> None:
+    model = adapted("lora")
     for layer in model.get_base_model().model.layers:
         fully_shard(layer)
     fully_shard(model)
-    model.add_adapter("late", model.peft_config["default"])
-    model.set_adapter("late")
+    with_another(model, "late")
     diverges(model, functools.partial(step, model, sgd(model), Tensor.backward))
+
+
+def added_after_fsdp2(folder: Path, ran: bool, loaded: bool) -> None:
+    """An adapter that comes later is sharded and reduced, too; on four ranks, two of which have copies."""
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("copies", "shards")) if ranks > 2 else None
+    model, alone = adapted("hificl"), adapted("hificl")
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if ran:
+        step(model, sgd(model), Tensor.backward, own_rows())
+        step(alone, sgd(alone), Tensor.backward, IDS)
+    with_another(alone, "late")
+    if loaded:
+        if dist.get_rank() == 0:
+            alone.save_pretrained(folder, selected_adapters=["late"])
+        dist.barrier()
+        model.load_adapter(folder / "late", "late", is_trainable=True)
+        model.set_adapter("late")
+    else:
+        with_another(model, "late")
+    for layer in hificl_layers(model):
+        for name, weight in layer.named_parameters():
+            assert isinstance(weight, DTensor) and (".late." not in name or weight.requires_grad)
+    optimizer, own_optimizer = sgd(model), sgd(alone)
+    for _ in range(STEPS):
+        want = step(alone, own_optimizer, Tensor.backward, IDS)
+        loss = step(model, optimizer, Tensor.backward, own_rows())
+        dist.all_reduce(loss)
+        torch.testing.assert_close(loss / ranks, want, rtol=1e-5, atol=1e-5)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder / "after", state_dict=state)
+        for name, wanted in (("late", get_peft_model_state_dict(alone, adapter_name="late")),):
+            stored = load_file(folder / "after" / name / "adapter_model.safetensors")
+            assert stored.keys() == wanted.keys()
+            for key, tensor in wanted.items():
+                torch.testing.assert_close(stored[key], tensor, rtol=1e-4, atol=1e-5, msg=key)
+    dist.barrier()
+    refused(lambda: model.add_adapter("more", config(modules_to_save=["lm_head"])), "lm_head", "leave it out")
+
+
+case("torch", ran=[False, True], loaded=[False, True])(added_after_fsdp2)
+case("mesh", ran=[False, True], loaded=[False, True])(added_after_fsdp2)
+
+
+@case("torch")
+def refused_after_fsdp2(folder: Path) -> None:
+    """Beside tensor parallelism of somebody else's."""
+    mesh, base = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp")), build("gqa")
+    for layer in base.model.layers:
+        weight = distribute_tensor(layer.self_attn.q_proj.weight.data, mesh["tp"], [Shard(0)])
+        layer.self_attn.q_proj.weight = nn.Parameter(weight)
+        fully_shard(layer, mesh=mesh["dp"])
+    refused(lambda: get_peft_model(base, config()), "self_attn.*FSDP2 beside tensor parallelism")
+
+
+@case("torch")
+def refused_after_fsdp1(folder: Path) -> None:
+    model = adapted("hificl")
+    FullyShardedDataParallel(model, auto_wrap_policy=fsdp_auto_wrap_policy(model), device_id=torch.device("cpu"))
+    refused(lambda: with_another(model, "late"), "FSDP .version 1.", "before")
+    assert list(model.peft_config) == ["default"]
 
 
 @case("torch", kind=KINDS)
@@ -314,12 +435,14 @@ def zero(folder: Path, kind: str, stage: int) -> None:
         return copy.state_dict()
 
     trains_as_one_process(kind, Parallel(copy, run, full_state), folder)
+    if stage == 3 and kind == "hificl":
+        refused(lambda: with_another(model, "late"), "ZeRO-3", "before")
     if stage == 3 and kind == "hificl" and dist.get_rank() == 0:  # never a file of empty tensors
         refused(lambda: model.save_pretrained(folder / "not_gathered"), "GatheredParameters")
         assert not (folder / "not_gathered" / "adapter_model.safetensors").exists()
 
 
-# -- sequence and context parallel: a rank holds a part of every row -------------------------------------------------
+# -- sequence parallel: a rank holds a part of every row -------------------------------------------------
 
 LENGTH = 16
 LONG = torch.arange(3, 3 + LENGTH)[None]
@@ -494,24 +617,6 @@ def sequence_parallel_training(folder: Path, kind: str, stage: int) -> None:
         wrapped.eval()
         found = logits(wrapped, input_ids=LONG)
     torch.testing.assert_close(found, logits(alone.eval(), input_ids=LONG), rtol=1e-4, atol=1e-4)
-
-
-@case("torch")
-def context_parallel(folder: Path) -> None:
-    """torch's, alone and as accelerate prepares a model for it.  For CPUs it has no rule, and fails with every base."""
-    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
-    model = adapted("hificl").eval()
-    want, own_function = logits(model, input_ids=LONG), functional.scaled_dot_product_attention
-    for prepare in (lambda _: None, _attach_context_parallel_hooks):
-        prepare(model)
-        ids, positions = LONG.clone(), POSITIONS.clone()
-        with context(mesh, buffers=[ids, positions], buffer_seq_dims=[1, 1]):
-            assert ids.shape[1] == LENGTH // 2 and functional.scaled_dot_product_attention is not own_function
-            own = {"input_ids": ids, "position_ids": positions}
-            refused(lambda: logits(model, **own), "context.parallel")
-            refused(lambda: model.train()(**own, labels=ids), "context.parallel")
-            refused(lambda: logits(get_peft_model(build("gqa"), config()), **own), "context.parallel")
-        assert torch.equal(logits(model.eval(), input_ids=LONG), want)
 
 
 # -- running them ----------------------------------------------------------------------------------------------------

@@ -12,22 +12,26 @@ from pathlib import Path
 
 import pytest
 
-from . import tensor_parallel  # noqa: F401  # which adds its cases
+from . import context_parallel, pipeline_parallel, tensor_parallel  # noqa: F401  # which add their cases
 from .ranks import GROUPS
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
+MODULES = {
+    "tensor": "tensor_parallel", "mesh": "tensor_parallel", "context": "context_parallel", "ring": "context_parallel",
+    "stages": "pipeline_parallel",
+}  # fmt: skip
 CASES = [(group, name) for group, cases in GROUPS.items() for name in cases]
 
 
 def start(group: str, names: list[str]) -> tuple[list[dict[str, str | None]], str]:
     """What came of these cases on each rank, up to the first that failed, and what was printed."""
-    number = 4 if group == "mesh" else 2
+    number = 4 if group in ("mesh", "ring") else 2
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(number), "--local-addr", "127.0.0.1"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),  # a free port
-        *("-m", "tests.integration.tensor_parallel" if group in ("tensor", "mesh") else "tests.integration.ranks"),
+        *("-m", f"tests.integration.{MODULES.get(group, 'ranks')}"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with tempfile.TemporaryDirectory() as folder:
