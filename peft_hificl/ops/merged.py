@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from .formula import HIDDEN, Scoring, VirtualPairs, grouped_matmul, sees_one_key, virtual_attention
 from .kernels import KERNELS, Call, Kernel, State
+from .packages import Packing
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class _Inputs(NamedTuple):
     scaling: float
     scale_self_attention: bool
     skip_first_token: bool
+    packing: Packing | None  # in the place of a mask, for the kernel of a package
     kernels: tuple[str, str]  # of the context and of the virtual pairs
 
 
@@ -66,7 +68,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, sc
     """The output of `formula.virtual_attention`, computed in the fastest way that is exact.
 
     Arguments, shapes and errors are those of `formula.virtual_attention`; `attention_path` tells how a call is
-    computed.  Under autocast the inputs are cast first, as PyTorch does for `scaled_dot_product_attention`.
+    computed.  Under autocast the inputs are cast first, as PyTorch does for `scaled_dot_product_attention`.  A
+    `Packing` in the place of the mask has its package compute the context, or is made a mask where that cannot.
 
     Returns:
         ``(B, H, T, e)`` in the dtype of the inputs.  For half-precision inputs, scores, LSE and merge are float32, and
@@ -80,7 +83,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, sc
     if inputs is None or virtual is None:
         if not torch.compiler.is_compiling():
             logger.debug("HiFICL runs with the score matrix in memory: %s", path.reason)
-        return virtual_attention(query, key, value, pairs, scoring)[0]
+        return virtual_attention(query, key, value, pairs, _unpacked(query, key, scoring))[0]
 
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:7]):
         output: Tensor = _Differentiable.apply(*inputs)
@@ -153,9 +156,11 @@ def _plan(
     query: Tensor, key: Tensor, value: Tensor, pairs: VirtualPairs, scoring: Scoring
 ) -> tuple[Path, _Inputs | None, _Virtual | None]:
     """The path and, if kernels are used, their inputs and the call over the virtual pairs."""
+    packing = scoring.mask if isinstance(scoring.mask, Packing) else None
+    mask = None if packing is not None else scoring.mask
     reason = needs_formula(scoring)
     if reason is None:
-        if any(t is not None and t.requires_grad for t in (scoring.mask, scoring.bias)):
+        if any(t is not None and t.requires_grad for t in (mask, scoring.bias)):
             reason = "a mask or bias that is trained"
         elif torch._C._are_functorch_transforms_active():
             reason = "a torch.func transform"
@@ -173,24 +178,39 @@ def _plan(
         query, key, value = _padded(query, dim), _padded(key, dim), _padded(value, dim)
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
     inputs = _Inputs(
-        query, key, value, pairs.keys, pairs.values, pairs.log_weights, scoring.sinks, scoring.mask, scoring.bias,
+        query, key, value, pairs.keys, pairs.values, pairs.log_weights, scoring.sinks, mask, scoring.bias,
         scoring.is_causal, scoring.scaling, pairs.scale_self_attention,
-        pairs.skip_first_token, ("", ""),
+        pairs.skip_first_token, packing, ("", ""),
     )  # fmt: skip
     # For the limits, it only matters whether there is a mask: it is converted later, if a kernel is found.
-    mask = scoring.bias if scoring.mask is None else scoring.mask
-    context = Call(query, key, value, mask, scoring.is_causal, scoring.scaling)
+    context = Call(query, key, value, scoring.bias if mask is None else mask, scoring.is_causal, scoring.scaling)
+    if packing is not None and packing.limits(context) is not None:
+        return _plan(query, key, value, pairs, _unpacked(query, key, scoring))
     with torch.no_grad():
         virtual = _virtual_call(inputs)
+    kernels = KERNELS.get(query.device.type, {})
+    of_context = kernels if packing is None else {packing.package.name: packing.kernel}
     chosen = []
-    for call in (context, virtual.call):
-        reasons = {name: kernel.limits(call) for name, kernel in KERNELS.get(query.device.type, {}).items()}
+    for call, table in ((context, of_context), (virtual.call, kernels)):
+        reasons = {name: kernel.limits(call) for name, kernel in table.items()}
         able = [name for name, reason in reasons.items() if reason is None]
         if not able:
             reason = "; ".join(filter(None, reasons.values())) or f"no kernel for the device {query.device.type}"
             return Path(None, reason), None, None
         chosen.append(able[0])
     return Path(chosen[0], "it takes these inputs"), inputs._replace(kernels=(chosen[0], chosen[1])), virtual
+
+
+def _unpacked(query: Tensor, key: Tensor, scoring: Scoring) -> Scoring:
+    """A scoring whose mask is one: what a `Packing` says, as a boolean mask."""
+    if not isinstance(scoring.mask, Packing):
+        return scoring
+    return scoring._replace(mask=scoring.mask.mask(query, key))
+
+
+def _kernels(inputs: _Inputs) -> tuple[Kernel, Kernel]:
+    table, (context, virtual) = KERNELS[inputs.query.device.type], inputs.kernels
+    return (table[context] if inputs.packing is None else inputs.packing.kernel), table[virtual]
 
 
 def _context_call(inputs: _Inputs) -> Call:
@@ -246,6 +266,8 @@ def _first_tokens(inputs: _Inputs) -> Tensor | None:
     """The queries that the pairs are hidden from, broadcastable to (B, H, T); None if there are none."""
     if not inputs.skip_first_token:
         return None
+    if inputs.packing is not None:
+        return inputs.packing.sees_one_key(inputs.query, inputs.key)
     scoring = Scoring(inputs.scaling, inputs.mask, inputs.is_causal)
     return sees_one_key(inputs.query.shape[2], inputs.key.shape[2], scoring, inputs.query.device)
 
@@ -278,7 +300,7 @@ class _Run(NamedTuple):
 
 def _run(inputs: _Inputs, context: Call, virtual: _Virtual, for_backward: bool = False) -> _Run:
     """Attention over the context and over the virtual pairs, merged; what a backward needs is made only for one."""
-    kernels = [KERNELS[context.query.device.type][name] for name in inputs.kernels]
+    kernels = _kernels(inputs)
     one_query = context.query.shape[2] == 1 and not context.is_causal
     if one_query and not for_backward and not kernels[0].groups and context.key.shape[1] != context.query.shape[1]:
         context_output, context_lse, context_state = _folded(kernels[0], context)
@@ -391,7 +413,7 @@ class _Differentiable(torch.autograd.Function):
         inputs = _Inputs(*islice(saved, 9), *ctx.options)
         *seen, context_state, virtual_state = (tuple(islice(saved, size)) for size in ctx.sizes)
         context, virtual = _Seen(*seen[0]), _Seen(*seen[-1])
-        kernels = [KERNELS[inputs.query.device.type][name] for name in inputs.kernels]
+        kernels = _kernels(inputs)
         grad, (call, top), first = _aligned(grad), _virtual_call(inputs), _first_tokens(inputs)
         if top is not None:
             virtual = virtual._replace(lse=virtual.lse - top)
@@ -410,7 +432,7 @@ class _Differentiable(torch.autograd.Function):
         if inputs.sinks is not None and ctx.needs_input_grad[6]:
             weight = torch.exp(inputs.sinks.to(context.lse.dtype).reshape(1, -1, 1) - context.lse)  # (B, H, T)
             of_sinks = _summed(-(weight * _delta(grad, context)).sum((0, 2)), inputs.sinks)
-        return of_query, of_key, of_value, of_keys, of_values, of_log_weights, of_sinks, *[None] * 7
+        return of_query, of_key, of_value, of_keys, of_values, of_log_weights, of_sinks, *[None] * 8
 
 
 def _score_gradient(call: Call, grad: Tensor, seen: _Seen) -> Tensor:
