@@ -144,7 +144,7 @@ def _scores(x: dict[str, Any], q: Tensor, k: Tensor) -> Tensor:
 
 
 def _forward(name: str, x: dict[str, Any], parts: list[Any], rows: bool) -> Any:
-    q, k, v = x["q"], x["k"], x["v"]
+    q, k, v = (_wide(x[of]) for of in "qkv")
     out, lse = torch.zeros_like(q), q.new_full((q.shape[-2], q[..., 0, 0].numel()), torch.inf)
     if rows:
         lse = lse.unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
@@ -155,6 +155,7 @@ def _forward(name: str, x: dict[str, Any], parts: list[Any], rows: bool) -> Any:
             seen = (scores > -torch.inf).any(-1)
             out[row][queries][seen, h] = scores[seen].softmax(-1) @ v[key_row][keys][:, g]
             (lse[row] if rows else lse)[h, queries][seen] = scores[seen].logsumexp(-1)
+    out = out.to(x["q"].dtype)
     if "return_attn_probs" in x:
         if not x["return_attn_probs"]:
             return out
@@ -162,15 +163,19 @@ def _forward(name: str, x: dict[str, Any], parts: list[Any], rows: bool) -> Any:
     return out, (None if x.get("return_lse") is False else lse)
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """Within, packages compute in float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def _backward(name: str, x: dict[str, Any], parts: list[Any], rows: bool) -> Any:
-    q, k, v, out, dout = (x[name] for name in ("q", "k", "v", "out", "dout"))
+    assert x["out"].dtype == x["dout"].dtype == x["q"].dtype
+    q, k, v, out, dout = (_wide(x[of]) for of in ("q", "k", "v", "out", "dout"))
     lse = x["softmax_lse" if "softmax_lse" in x else "lse"]
     assert isinstance(x["deterministic"], bool)
     assert lse.is_contiguous() and lse.shape == ((q.shape[0], q.shape[2], q.shape[1]) if rows else (q.shape[1], len(q)))
-    assert out.shape == dout.shape == q.shape and out.dtype == dout.dtype == q.dtype
-    for wanted in ("dq", "dk", "dv"):
-        assert x[wanted].shape == x[wanted[1]].shape and x[wanted].dtype == q.dtype
-        x[wanted].zero_()
+    assert out.shape == dout.shape == q.shape and lse.dtype == q.dtype
+    wanted = {of: torch.zeros_like(t) for of, t in zip("qkv", (q, k, v), strict=True)}
     for row, queries, key_row, keys in parts:
         for h in range(q.shape[-2]):
             g = h // (q.shape[-2] // k.shape[-2])
@@ -178,9 +183,12 @@ def _backward(name: str, x: dict[str, Any], parts: list[Any], rows: bool) -> Any
             grad, output = dout[row][queries][:, h], out[row][queries][:, h]
             p = torch.exp(_scores(x, query, key) - (lse[row] if rows else lse)[h, queries][:, None])
             ds = p * (grad @ value.mT - (grad * output).sum(-1, keepdim=True)) * x["softmax_scale"]
-            x["dq"][row][queries][:, h] += ds @ key
-            x["dk"][key_row][keys][:, g] += ds.mT @ query
-            x["dv"][key_row][keys][:, g] += p.mT @ grad
+            wanted["q"][row][queries][:, h] += ds @ key
+            wanted["k"][key_row][keys][:, g] += ds.mT @ query
+            wanted["v"][key_row][keys][:, g] += p.mT @ grad
+    for of, found in wanted.items():
+        assert x[f"d{of}"].shape == found.shape and x[f"d{of}"].dtype == x["q"].dtype
+        x[f"d{of}"].copy_(found)
     return torch.zeros(1)
 
 

@@ -203,9 +203,23 @@ def test_where_the_package_cannot_the_other_kernels_compute(real_limits: None) -
     assert "float16 or bfloat16" in packing.limits(merged.Call(*x.values(), None, False, 0.3))
 
 
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+def test_a_query_that_no_key_is_visible_to(sinks: bool) -> None:
+    """A new token of a row of nothing but padding: zero, as without an adapter, and no gradient."""
+    x = {name: t.requires_grad_() for name, t in tensors(4, 2, 1, 6, 8, 8, 3).items()}
+    mask = torch.stack([torch.zeros(6), PADDED[0]])
+    packing = Packing(package_of(*functions(package("fa2"))), sequences_of_mask(mask, 1))
+    pairs = VirtualPairs(x["virtual_keys"], x["virtual_values"])
+    scoring = Scoring(0.3, mask=packing, sinks=torch.randn(4, dtype=torch.float64) if sinks else None)
+    output = merged.attention(x["query"], x["key"], x["value"], pairs, scoring)
+    assert not output[0].any() and output[1].all()
+    output.sum().backward()
+    assert not x["query"].grad[0].any() and all(t.grad.isfinite().all() for t in x.values())
+
+
 def test_sequences_are_found_as_transformers_finds_them() -> None:
     x = torch.randn(2, 6, 4, 8)
-    for mask, length in (PADDED, 6), (HOLES, 6), (PADDED, 3), (PADDED, 1), (PADDED[:, -1:], 1):
+    for mask, length in (PADDED, 6), (HOLES, 6), (PADDED, 3), (PADDED, 1), (HOLES, 1), (HOLES[:, -1:], 1):
         mine = sequences_of_mask(mask, length)
         size = mask.shape[1]
         *_, places, (query_starts, key_starts), (most_queries, most_keys) = transformers_own._upad_input(
@@ -274,7 +288,7 @@ def test_a_package_that_returns_no_lse_is_refused(case: str, found: str) -> None
 
 # -- in transformers' models -----------------------------------------------------------------------------------------
 
-NAME = "flash_attention_2"
+NAME, HUB = "flash_attention_2", "kernels-community/flash-attn2"
 
 
 @pytest.fixture(params=["fa2", "fa3-vllm"])
@@ -282,8 +296,12 @@ def loaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """transformers has loaded a stand-in under `NAME`; what is adapted is as transformers itself computes it."""
     module = package(request.param)
     pad, unpad = transformers_own._pad_input, transformers_own._unpad_input
-    found = (*functions(module), None, pad, unpad)
-    monkeypatch.setattr(transformers_own, "_lazy_imports", lambda *args, **kwargs: found)
+
+    def found(implementation: str, *_: Any, **__: Any) -> tuple[Any, ...]:
+        assert implementation in (NAME, HUB)
+        return *functions(module), None, pad, unpad
+
+    monkeypatch.setattr(transformers_own, "_lazy_imports", found)
     monkeypatch.setattr(transformers_own, "_loaded_implementation", None)
     yield module
     transformers_own._loaded_implementation = None
@@ -468,12 +486,11 @@ def test_what_pairs_take_is_recorded(loaded: ModuleType, real_limits: None) -> N
 
 def test_a_kernel_from_the_hub(loaded: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers registers its own function under the name of the repository."""
-    name = "kernels-community/flash-attn2"
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, flash_attention_forward)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, HUB, flash_attention_forward)
     inputs = inputs_for("gqa")
     model = adapted("gqa")
     want = logits(model, **inputs)
-    torch.testing.assert_close(logits(switched(model, name), **inputs), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(switched(model, HUB), **inputs), want, rtol=1e-4, atol=1e-4)
     assert loaded.calls
 
 

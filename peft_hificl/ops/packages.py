@@ -262,12 +262,12 @@ class Packing(NamedTuple):
 
     def sees_one_key(self, query: Tensor, key: Tensor) -> Tensor:
         """Which queries see a single key, ``(B, 1, T)``; as `formula.sees_one_key` of the mask, without making it."""
-        row, place, keys = self._queries(len(query), query.shape[2], key.shape[2], query.device)
+        _, place, keys = self._queries(len(query), query.shape[2], key.shape[2], query.device)
         first, last = torch.zeros_like(place), place if self.is_causal else keys - 1
         if self.window is not None:
             first = (place - self.window).clamp_min(0)
             last = torch.minimum(last, place + self.window)
-        return ((row >= 0) & (first == last))[:, None]
+        return (first == last)[:, None]  # never for padding, whose place is -1
 
     def _queries(self, batch: int, length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Sequence, position and number of keys of each query, (B, T); sequence -1: padding."""
@@ -340,7 +340,7 @@ def _numbered(starts: Tensor, number: int) -> tuple[Tensor, Tensor]:
 
 
 def _spread(values: Tensor, places: Tensor | None, batch: int, length: int) -> Tensor:
-    """Values of the tokens of sequences, (B, T); -1 for the others."""
+    """Values of the tokens of sequences, (B, T); -1 for padding."""
     if places is not None:
         values = values.new_full((batch * length,), -1).index_copy_(0, places, values)
     return values.unflatten(0, (batch, length))
