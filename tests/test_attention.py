@@ -122,7 +122,7 @@ def test_a_later_change_of_the_configuration_is_not_seen() -> None:
     assert attention.config.hidden_size == base.config.hidden_size - 1
 
 
-def test_an_unsupported_implementation_is_refused_with_the_list() -> None:
+def test_an_unsupported_implementation_is_refused() -> None:
     model, inputs = adapted("gqa"), inputs_for("gqa")
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match="flash_attention_2.*cannot be loaded"):
