@@ -13,7 +13,7 @@ from torch import nn
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager, ContinuousMixin
 
-from . import rows, support
+from . import paged_cache, rows, support
 from .layer import HiFICLLayer
 from .names import MODULE
 
@@ -63,6 +63,8 @@ def _init_continuous_batching(
             implementation = layer.base_config._attn_implementation
             used = "paged|eager" if implementation == "eager" else implementation
             support.check_backend(module, support.dispatch_of(type(module)), used)
+            if implementation != "flex_attention":  # which transformers refuses, without an adapter too
+                paged_cache.check_implementation(implementation)
     config = continuous_batching_config
     if config is None:
         defaults = model.generation_config if generation_config is None else generation_config
@@ -74,7 +76,7 @@ def _init_continuous_batching(
         )
     config = copy.copy(config)
     config.use_cuda_graph = False  # left None, it would be turned on by a padding interval
-    config.auto_switch_to_flash = False  # it switches to an implementation that HiFICL lacks
+    config.auto_switch_to_flash = False  # HiFICL reads no paged cache under those
     return type(model).init_continuous_batching(model, generation_config, config, *args, **kwargs)
 
 

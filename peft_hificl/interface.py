@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from . import paged_cache
-from .backends import BACKENDS
+from .backends import BACKENDS, FLASH, Backend, backend_of
 from .layer import HiFICLLayer
 from .listeners import listening, tell
 from .names import MODULE, HeadShape
@@ -70,20 +70,29 @@ def hificl_attention_forward(
         if is_causal is not None:
             kwargs["is_causal"] = is_causal
         attend = dispatch.function_of(implementation)
+        if backend_of(implementation) is FLASH:
+            # It looks the package up in the module's configuration, which names HiFICL.
+            module = copy.copy(module)
+            module.config = layer.base_config
         return attend(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
     _check_call(module, layer, dispatch, query, key, value, pairs, kwargs)
     key, value = _with_paged_past(module, layer, key, value, kwargs)
+    backend = cast(Backend, backend_of(implementation.removeprefix("paged|")))
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if backend.prepare is not None:
+        query, key, value, attention_mask = backend.prepare(
+            module, implementation, query, key, value, attention_mask, is_causal, kwargs
+        )
     scoring = Scoring(
         scaling=scale,
         mask=attention_mask,
-        is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        is_causal=is_causal,
         bias=kwargs.get("position_bias"),
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
         dropout=dropout if module.training else 0.0,
     )
-    backend = BACKENDS[implementation.removeprefix("paged|")]
     exchange = exchange_of(dispatch, implementation)
     if exchange is not None:
         recorded = bool(listening.each)
@@ -149,8 +158,7 @@ def _with_paged_past(
                 f"called without its cache: call model.set_attn_implementation({backend!r})."
             )
         return key, value
-    if backend == "flex_attention":
-        raise ValueError("flex_attention reads no paged cache: call model.set_attn_implementation('sdpa').")
+    paged_cache.check_implementation(backend)
     if not isinstance(cache, PagedAttentionCache):
         raise ValueError(f"HiFICL does not know the cache that {type(module).__name__} was given: {type(cache)}.")
     return paged_cache.update(cache, layer, cast(int, module.layer_idx), key, value, keywords)

@@ -14,12 +14,21 @@ import torch
 from torch import Tensor
 from transformers.generation.continuous_batching import PagedAttentionCache
 
+from .backends import FLASH, backend_of
 from .layer import HiFICLLayer
 
 _TAKES_KEYWORDS = "kwargs" in inspect.signature(PagedAttentionCache.update).parameters  # since transformers 5.19
 
 # The adapters that each layer ran when it last wrote to a cache, with their strengths.
 _writers: WeakKeyDictionary[PagedAttentionCache, dict[HiFICLLayer, dict[str, float]]] = WeakKeyDictionary()
+
+
+def check_implementation(implementation: str) -> None:
+    """Raise a ValueError if HiFICL reads no paged cache under this attention implementation."""
+    if implementation == "flex_attention" or backend_of(implementation) is FLASH:
+        raise ValueError(
+            f"HiFICL reads no paged cache under {implementation!r}: call model.set_attn_implementation('sdpa')."
+        )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.eager_paged import eager_paged_attention_forward
+from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import sharding
-from .backends import BACKENDS
+from .backends import BACKENDS, FLASH, backend_of, flash_package
 from .names import MODULE, HeadShape
 
 # transformers' function for each implementation, whose results HiFICL computes; None: that of the modelling file.
@@ -91,7 +92,7 @@ def why_replaced(dispatch: Dispatch, implementation: str) -> str | None:
     """
     if implementation == "paged|sdpa":  # of transformers before 5.19
         implementation = "sdpa"
-    found, own = dispatch.function_of(implementation), _OWN.get(implementation) or dispatch.eager
+    found, own = dispatch.function_of(implementation), _own(dispatch, implementation)
     if found is not own and exchange_of(dispatch, implementation) is None:
         if dispatch.interface is not ALL_ATTENTION_FUNCTIONS and implementation in dispatch.interface._local_mapping:
             return f"its modelling code replaces {implementation!r} by an attention of its own"
@@ -125,16 +126,26 @@ def exchange_of(dispatch: Dispatch, implementation: str) -> sharding.Exchange | 
     return None if patched is torch._C._nn.scaled_dot_product_attention else sharding.ring_in(patched)
 
 
+def _own(dispatch: Dispatch, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """transformers' function for an implementation, whose results HiFICL computes."""
+    if implementation not in _OWN and backend_of(implementation) is FLASH:
+        return flash_attention_forward
+    return _OWN.get(implementation) or dispatch.eager
+
+
 def _name_of(function: Any) -> str:
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', function)}"
 
 
 def check_implementation(implementation: str | None, where: str) -> None:
-    if implementation is None or implementation.removeprefix("paged|") not in BACKENDS:
+    backend = None if implementation is None else backend_of(implementation.removeprefix("paged|"))
+    if implementation is None or backend is None:
         raise ValueError(
             f"HiFICL does not support attn_implementation={implementation!r}, found on {where}; supported are "
-            f"{', '.join(BACKENDS)}. Call model.set_attn_implementation('sdpa')."
+            f"{', '.join(BACKENDS)} and flash attention packages. Call model.set_attn_implementation('sdpa')."
         )
+    if backend is FLASH:
+        flash_package(implementation, where)
 
 
 def check_backend(module: nn.Module, dispatch: Dispatch, implementation: str) -> None:

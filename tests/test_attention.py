@@ -122,17 +122,17 @@ def test_a_later_change_of_the_configuration_is_not_seen() -> None:
     assert attention.config.hidden_size == base.config.hidden_size - 1
 
 
-def test_an_unsupported_implementation_is_refused_with_the_list() -> None:
+def test_an_unsupported_implementation_is_refused() -> None:
     model, inputs = adapted("gqa"), inputs_for("gqa")
     model.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(ValueError, match="flash_attention_2.*eager, sdpa, flex_attention"):
+    with pytest.raises(ValueError, match="flash_attention_2.*cannot be loaded"):
         interface.hificl_attention_forward(
             model.base_model.model.model.layers[0].self_attn, *torch.randn(3, 1, 4, 5, 16), None
         )
     base = build("gqa")
     want = logits(base, **inputs)
     base.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises((TypeError, ValueError), match="flash_attention_2.*eager, sdpa, flex_attention"):
+    with pytest.raises((TypeError, ValueError), match="flash_attention_2.*cannot be loaded"):
         get_peft_model(base, config())
     base.config._attn_implementation_internal = "sdpa"
     assert torch.equal(logits(base, **inputs), want)

@@ -40,7 +40,16 @@ def test_the_maths_imports_torch_alone() -> None:
         if module.startswith("ops."):
             inside, outside = imports_of(module)
             assert all(name.startswith("ops.") for name in inside)
-            assert outside <= {"__future__", "collections", "contextlib", "itertools", "logging", "torch", "typing"}
+            assert outside <= {
+                "__future__",
+                "collections",
+                "contextlib",
+                "inspect",
+                "itertools",
+                "logging",
+                "torch",
+                "typing",
+            }
 
 
 WITHOUT_DISTRIBUTED = """

@@ -50,12 +50,27 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_architectures.py::test_refused_with_the_reason",
         "test_bad_input.py::test_models_without_attention_that_dispatches",
     ),
-    "FlashAttention": ("test_attention.py::test_an_unsupported_implementation_is_refused_with_the_list",),
+    "Flash attention packages": (
+        "test_flash_packages.py::test_values_and_gradients",
+        "test_flash_packages.py::test_a_model_computes_what_it_does_in_eager",
+    ),
+    "A flash attention package whose backward": (
+        "test_flash_packages.py::test_a_package_without_what_is_needed_is_named",
+        "test_flash_packages.py::test_a_package_without_a_backward_is_refused",
+        "test_flash_packages.py::test_a_package_of_one_function",
+        "test_flash_packages.py::test_a_package_that_cannot_be_loaded_is_refused",
+        "test_attention.py::test_an_unsupported_implementation_is_refused",
+    ),
+    "A flash attention package whose functions": (
+        "test_flash_packages.py::test_a_package_that_returns_no_lse_is_refused",
+    ),
+    "Under a flash attention package": ("test_flash_packages.py::test_calls_that_packages_would_misread_are_refused",),
     "Continuous batching": (
         "test_continuous_batching.py::test_each_request_is_answered_as_by_generate",
         "test_continuous_batching.py::test_what_is_refused_is_refused_by_the_call",
         "test_continuous_batching.py::test_adapter_names_are_refused_wherever_they_are_given",
         "test_continuous_batching.py::test_flash_attention_is_not_switched_on",
+        "test_flash_packages.py::test_continuous_batching_is_refused",
         "test_continuous_batching.py::test_a_model_around_the_adapted_one_does_not_know",
     ),
     "Requests of continuous batching": (

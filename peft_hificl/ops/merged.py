@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from .formula import HIDDEN, Scoring, VirtualPairs, grouped_matmul, sees_one_key, virtual_attention
 from .kernels import KERNELS, Call, Kernel, State
+from .packages import Packing
 from .ring import ring_of
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class _Inputs(NamedTuple):
     scaling: float
     scale_self_attention: bool
     skip_first_token: bool
+    packing: Packing | None  # in the place of a mask, for the kernel of a package
     kernels: tuple[str, str]  # of the context and of the virtual pairs
     group: torch.distributed.ProcessGroup | None  # of the ranks that share the context
 
@@ -71,7 +73,8 @@ def attention(
     """The output of `formula.virtual_attention`, computed in the fastest way that is exact.
 
     Arguments, shapes and errors are those of `formula.virtual_attention`; `attention_path` tells how a call is
-    computed.  Under autocast the inputs are cast first, as PyTorch does for `scaled_dot_product_attention`.
+    computed.  Under autocast the inputs are cast first, as PyTorch does for `scaled_dot_product_attention`.  A
+    `Packing` in the place of the mask has its package compute the context, or is made a mask where that cannot.
 
     With a `group` of ranks, each has the queries and the context of some tokens of every row, and all have the same
     pairs (see `ring`); the output is that of the rank's own queries.
@@ -93,7 +96,7 @@ def attention(
             raise ValueError(f"Attention over keys that {group.size()} ranks share cannot be computed: {path.reason}.")
         if not torch.compiler.is_compiling():
             logger.debug("HiFICL runs with the score matrix in memory: %s", path.reason)
-        return virtual_attention(query, key, value, pairs, scoring)[0]
+        return virtual_attention(query, key, value, pairs, _unpacked(query, key, scoring))[0]
 
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:7]):
         output: Tensor = _Differentiable.apply(*inputs)
@@ -167,9 +170,11 @@ def _plan(
     group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Path, _Inputs | None, _Virtual | None]:  # fmt: skip
     """The path and, if kernels are used, their inputs and the call over the virtual pairs."""
+    packing = scoring.mask if isinstance(scoring.mask, Packing) else None
+    mask = None if packing is not None else scoring.mask
     reason = needs_formula(scoring)
     if reason is None:
-        if any(t is not None and t.requires_grad for t in (scoring.mask, scoring.bias)):
+        if any(t is not None and t.requires_grad for t in (mask, scoring.bias)):
             reason = "a mask or bias that is trained"
         elif torch._C._are_functorch_transforms_active():
             reason = "a torch.func transform"
@@ -187,20 +192,22 @@ def _plan(
         query, key, value = _padded(query, dim), _padded(key, dim), _padded(value, dim)
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
     inputs = _Inputs(
-        query, key, value, pairs.keys, pairs.values, pairs.log_weights, scoring.sinks, scoring.mask, scoring.bias,
+        query, key, value, pairs.keys, pairs.values, pairs.log_weights, scoring.sinks, mask, scoring.bias,
         scoring.is_causal, scoring.scaling, pairs.scale_self_attention,
-        pairs.skip_first_token, ("", ""), group,
+        pairs.skip_first_token, packing, ("", ""), group,
     )  # fmt: skip
     # For the limits, it only matters whether there is a mask: it is converted later, if a kernel is found.
-    mask = scoring.bias if scoring.mask is None else scoring.mask
-    context = Call(query, key, value, mask, scoring.is_causal, scoring.scaling)
+    context = Call(query, key, value, scoring.bias if mask is None else mask, scoring.is_causal, scoring.scaling)
+    if packing is not None and packing.limits(context) is not None:
+        return _plan(query, key, value, pairs, _unpacked(query, key, scoring))
     with torch.no_grad():
         virtual = _virtual_call(inputs)
+    kernels = KERNELS.get(query.device.type, {})
     chosen = []
-    for call, ranks in ((context, group), (virtual.call, None)):
+    for call, table in ((context, _for_context(query.device, packing, group)), (virtual.call, kernels)):
         reasons = []
-        for name, kernel in KERNELS.get(query.device.type, {}).items():
-            reason = _over(kernel, ranks).limits(call)
+        for name, kernel in table.items():
+            reason = kernel.limits(call)
             if reason is None:
                 chosen.append(name)
                 break
@@ -210,14 +217,27 @@ def _plan(
     return Path(chosen[0], "it takes these inputs"), inputs._replace(kernels=(chosen[0], chosen[1])), virtual
 
 
-def _over(kernel: Kernel, group: torch.distributed.ProcessGroup | None) -> Kernel:
-    return kernel if group is None else ring_of(kernel, group)
+def _unpacked(query: Tensor, key: Tensor, scoring: Scoring) -> Scoring:
+    """A scoring whose mask is one: what a `Packing` says, as a boolean mask."""
+    if not isinstance(scoring.mask, Packing):
+        return scoring
+    return scoring._replace(mask=scoring.mask.mask(query, key))
+
+
+def _for_context(
+    device: torch.device, packing: Packing | None, group: torch.distributed.ProcessGroup | None
+) -> dict[str, Kernel]:
+    """The kernels that may compute the context, by name."""
+    if packing is not None:
+        return {packing.package.name: packing.kernel}
+    table = KERNELS.get(device.type, {})
+    return table if group is None else {name: ring_of(kernel, group) for name, kernel in table.items()}
 
 
 def _kernels(inputs: _Inputs) -> tuple[Kernel, Kernel]:
     """That of the context and that of the virtual pairs."""
-    context, virtual = (KERNELS[inputs.query.device.type][name] for name in inputs.kernels)
-    return _over(context, inputs.group), virtual
+    (context, virtual), device = inputs.kernels, inputs.query.device
+    return _for_context(device, inputs.packing, inputs.group)[context], KERNELS[device.type][virtual]
 
 
 def _context_call(inputs: _Inputs) -> Call:
@@ -273,6 +293,8 @@ def _first_tokens(inputs: _Inputs) -> Tensor | None:
     """The queries that the pairs are hidden from, broadcastable to (B, H, T); None if there are none."""
     if not inputs.skip_first_token:
         return None
+    if inputs.packing is not None:
+        return inputs.packing.sees_one_key(inputs.query, inputs.key)
     size = inputs.key.shape[2]
     if inputs.group is not None:
         if inputs.group.rank() > 0:  # a row begins on the first rank
@@ -446,7 +468,7 @@ class _Differentiable(torch.autograd.Function):
         if inputs.sinks is not None and ctx.needs_input_grad[6]:
             weight = torch.exp(inputs.sinks.to(context.lse.dtype).reshape(1, -1, 1) - context.lse)  # (B, H, T)
             of_sinks = _summed(-(weight * _delta(grad, context)).sum((0, 2)), inputs.sinks)
-        return of_query, of_key, of_value, of_keys, of_values, of_log_weights, of_sinks, *[None] * 8
+        return of_query, of_key, of_value, of_keys, of_values, of_log_weights, of_sinks, *[None] * 9
 
 
 def _score_gradient(call: Call, grad: Tensor, seen: _Seen) -> Tensor:
