@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from peft import PeftModel
 from torch import Tensor
+from transformers.utils.hub import extract_commit_hash
 
 from . import checkpoint
 from .config import HiFICLConfig
@@ -55,8 +56,14 @@ def in_progress(config: HiFICLConfig) -> Load | None:
         tensors = given["adapter_state_dict"]
         if tensors is None:
             hub, _ = PeftModel._split_kwargs(options.download_kwargs or {})
-            tensors = checkpoint.read(given["peft_model_id"], **hub)
+            tensors = checkpoint.read(checkpoint.folder_of(given["peft_model_id"], **hub))
         return Load(tensors, options.ignore_mismatched_sizes, by_peft=False)
     hub, others = PeftModel._split_kwargs({**given["kwargs"], **given.get("hf_hub_download_kwargs", {})})
-    tensors = checkpoint.read(given["model_id"], key_mapping=given["key_mapping"], **hub)
+    folder = checkpoint.folder_of(given["model_id"], **hub)
+    tensors = checkpoint.read(folder, given["key_mapping"])
+    commit = extract_commit_hash(f"{folder}/", None)
+    if commit is not None:
+        # PEFT is about to ask the Hub for the same file.  Of a commit that is in the cache it need not ask, and what it
+        # loads is what has been checked, even if somebody pushes in between.
+        given.get("hf_hub_download_kwargs", given["kwargs"])["revision"] = commit
     return Load(tensors, others.get("ignore_mismatched_sizes", False), by_peft=True)
