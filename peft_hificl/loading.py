@@ -8,10 +8,12 @@ looks for it on the stack.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NamedTuple
 
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from torch import Tensor
 from transformers.utils.hub import extract_commit_hash
 
@@ -61,7 +63,7 @@ def in_progress(config: HiFICLConfig) -> Load | None:
     hub, others = PeftModel._split_kwargs({**given["kwargs"], **given.get("hf_hub_download_kwargs", {})})
     folder = checkpoint.folder_of(given["model_id"], **hub)
     tensors = checkpoint.read(folder, given["key_mapping"])
-    commit = extract_commit_hash(f"{folder}/", None)
+    commit = extract_commit_hash(os.path.join(folder, CONFIG_NAME), None)
     if commit is not None:
         # PEFT is about to ask the Hub for the same file.  Of a commit that is in the cache it need not ask, and what it
         # loads is what has been checked, even if somebody pushes in between.

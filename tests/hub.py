@@ -1,7 +1,7 @@
-"""A model hub on this machine: the part of the Hub's HTTP interface that `huggingface_hub` asks for, over a folder of none.
+"""A model hub on this machine: that part of the Hub's HTTP interface that `huggingface_hub` asks for.
 
 Repositories with commits, branches, tags, files of git and of LFS; private ones and gated ones.  Nothing of the client
-is replaced: it is pointed here by `HF_ENDPOINT`, in a process of its own (`ENVIRONMENT`).
+is replaced: `HF_ENDPOINT` points it here, in a process of its own.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
         except Refusal as refusal:
             self.reply(refusal.status, json.dumps(refusal.body).encode(), refusal.headers)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
+    do_GET = do_HEAD = do_POST = do_PUT = answer  # noqa: N815
 
     def read(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
