@@ -69,6 +69,7 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_continuous_batching.py::test_a_running_manager_of_the_time_before_the_adapter",
         "test_continuous_batching.py::test_weights_edited_while_requests_are_running",
     ),
+    "transformers serve names": ("integration/test_serve.py::test_answers_are_those_of_generate",),
     "eager; and under the others": (
         "test_merged.py::test_what_no_kernel_computes_takes_the_formula_and_says_so",
         "test_merged.py::test_other_fallbacks",
