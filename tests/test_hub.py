@@ -272,26 +272,28 @@ def test_what_is_not_in_the_cache_is_told_by_the_hubs_error(place: Place) -> Non
 
 
 LOADS = """
-for turn in ("first", "again"):
+for turn, options in (("first", {}), ("again", {}), ("forced", {"force_download": True})):
     for name in ("me/secret", "me/lora"):
         model = base()
         mark(f"{turn}/{name}")
-        PeftModel.from_pretrained(model, name, token=TOKEN)
+        PeftModel.from_pretrained(model, name, token=TOKEN, **options)
         mark("end")
         model = PeftModel.from_pretrained(base(), "me/lora" if name == "me/lora" else "me/two")
         mark(f"{turn}-second/{name}")
-        model.load_adapter(name, "b", token=TOKEN)
+        model.load_adapter(name, "b", token=TOKEN, **options)
         mark("end")
     for name in ("me/own", "me/lora"):
         model = base()
         mark(f"{turn}-own/{name}")
-        model.load_adapter(name, adapter_kwargs={"cache_dir": "own"})
+        model.load_adapter(name, adapter_kwargs={"cache_dir": "own", **options})
         mark("end")
 """
 
 
 def test_a_load_asks_the_hub_as_often_as_that_of_a_lora(place: Place) -> None:
     place.run(LOADS.replace("TOKEN", repr(OWNER)), home="counting")
+    commit = place.hub.repositories["me/secret"].refs["main"]  # what was checked, and not what may have come since
+    assert ("HEAD", f"/me/secret/resolve/{commit}/adapter_model.safetensors", 200) in place.hub.requests
     asked: dict[str, list[tuple[str, str]]] = {}
     turn, repository = "", ""
     for method, path, _ in place.hub.requests:
@@ -302,7 +304,7 @@ def test_a_load_asks_the_hub_as_often_as_that_of_a_lora(place: Place) -> None:
             kind = "lora" if "lora" in repository else "hificl"
             asked[f"{turn} {kind}"].append((method, path.rpartition("/")[2].replace(repository.rpartition("/")[2], "")))
     turns = {key.rpartition(" ")[0] for key in asked} - {"end"}
-    assert len(turns) == 6
+    assert len(turns) == 9
     for turn in turns:
         ours, theirs = sorted(asked[f"{turn} hificl"]), sorted(asked[f"{turn} lora"])
         assert ours == theirs, turn
