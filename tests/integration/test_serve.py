@@ -82,7 +82,9 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         port = free.getsockname()[1]
     python, *words = shlex.split(SERVE)
     assert python == "python"
-    if request.param != "continuous":
+    if request.param == "continuous":
+        words += ["--cb-block-size", "4"]  # small enough for these prompts to fill some
+    else:
         words = words[: words.index("--continuous-batching")]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with (folder / "log").open("w") as log:
