@@ -322,6 +322,7 @@ def test_the_guide_as_written(place: Place) -> None:
     ports = place.hub.repositories["me/ports"]
     assert ports.private and set(ports.refs) == {"main", "v1", "trial"}
     assert "short/adapter_model.safetensors" in ports.files("trial")
+    assert {"config.json", "tokenizer.json", "adapter_model.safetensors"} <= ports.files().keys()
     data, text = place.card("me/ports")
     assert data["license"] == "apache-2.0" and data["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.75 and text.count(HEADING) == 1

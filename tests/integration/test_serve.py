@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..examples import save_chat_model
 from ..helpers import config
+from ..hub import Hub
 
 for package in ("fastapi", "uvicorn", "openai"):
     pytest.importorskip(package)
@@ -31,6 +33,7 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "guides" / "transformers-serve.md").read_text()
 LINKS, SERVE, ASK = [b.content for b in MarkdownIt().parse(PAGE) if b.type == "fence" and b.info == "bash"]
+PYTHON, *WORDS = shlex.split(SERVE)
 QUESTIONS = ["Which port has http?", "Which port has https?", "Port of ssh", "Which port has http? And ftp?"]
 TOKENS = 12
 
@@ -67,30 +70,16 @@ class Server:
         return words.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-@pytest.fixture(scope="module", params=["continuous", "one by one"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("serve")
-    save_chat_model(folder / "base")
-    for seed, name in enumerate(("adapter", "other")):
-        torch.manual_seed(seed)
-        base = AutoModelForCausalLM.from_pretrained(folder / "base")
-        get_peft_model(base, config(task_type="CAUSAL_LM")).save_pretrained(folder / name)
-    for commands in (LINKS, LINKS.replace("adapter/", "other/").replace("served", "served-other")):
-        subprocess.run(["bash", "-ec", commands], cwd=folder, check=True)
+@contextmanager
+def serving(folder: Path, words: list[str], **variables: str) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    python, *words = shlex.split(SERVE)
-    assert python == "python"
-    if request.param == "continuous":
-        words += ["--cb-block-size", "4"]  # small enough for these prompts to fill some
-    else:
-        words = words[: words.index("--continuous-batching")]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **variables}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", *words, "--port", str(port)],
-            cwd=folder, env=variables, stdout=log, stderr=subprocess.STDOUT,
+            cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
             for _ in range(120):
@@ -104,6 +93,30 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         finally:
             process.terminate()
             process.wait()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serve")
+    save_chat_model(folder / "base")
+    for seed, name in enumerate(("adapter", "other")):
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
+        get_peft_model(base, config(task_type="CAUSAL_LM")).save_pretrained(folder / name)
+    for commands in (LINKS, LINKS.replace("adapter/", "other/").replace("served", "served-other")):
+        subprocess.run(["bash", "-ec", commands], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["continuous", "one by one"])
+def server(request: pytest.FixtureRequest, folder: Path) -> Iterator[Server]:
+    words = WORDS
+    if request.param == "continuous":
+        words = [*words, "--cb-block-size", "4"]  # small enough for these prompts to fill some
+    else:
+        words = words[: words.index("--continuous-batching")]
+    with serving(folder, words) as found:
+        yield found
 
 
 def test_answers_are_those_of_generate(server: Server) -> None:
@@ -135,3 +148,17 @@ def test_the_command_of_the_guide(server: Server) -> None:
     done = subprocess.run(["bash", "-ec", command], capture_output=True, check=True)
     answer = json.loads(done.stdout)["choices"][0]["message"]["content"]
     assert answer == server.generated("adapter", QUESTIONS[0])
+
+
+def test_an_adapter_on_the_hub(folder: Path) -> None:
+    """Beside its base model's configuration and tokenizer."""
+    base = {path.name: path.read_bytes() for path in (folder / "base").iterdir()}
+    adapter = {path.name: path.read_bytes() for path in (folder / "adapter").iterdir()}
+    named = json.loads(adapter["adapter_config.json"]) | {"base_model_name_or_path": "me/base"}
+    beside = {name: content for name, content in base.items() if not name.startswith(("model", "generation"))}
+    with Hub() as hub:
+        hub.add("me/base", base)
+        hub.add("me/ports", {**beside, **adapter, "adapter_config.json": json.dumps(named).encode()})
+        variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
+        with serving(folder, WORDS, **variables, HF_HUB_DISABLE_XET="1") as server:
+            assert server.ask("me/ports", QUESTIONS[0]) == server.generated("adapter", QUESTIONS[0])
