@@ -29,7 +29,7 @@ _WRAPPERS = re.compile(r"\.(original_module|modules_to_save(\.\w+(?=\.))?|token_
 
 
 def folder_of(path: str | os.PathLike[str], *, subfolder: str | None = None, **options: Any) -> str:
-    """The folder with the weights of a stored adapter: a local one, or of the Hub's cache, into which they are loaded.
+    """The folder with the weights of a stored adapter: a local one, or of the Hub's cache, once downloaded.
 
     Args:
         path: a local path, or an id on the Hub.

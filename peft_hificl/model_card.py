@@ -62,7 +62,7 @@ def _with_card_kept(save: Callable[[RepoCard, Path | str], None]) -> Callable[[R
             before = path.read_bytes() if path.is_file() else b""
             if adapters or MARK.encode() in before:
                 text = _with_metadata(str(card), before.decode(errors="replace"), adapters)
-                _replace(path, _with_usage(text, adapters))
+                _replace(path, _with_usage(_with_tag(text) if adapters else text, adapters))
                 return
         save(card, filepath)
 
@@ -110,7 +110,7 @@ def _with_metadata(card: str, before: str, adapters: dict[str, dict[str, Any]]) 
     if isinstance(base, list) or (isinstance(base, str) and _is_id(base)):
         known["base_model"] = base
     tags = [tag for tag in _tags(known) if not tag.startswith("base_model:") or _is_id(tag.rpartition(":")[2])]
-    new.data["tags"] = list(dict.fromkeys([*_tags(new.data), *tags, TAG]))
+    new.data["tags"] = list(dict.fromkeys([*_tags(new.data), *tags]))
     new.data["library_name"] = "peft"
     for key, value in known.items():
         if new.data.get(key) is None:
@@ -122,7 +122,7 @@ def _with_tag(card: str) -> str:
     parsed = _parsed(card)
     if parsed is None or TAG in _tags(parsed.data):
         return card
-    parsed.data["tags"] = sorted({*_tags(parsed.data), TAG})
+    parsed.data["tags"] = [*_tags(parsed.data), TAG]
     return str(parsed)
 
 

@@ -29,12 +29,13 @@ HEADING = "## How to use this HiFICL adapter\n"
 START = """
 import os, sys, urllib.error, urllib.request
 import peft_hificl, torch
+from datasets import Dataset
 from huggingface_hub import HfApi, metadata_update, snapshot_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft_hificl import HiFICLConfig, hotswap_adapter
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 found = {}
 def base(name="me/base"):
@@ -133,6 +134,15 @@ gated.push_to_hub("me/on-gated")
 local = base(str(sys.argv[1]).replace("found", "base"))
 get_peft_model(local, config(9)).push_to_hub("me/of-a-folder")
 
+rows = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]], "labels": [[5, 6, 7, 8]]})
+arguments = TrainingArguments(
+    "out", max_steps=1, use_cpu=True, report_to=[], save_strategy="no", push_to_hub=True, hub_model_id="me/trained",
+)
+trainer = Trainer(get_peft_model(base(), config(10)), arguments, train_dataset=rows, eval_dataset=rows)
+trainer.train()
+trainer.evaluate()
+trainer.push_to_hub()
+
 lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
 get_peft_model(base(), lora).push_to_hub("me/lora")
 get_peft_model(base(), lora, adapter_name="inner").push_to_hub("me/lora-inner")
@@ -166,12 +176,13 @@ def test_what_the_hub_receives(place: Place) -> None:
 
 def test_the_cards_metadata(place: Place) -> None:
     """As PEFT writes it, although transformers' `push_to_hub` replaces PEFT's card by one of its own."""
-    for name in ("me/two", "me/secret", "me/own"):
+    for name in ("me/two", "me/secret", "me/own", "me/trained"):
         data, text = place.card(name)
         assert data["library_name"] == "peft" and data["base_model"] == "me/base" and "hificl" in data["tags"], name
         assert text.count(HEADING) == 1, name
+    assert "achieves the following results on the evaluation set:\n- Loss:" in text  # the trainer's own
     data, text = place.card("me/secret")
-    assert data["tags"] == ["base_model:adapter:me/base", "hificl", "transformers"]
+    assert data["tags"] == ["base_model:adapter:me/base", "transformers", "hificl"]
     assert data["pipeline_tag"] == "text-generation"
     assert "8 virtual key-value pairs per attention head, rank 8, 3,072 parameters" in text
 
@@ -187,7 +198,7 @@ def test_what_the_author_has_written_survives_the_next_push(place: Place) -> Non
 def test_a_base_model_from_a_folder_is_not_named_to_the_hub(place: Place) -> None:
     """It would refuse the card, and with it the whole commit."""
     data, _ = place.card("me/of-a-folder")
-    assert "base_model" not in data and data["tags"] == ["hificl", "transformers"]
+    assert "base_model" not in data and data["tags"] == ["transformers", "hificl"]
 
 
 def test_the_card_of_a_lora_is_left_alone(place: Place) -> None:
