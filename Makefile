@@ -31,7 +31,7 @@ test-benchmarks: setup  ## the benchmarks' own tests
 test-slow: setup  ## the tests that take long
 	$(BIN)/python -m pytest -m slow
 
-test-integration: setup  ## with TRL, DeepSpeed and torchao; two processes on this machine
+test-integration: setup  ## with TRL, DeepSpeed, torchao and a server; two processes on this machine
 	$(BIN)/python -m pytest tests/integration
 
 mutation: setup  ## deliberate faults in the package, and which of them its tests find; may be stopped and called again

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import Tensor, nn
 
@@ -26,16 +28,23 @@ HEADS = {
 _WRAPPERS = re.compile(r"\.(original_module|modules_to_save(\.\w+(?=\.))?|token_adapter|base_layer)(?=\.|$)")
 
 
-def read(path: str | os.PathLike[str], **options: Any) -> dict[str, Tensor]:
-    """The tensors stored at a local path or Hub id; `options` are those of `peft.utils.load_peft_weights`.
+def folder_of(path: str | os.PathLike[str], *, subfolder: str | None = None, **options: Any) -> str:
+    """The folder with the weights of a stored adapter: a local one, or of the Hub's cache, once downloaded.
+
+    Args:
+        path: a local path, or an id on the Hub.
+        subfolder: where in it the adapter is.
+        options: of `huggingface_hub.hf_hub_download`.
 
     Raises:
-        ValueError: there is no file, or it cannot be read.
+        ValueError: there are no weights.  Where the Hub refuses or is out of reach, its own error is raised.
     """
-    folder = os.path.join(path, options.get("subfolder") or "")
+    path = os.fspath(path)
+    folder = os.path.join(path, subfolder or "")
     files = [os.path.join(folder, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
-    local = any(os.path.exists(file) for file in files)
-    if not local and os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+    if any(os.path.exists(file) for file in files):
+        return folder
+    if os.path.isfile(os.path.join(folder, CONFIG_NAME)):
         broken = [file for file in files if os.path.islink(file)]
         found = f"{os.path.basename(broken[0])} is a link to a file that is gone" if broken else "no weights"
         raise ValueError(
@@ -43,10 +52,27 @@ def read(path: str | os.PathLike[str], **options: Any) -> dict[str, Tensor]:
             "save the adapter again."
         )
     try:
-        return dict(load_peft_weights(os.fspath(path), device="cpu", **options))
+        file = hf_hub_download(path, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **options)
+    except EntryNotFoundError:
+        try:
+            file = hf_hub_download(path, WEIGHTS_NAME, subfolder=subfolder, **options)
+        except RemoteEntryNotFoundError as error:
+            raise ValueError(
+                f"There is no {SAFETENSORS_WEIGHTS_NAME} in {folder!r} on the Hub: push the adapter again, or give the "
+                "revision or subfolder that has it."
+            ) from error
+    return os.path.dirname(file)
+
+
+def read(folder: str, key_mapping: dict[str, str] | None = None) -> dict[str, Tensor]:
+    """The tensors stored in a folder (`folder_of`), under the names that PEFT's `key_mapping` gives them.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    try:
+        return dict(load_peft_weights(folder, device="cpu", key_mapping=key_mapping))
     except Exception as error:
-        if not local and isinstance(error, (OSError, ValueError)):
-            raise  # the message says that it is not on the Hub, or that the Hub is out of reach
         raise ValueError(
             f"The adapter weights in {folder!r} cannot be read ({type(error).__name__}: {error}). The file is "
             "damaged or incomplete: copy or download it again."

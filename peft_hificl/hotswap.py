@@ -91,7 +91,8 @@ def hotswap_adapter(
             "wrapped."
         )
     old = HiFICLModel._in_keys_of(model, adapter_name, held)
-    new = HiFICLModel._in_keys_of(model, adapter_name, checkpoint.read(model_name_or_path, **kwargs))
+    tensors = checkpoint.read(checkpoint.folder_of(model_name_or_path, **kwargs))
+    new = HiFICLModel._in_keys_of(model, adapter_name, tensors)
     checkpoint.check_names("The adapter file", set(old), new, adapter, what="tensors")
     found, wanted = ({key: tensor.shape for key, tensor in tensors.items()} for tensors in (new, old))
     checkpoint.check_shapes("the adapter file", found, wanted, adapter)

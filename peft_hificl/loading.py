@@ -8,11 +8,14 @@ looks for it on the stack.
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from torch import Tensor
+from transformers.utils.hub import extract_commit_hash
 
 from . import checkpoint
 from .config import HiFICLConfig
@@ -54,9 +57,24 @@ def in_progress(config: HiFICLConfig) -> Load | None:
         options = given["load_config"]
         tensors = given["adapter_state_dict"]
         if tensors is None:
-            hub, _ = PeftModel._split_kwargs(options.download_kwargs or {})
-            tensors = checkpoint.read(given["peft_model_id"], **hub)
+            tensors = checkpoint.read(_folder_of(given["peft_model_id"], options.download_kwargs or {}))
         return Load(tensors, options.ignore_mismatched_sizes, by_peft=False)
-    hub, others = PeftModel._split_kwargs({**given["kwargs"], **given.get("hf_hub_download_kwargs", {})})
-    tensors = checkpoint.read(given["model_id"], key_mapping=given["key_mapping"], **hub)
-    return Load(tensors, others.get("ignore_mismatched_sizes", False), by_peft=True)
+    options = given["kwargs"]
+    folder = _folder_of(given["model_id"], given.get("hf_hub_download_kwargs", options))
+    tensors = checkpoint.read(folder, given["key_mapping"])
+    return Load(tensors, options.get("ignore_mismatched_sizes", False), by_peft=True)
+
+
+def _folder_of(path: str | os.PathLike[str], options: dict[str, Any]) -> str:
+    """The folder with the weights; `options` are those with which the caller is about to ask the Hub for them, too.
+
+    They are given the commit that was found.  Its file is in the cache by then, so the caller need not ask once more,
+    and loads what has been checked, even if somebody pushes in between.
+    """
+    hub, _ = PeftModel._split_kwargs(options)
+    folder = checkpoint.folder_of(path, **hub)
+    commit = extract_commit_hash(os.path.join(folder, CONFIG_NAME), None)
+    if commit is not None and not os.path.exists(path):
+        options["revision"] = commit
+        options.pop("force_download", None)
+    return folder

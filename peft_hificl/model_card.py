@@ -1,20 +1,25 @@
-"""The usage section of a saved adapter's model card."""
+"""The model card of a saved adapter: its usage section, and the metadata by which the Hub knows an adapter."""
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from huggingface_hub import RepoCard
+from safetensors import SafetensorError, safe_open
 
 CARD = "README.md"
 MARK = "<!-- peft-hificl:"
+TAG = "hificl"
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -38,12 +43,12 @@ def update(save_directory: str) -> None:
             except UnicodeDecodeError:
                 return
             if "library_name: peft" in card or MARK in card:
-                _replace(path, _with_usage(card, _stored_adapters(path.parent)))
+                _replace(path, _with_usage(_with_tag(card), _stored_adapters(path.parent)))
             return
 
 
 def _with_card_kept(save: Callable[[RepoCard, Path | str], None]) -> Callable[[RepoCard, Path | str], None]:
-    """Wrap `RepoCard.save`, so that a card written after the adapters were saved has their usage sections too.
+    """Wrap `RepoCard.save`, so that a card written after the adapters were saved has their usage and metadata too.
 
     transformers' `push_to_hub`, `Trainer.create_model_card` and trl's trainers write such cards, and so does PEFT when
     an adapter is saved again.
@@ -54,8 +59,10 @@ def _with_card_kept(save: Callable[[RepoCard, Path | str], None]) -> Callable[[R
         path = Path(filepath)
         if path.name == CARD:
             adapters = _stored_adapters(path.parent)
-            if adapters or (path.is_file() and MARK.encode() in path.read_bytes()):
-                _replace(path, _with_usage(str(card), adapters))
+            before = path.read_bytes() if path.is_file() else b""
+            if adapters or MARK.encode() in before:
+                text = _with_metadata(str(card), before.decode(errors="replace"), adapters)
+                _replace(path, _with_usage(_with_tag(text) if adapters else text, adapters))
                 return
         save(card, filepath)
 
@@ -74,8 +81,69 @@ def _stored_adapters(folder: Path) -> dict[str, dict[str, Any]]:
         except ValueError:
             continue
         if isinstance(config, dict) and config.get("peft_type") == "HIFICL" and {"n", "r"} <= config.keys():
-            found["." if path.parent == folder else path.parent.name] = config
+            found["." if path.parent == folder else path.parent.name] = config | {"parameters": _count(path.parent)}
     return found
+
+
+def _count(folder: Path) -> int | None:
+    """How many numbers are stored of an adapter; None: they have not been saved, or cannot be read."""
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+
+
+def _with_metadata(card: str, before: str, adapters: dict[str, dict[str, Any]]) -> str:
+    """The card, if its writer did not know of PEFT, with the metadata of the card before it where it has none itself.
+
+    transformers' `push_to_hub` puts a card of a whole model, or the one that is on the Hub, in the place of the card
+    that PEFT has just written.  A base model that is a local folder is left out: the Hub refuses such a card.
+    """
+    new, old = _parsed(card), _parsed(before)
+    if new is None or new.data.get("library_name") == "peft":
+        return card
+    known = {} if old is None else old.data.to_dict()
+    if "." not in adapters and known.get("library_name") != "peft":
+        return card
+    base = known.pop("base_model", None) or next((c.get("base_model_name_or_path") for c in adapters.values()), None)
+    if isinstance(base, list) or (isinstance(base, str) and _is_id(base)):
+        known["base_model"] = base
+    tags = [tag for tag in _tags(known) if not tag.startswith("base_model:") or _is_id(tag.rpartition(":")[2])]
+    new.data["tags"] = list(dict.fromkeys([*_tags(new.data), *tags]))
+    new.data["library_name"] = "peft"
+    for key, value in known.items():
+        if new.data.get(key) is None:
+            new.data[key] = value
+    return str(new)
+
+
+def _with_tag(card: str) -> str:
+    parsed = _parsed(card)
+    if parsed is None or TAG in _tags(parsed.data):
+        return card
+    parsed.data["tags"] = [*_tags(parsed.data), TAG]
+    return str(parsed)
+
+
+def _parsed(card: str) -> RepoCard | None:
+    """A card, unless it has no metadata, or none that can be read."""
+    if not card.lstrip().startswith("---"):
+        return None
+    try:
+        return RepoCard(card)
+    except (ValueError, yaml.YAMLError):
+        return None
+
+
+def _tags(data: Any) -> list[str]:
+    tags = data.get("tags") or []
+    return [str(tag) for tag in (tags if isinstance(tags, list) else [tags])]
+
+
+def _is_id(name: str) -> bool:
+    """Whether this can be the id of a model on the Hub, and not a folder."""
+    return bool(re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name)) and not os.path.exists(name)
 
 
 def _with_usage(card: str, adapters: dict[str, dict[str, Any]]) -> str:
@@ -118,9 +186,10 @@ def _usage(config: dict[str, Any], adapter: str) -> str:
         base = os.path.abspath(base)  # the snippet runs in the adapter's folder
     head = "key/value" if config.get("heads") == "kv" else "attention"
     subfolder = f", subfolder={adapter!r}" if named else ""
+    count = "" if config["parameters"] is None else f", {config['parameters']:,} parameters"
     return f"""{heading}
 
-{config.get("n", 8)} virtual key-value pairs per {head} head, rank {config.get("r", 8)} ([HiFICL](https://arxiv.org/abs/2603.12760)).
+{config.get("n", 8)} virtual key-value pairs per {head} head, rank {config.get("r", 8)}{count} ([HiFICL](https://arxiv.org/abs/2603.12760)).
 
 ```bash
 pip install peft-hificl

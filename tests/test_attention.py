@@ -563,6 +563,28 @@ def test_inductor_equals_eager(kind: str) -> None:
     torch.testing.assert_close(logits(compiled, **inputs), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_a_switch_in_every_mode_of_inductor(mode: str) -> None:
+    """The first switch to each adapter compiles a graph, a later one none, nor other weights in the same adapter."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    torch._dynamo.reset()
+    model, inputs = adapted("gqa", name="a"), inputs_for("gqa")
+    model.add_adapter("b", config())
+    model.requires_grad_(False)
+    compiled = torch.compile(model.get_base_model(), mode=mode, fullgraph=True)
+    graphs = []
+    for name in ("a", "b", "a", "b", "a"):
+        model.set_adapter(name, inference_mode=True)
+        if len(graphs) == 4:
+            other = get_peft_model_state_dict(adapted("gqa", seed=3, name="a"), adapter_name="a")
+            set_peft_model_state_dict(model, other, adapter_name="a")
+        torch.testing.assert_close(logits(compiled, **inputs), logits(model, **inputs), rtol=1e-4, atol=1e-4)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert [count - graphs[0] for count in graphs] == [0, 1, 1, 1, 1]
+
+
 def test_meta_base_counts_parameters() -> None:
     with torch.device("meta"):
         base = llama()

@@ -356,15 +356,29 @@ def test_the_torchscript_exporter(tmp_path: Path) -> None:
     check(run(ids, mask, positions)[0], want(module, ids, mask, positions), mask)
 
 
-@SLOW
-def test_a_package_compiled_ahead_of_time(tmp_path: Path) -> None:
-    module, args = Logits(adapted()), prompt(padded=True)
-    free = Dim.DYNAMIC
-    program = torch.export.export(module, args, dynamic_shapes=({0: free, 1: free},) * 3)
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+def to_package(module: nn.Module, args: tuple[Any, ...], folder: Path, **kwargs: Any) -> Callable[..., list[Tensor]]:
+    """A model compiled ahead of time."""
+    program = torch.export.export(module, args, **kwargs)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
     run = torch._inductor.aoti_load_package(path)
+    return lambda *args: [run(*args)]
+
+
+@SLOW
+@pytest.mark.parametrize("to", [to_onnx, to_package])
+def test_what_runs_elsewhere_generates_as_the_model_does(to: Callable[..., Any], tmp_path: Path) -> None:
+    """A graph in onnxruntime, and a package compiled ahead of time."""
+    module, args, free = Logits(adapted()), prompt(padded=True), Dim.DYNAMIC
+    run = to(module, args, tmp_path, dynamic_shapes=({0: free, 1: free},) * 3)
     for other in (args, prompt(3, 7, padded=True)):
-        check(run(*other), want(module, *other), other[1])
+        check(run(*other)[0], want(module, *other), other[1])
+    ids, mask, _ = prompt(2, 7, padded=True)
+    expected = module.model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    while ids.shape[1] < expected.shape[1]:
+        logits = run(ids, mask, (mask.cumsum(1) - 1).clamp_min(0))[0]
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    assert torch.equal(ids, expected)
 
 
 # -- transformers' own exporters -------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_autoload.py::test_the_launcher_runs_a_script",
         "test_autoload.py::test_autoload_of_the_real_package",
     ),
+    "HF_HUB_OFFLINE=1 with subfolder": ("test_hub.py::test_revisions_subfolders_and_every_way_to_load_then_offline",),
     "Attention that does not go through": (
         "test_architectures.py::test_refused_with_the_reason",
         "test_bad_input.py::test_models_without_attention_that_dispatches",
@@ -83,6 +84,7 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_continuous_batching.py::test_a_running_manager_of_the_time_before_the_adapter",
         "test_continuous_batching.py::test_weights_edited_while_requests_are_running",
     ),
+    "transformers serve names": ("integration/test_serve.py::test_answers_are_those_of_generate",),
     "eager; and under the others": (
         "test_merged.py::test_what_no_kernel_computes_takes_the_formula_and_says_so",
         "test_merged.py::test_other_fallbacks",

@@ -738,9 +738,10 @@ def test_whose_fault_a_read_that_fails_is(good: Path, monkeypatch: pytest.Monkey
     for error in (OSError, ValueError, RuntimeError):
         with pytest.raises(ValueError, match=rf"cannot be read \({error.__name__}: gone\).*damaged"):
             checkpoint.read(good)
+    monkeypatch.setattr(checkpoint, "hf_hub_download", fail)
     for error in (OSError, ValueError):
         with pytest.raises(error, match="^gone$"):
-            checkpoint.read("nobody/nothing")
+            checkpoint.folder_of("nobody/nothing")
 
 
 def test_what_stands_beside_the_numbered_layers_of_a_stage() -> None:

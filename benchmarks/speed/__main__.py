@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..common.environment import prepare
 from . import __doc__ as what_it_does
-from . import attention, inference, lifecycle, paper, report, rows, training
+from . import attention, inference, lifecycle, paper, report, rows, serving, training
 from .presets import PRESETS
 
 PARTS = {
@@ -22,6 +22,7 @@ PARTS = {
     "inference": inference,
     "lifecycle": lifecycle,
     "rows": rows,
+    "serving": serving,
     "paper": paper,
 }
 

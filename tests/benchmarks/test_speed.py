@@ -100,7 +100,7 @@ def test_quick_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.speed", "--quick", "--out", str(tmp_path)]
     subprocess.run(command, check=True, timeout=300, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     text = (tmp_path / "speed.md").read_text()
-    for part in ("attention", "training", "inference", "lifecycle", "rows", "paper"):
+    for part in ("attention", "training", "inference", "lifecycle", "rows", "serving", "paper"):
         result = json.loads((tmp_path / f"{part}.json").read_text())
         assert result["records"] and result["hardware"]["cpu"] and result["versions"]["torch"] == torch.__version__
         assert result["command"].startswith("python -m benchmarks.speed --quick")
