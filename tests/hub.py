@@ -209,7 +209,7 @@ class Handler(BaseHTTPRequestHandler):
         bases = data.get("base_model") or []
         for base in [bases] if isinstance(bases, str) else bases:
             if not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+", base):
-                message = f'"base_model" with value "{base}" is not valid. Use a model id from https://hf.co/models.'
+                message = f'"base_model" with value "{base}" is not valid.'
                 raise Refusal(400, errors=[{"message": message}])
         return as_json({"errors": [], "warnings": []})
 
