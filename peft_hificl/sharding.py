@@ -1,4 +1,4 @@
-"""Adapters on a base model whose attention heads are divided among devices: tensor and sequence parallelism.
+"""Adapters on a base model that several devices share: tensor, sequence and context parallelism, FSDP2.
 
 transformers' tensor-parallel plans give each rank the query and key/value heads of one contiguous block.  The pairs of
 a head are needed where the head is: an adapter's parameters, whose first dimension counts heads, are `DTensor`s with
@@ -7,6 +7,12 @@ part of this rank where it is computed with.  Attentions that a plan leaves whol
 
 Sequence parallelism (DeepSpeed's Ulysses) divides tokens outside of the attention, and heads within it: two all-to-alls
 exchange one for the other.  Every rank has the whole adapter, and uses the pairs of its heads for all tokens.
+
+Context parallelism (torch's) divides tokens, and keys and values go round the ranks.  Every rank has the whole adapter,
+and merges the pairs into what its own queries get; see `ops.ring`.
+
+Data parallelism has nothing to know of an adapter that is there when it wraps the model.  Later ones are sharded here,
+as FSDP2 has sharded their attention, or refused.
 """
 
 from __future__ import annotations
@@ -309,7 +315,7 @@ class Ring(NamedTuple):
         self, attend: Callable[..., tuple[Tensor, Tensor | None]], module: nn.Module, query: Tensor, key: Tensor,
         value: Tensor, pairs: VirtualPairs, scoring: Scoring, keywords: dict[str, Any], recorded: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """As `Exchange.attend`, where each rank keeps its queries, and all keys come to it.
+        """The attention with virtual pairs, (B, T, H, e), of this rank's tokens; arguments as for `Exchange.attend`.
 
         Raises:
             ValueError: no kernel takes the call, or it is being recorded.

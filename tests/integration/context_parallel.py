@@ -207,6 +207,19 @@ def computes_in_bfloat16(folder: Path) -> None:
 
 
 @case("context")
+def compiles(folder: Path) -> None:
+    model = adapted("hificl").eval()
+    wanted = logits(model, input_ids=ROWS)
+    _attach_context_parallel_hooks(model)
+    for layer in model.get_base_model().model.layers:
+        layer.compile(backend="aot_eager")
+    with in_parts(ROWS, POSITIONS) as (ids, positions):
+        found = of_all_ranks(logits(model, input_ids=ids, position_ids=positions, use_cache=False))
+    for result in (found, logits(model, input_ids=ROWS)):
+        torch.testing.assert_close(result, wanted, rtol=0, atol=2e-5)
+
+
+@case("context")
 def recomputes(folder: Path) -> None:
     """With gradient checkpointing, a backward within the block is right; after it, without the ring, refused."""
 

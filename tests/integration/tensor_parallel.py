@@ -15,11 +15,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from datasets import Dataset
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.distributed import DistributedConfig
 
 from peft_hificl import hotswap_adapter, initialize_from_demonstrations, prune_pairs, to_prefix_cache
@@ -27,7 +36,8 @@ from peft_hificl.inspection import pair_effects, pair_similarity, record
 
 from .. import architectures
 from ..helpers import build, config, hificl_layers, llama, logits, unchanged
-from .ranks import IDS, STEPS, case, main, refused
+from .as_on_gpus import pretend
+from .ranks import IDS, STEPS, case, main, refused, sgd
 
 KINDS = ["mha", "gqa"]
 
@@ -164,6 +174,34 @@ def trains_in_bfloat16(folder: Path) -> None:
     assert losses[:STEPS] == pytest.approx(losses[STEPS:], rel=2e-2)
     assert norms[:STEPS] == pytest.approx(norms[STEPS:], rel=5e-2)
     close(*outputs, tolerance=0.1)
+
+
+@case("tensor")
+def trainer_with_tensor_parallelism(folder: Path) -> None:
+    """transformers' own: losses, norms of gradients, the stored adapter.  On CPUs, without pretence, it is refused."""
+    model, alone = both("gqa", folder)
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=len(IDS), learning_rate=0.1, optim="sgd",
+        lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, report_to=[], save_strategy="steps",
+        save_steps=STEPS, save_only_model=True, logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    rows = Dataset.from_dict({"input_ids": IDS, "labels": IDS}).with_format("torch")
+    refused(lambda: Trainer(model, arguments, train_dataset=rows), "MULTI_CPU")
+    AcceleratorState._reset_state()
+    pretend()
+    run = Trainer(model, arguments, train_dataset=rows)
+    run.train()
+    optimizer = sgd(alone, momentum=0.0)
+    for found in run.state.log_history[:STEPS]:
+        loss = alone.train()(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in alone.parameters() if p.requires_grad])
+        assert [found["loss"], found["grad_norm"]] == pytest.approx([loss.item(), norm.item()], rel=1e-4)
+        optimizer.step()
+        optimizer.zero_grad()
+    same_adapter(model, alone, tolerance=1e-4)
+    again = PeftModel.from_pretrained(build("gqa"), folder / f"checkpoint-{STEPS}")
+    same_adapter(again, alone, tolerance=1e-4)
 
 
 @case("tensor", implementation=["sdpa", "eager"])
