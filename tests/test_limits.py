@@ -64,9 +64,7 @@ ROWS: dict[str, tuple[str, ...] | str] = {
     "A flash attention package whose functions": (
         "test_flash_packages.py::test_a_package_that_returns_no_lse_is_refused",
     ),
-    "Under a flash attention package": (
-        "test_flash_packages.py::test_calls_that_packages_would_misread_are_refused",
-    ),
+    "Under a flash attention package": ("test_flash_packages.py::test_calls_that_packages_would_misread_are_refused",),
     "Continuous batching": (
         "test_continuous_batching.py::test_each_request_is_answered_as_by_generate",
         "test_continuous_batching.py::test_what_is_refused_is_refused_by_the_call",
