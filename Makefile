@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup quality test test-benchmarks test-slow test-integration mutation quickstart quickstart-real quality-run quality-report \
+.PHONY: help setup quality test test-benchmarks test-slow test-integration test-frameworks mutation quickstart quickstart-real quality-run quality-report \
 	base-model real-base architectures peer-suite docs clean
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,16 @@ test-slow: setup  ## the tests that take long
 
 test-integration: setup  ## with TRL, DeepSpeed, torchao and a server; two processes on this machine
 	$(BIN)/python -m pytest tests/integration
+
+FRAMEWORKS := lightning lm_eval ray sentence_transformers
+test-frameworks: .venv-frameworks/ready  ## with Lightning, lm-eval, Ray and Sentence Transformers, in .venv-frameworks
+	.venv-frameworks/bin/python -m pytest $(FRAMEWORKS:%=tests/integration/test_%.py)
+
+.venv-frameworks/ready: constraints.txt setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-frameworks
+	.venv-frameworks/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-frameworks/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[frameworks]'
+	touch $@
 
 mutation: setup  ## deliberate faults in the package, and which of them its tests find; may be stopped and called again
 	nice $(BIN)/python -m tests.mutation
@@ -67,5 +77,5 @@ architectures: setup  ## rewrite docs/architectures.md from the tests' own table
 peer-suite: setup  ## PEFT's own tests with HiFICLConfig in the place of its methods: docs/peer-suite.md
 	$(BIN)/python -m tests.peer_suite
 
-clean:  ## remove .venv, out/ and all caches
-	rm -rf .venv .peer-suite out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+clean:  ## remove both .venvs, out/ and all caches
+	rm -rf .venv .venv-frameworks .peer-suite out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
