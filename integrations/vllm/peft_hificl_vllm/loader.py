@@ -31,7 +31,12 @@ LOAD_FORMAT = "hificl"
 VERSIONS = ("0.32", "0.33")  # whose classes the backends are written against
 # Those of which vLLM's answers were compared with transformers', by tests/integration/test_vllm.py.  Another one may
 # rotate queries in another basis than transformers does, and there the pairs would have other scores.
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = (
+    "CohereForCausalLM", "Ernie4_5ForCausalLM", "GPT2LMHeadModel", "Gemma3ForCausalLM", "GemmaForCausalLM",
+    "Glm4ForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM",
+    "NemotronForCausalLM", "OPTForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen2MoeForCausalLM",
+    "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "StableLmForCausalLM",
+)  # fmt: skip
 _CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
 
@@ -68,6 +73,11 @@ class HiFICLModelLoader(BaseModelLoader):
         self.unverified = bool(extra.pop("unverified", False))
         load_format = extra.pop("load_format", "auto")
         self.base = get_model_loader(replace(load_config, load_format=load_format, model_loader_extra_config=extra))
+        if hasattr(self.base, "get_all_weights"):  # by which vLLM reloads weights, where a loader has it
+            self.get_all_weights = self.base.get_all_weights
+
+    def get_external_weight_memory(self, vllm_config: VllmConfig) -> int:
+        return self.base.get_external_weight_memory(vllm_config)
 
     def download_model(self, model_config: ModelConfig) -> None:
         self.base.download_model(model_config)
