@@ -173,7 +173,8 @@ FORMS: dict[str, dict[str, Any]] = {
 def test_forms(form: str, tmp_path: Path, start: Callable[..., LLM]) -> None:
     options = dict(FORMS[form])
     kv_heads = options.pop("kv_heads", 2)
-    check(start(), save(tmp_path, tf.LlamaConfig(**{**SIZES, "num_key_value_heads": kv_heads}), **options))
+    adapted = save(tmp_path, tf.LlamaConfig(**{**SIZES, "num_key_value_heads": kv_heads}), **options)
+    check(start(), adapted)
 
 
 def test_prefixes_are_cached_and_weights_reloaded(
