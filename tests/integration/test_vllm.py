@@ -18,12 +18,15 @@ import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_hificl import HiFICLConfig, VirtualPairs
 from peft_hificl.names import MODULE
 
 from .. import oracle
+from ..helpers import byte_tokenizer
 
 vllm = pytest.importorskip("vllm")
 plugin = pytest.importorskip("peft_hificl_vllm")
@@ -85,10 +88,10 @@ ENGINE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def save(folder: Path, base: tf.PreTrainedConfig, **options: Any) -> PeftModel:
+def save(folder: Path, base: tf.PreTrainedConfig, auto: Any = tf.AutoModelForCausalLM, **options: Any) -> PeftModel:
     """A random base model and a random adapter, saved; what transformers loads of them."""
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(base)
+    model = auto.from_config(base)
     model.save_pretrained(folder / "base")
     config = HiFICLConfig(task_type="CAUSAL_LM", **{"n": 4, "r": 3, "init_weights": False} | options)
     adapted = get_peft_model(model, config)
@@ -98,7 +101,7 @@ def save(folder: Path, base: tf.PreTrainedConfig, **options: Any) -> PeftModel:
                 parameter.normal_()
     adapted.save_pretrained(folder / "adapter")
     return PeftModel.from_pretrained(
-        tf.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32), folder / "adapter"
+        auto.from_pretrained(folder / "base", dtype=torch.float32), folder / "adapter"
     ).eval()
 
 
@@ -145,7 +148,7 @@ def check(llm: LLM, adapted: PeftModel, prompts: list[list[int]] = PROMPTS) -> l
 
 
 def test_every_architecture_that_is_let_through_is_compared() -> None:
-    assert set(CONFIGS) == set(loader.ARCHITECTURES)
+    assert {*CONFIGS, "LlavaForConditionalGeneration"} == set(loader.ARCHITECTURES)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -154,6 +157,50 @@ def test_architectures(architecture: str, tmp_path: Path, start: Callable[..., L
     llm = start()
     assert llm.llm_engine.model_config.architecture == architecture
     check(llm, adapted)
+
+
+def test_images(tmp_path: Path, start: Callable[..., LLM]) -> None:
+    """LLaVA, whose modules have other names in vLLM."""
+    pytest.importorskip("torchvision")
+    size = {"height": 16, "width": 16}
+    vision = {
+        "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 16, "patch_size": 8,
+    }  # fmt: skip
+    config = tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**vision), text_config=tf.Qwen2Config(**{**SIZES, "vocab_size": 257}),
+        image_token_index=256, vision_feature_layer=-1, vision_feature_select_strategy="default",
+    )  # fmt: skip
+    adapted = save(tmp_path, config, tf.AutoModelForImageTextToText)
+    file = tmp_path / "base" / "model.safetensors"
+    # vLLM 0.32 expects the names that transformers had before 5.
+    named = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in load_file(file).items()}
+    save_file(named, file, {"format": "pt"})
+    words = byte_tokenizer(additional_special_tokens=["<image>"])
+    assert words.convert_tokens_to_ids("<image>") == 256
+    images = tf.CLIPImageProcessorPil(size=size, crop_size=size)
+    processor = tf.LlavaProcessor(
+        images, words, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    processor.save_pretrained(tmp_path / "base")
+    llm = start(skip_tokenizer_init=False)
+    assert llm.llm_engine.model_config.architecture == "LlavaForConditionalGeneration"
+    image, prompt = Image.effect_noise((16, 16), 80).convert("RGB"), "What is it? <image> Say."
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, prompt_logprobs=1)
+    request = {"prompt": prompt, "multi_modal_data": {"image": image}}
+    (output,) = llm.generate([request], sampling, use_tqdm=False)
+
+    inputs = processor(text=prompt, images=image, return_tensors="pt")
+    ids = inputs["input_ids"][0].tolist()
+    assert output.prompt_token_ids == ids
+    want = adapted.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert list(output.outputs[0].token_ids) == want[0, len(ids) :].tolist()
+    with torch.no_grad():
+        wanted = adapted(**inputs).logits[0].log_softmax(-1)
+        with adapted.disable_adapter():
+            assert (adapted(**inputs).logits[0].log_softmax(-1) - wanted).abs().max() > 0.1
+    found = [output.prompt_logprobs[i][token].logprob for i, token in enumerate(ids) if i]
+    torch.testing.assert_close(torch.tensor(found), wanted[range(len(found)), ids[1:]], atol=1e-4, rtol=1e-4)
 
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -15,6 +15,7 @@ from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader import get_model_loader
@@ -27,15 +28,17 @@ from peft_hificl.sharding import block
 
 from .adapter import Adapter, Pairs, pairs_on, read
 
+logger = init_logger("vllm.peft_hificl_vllm")  # vLLM shows its own alone
+
 LOAD_FORMAT = "hificl"
 VERSIONS = ("0.32", "0.33")  # whose classes the backends are written against
 # Those of which vLLM's answers were compared with transformers', by tests/integration/test_vllm.py.  Another one may
 # rotate queries in another basis than transformers does, and there the pairs would have other scores.
 ARCHITECTURES = (
     "CohereForCausalLM", "Ernie4_5ForCausalLM", "GPT2LMHeadModel", "Gemma3ForCausalLM", "GemmaForCausalLM",
-    "Glm4ForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM",
-    "NemotronForCausalLM", "OPTForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen2MoeForCausalLM",
-    "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "StableLmForCausalLM",
+    "Glm4ForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM", "LlavaForConditionalGeneration",
+    "MistralForCausalLM", "MixtralForCausalLM", "NemotronForCausalLM", "OPTForCausalLM", "Phi3ForCausalLM",
+    "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "StableLmForCausalLM",
 )  # fmt: skip
 _CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
@@ -159,6 +162,7 @@ def attach(model: nn.Module, adapter: Adapter, config: VllmConfig) -> None:
         groups = layer.num_kv_heads * ranks if total >= ranks else total  # else each is on several ranks
         shape = HeadShape(layer.num_heads * ranks, layer.head_size, layer.head_size_v, groups)
         found[layer] = Pairs(block(pairs_on(adapter, module, shape), rank, ranks))
+    logger.info("HiFICL: %d pairs a head on %d of %d attention layers.", adapter.config.n, len(found), len(layers))
     for layer, pairs in found.items():
         setattr(layer, MODULE, pairs.to(config.device_config.device))
 
