@@ -6,9 +6,21 @@ FlashAttention needs a GPU: there, a stand-in of the kernel computes the definit
 from __future__ import annotations
 
 import ast
+import contextlib
+import doctest
 import importlib.metadata
 import importlib.util
+import json
 import math
+import os
+import re
+import shlex
+import socket
+import string
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +59,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 if not current_platform.is_cpu():
     pytest.skip("these tests run vLLM's engine for CPUs", allow_module_level=True)
 
+ROOT = Path(__file__).parents[2]
 PROMPTS = [[1, 2, 3, 4, 5], [7 * i % 90 + 2 for i in range(70)], [9], [3, 9, 9]]
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -269,6 +282,66 @@ def test_tensor_parallel(tmp_path: Path, start: Callable[..., LLM]) -> None:
     check(start(tensor_parallel_size=2), adapted)
 
 
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "guides" / "vllm.md").read_text()
+
+
+def save_with_words(folder: Path) -> PeftModel:
+    adapted = save(folder, tf.LlamaConfig(**{**SIZES, "vocab_size": 256}))
+    byte_tokenizer().save_pretrained(folder / "base")
+    return adapted
+
+
+def test_the_pages_comparison(tmp_path: Path, start: Callable[..., LLM], capsys: pytest.CaptureFixture[str]) -> None:
+    save_with_words(tmp_path)
+    (code,) = re.findall(r"```py\n(.*?)```", PAGE, re.DOTALL)
+    names: dict[str, Any] = {"BASE": str(tmp_path / "base"), "ADAPTER": str(tmp_path / "adapter")}
+    exec(compile(code, "vllm.md", "exec"), names)
+    names["llm"].llm_engine.engine_core.shutdown()
+    difference = re.fullmatch(r"tensor\((.*)\)", capsys.readouterr().out.strip().splitlines()[-1])
+    assert difference is not None and float(difference[1]) < 1e-4
+
+
+@pytest.mark.slow
+def test_the_pages_server(tmp_path: Path) -> None:
+    """Compiled, in three processes."""
+    adapted = save_with_words(tmp_path)
+    (line,) = re.findall(r"^python -m vllm.*$", PAGE, re.MULTILINE)
+    command = string.Template(line).substitute(BASE=tmp_path / "base", ADAPTER=tmp_path / "adapter")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+    arguments = [*shlex.split(command)[1:], "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    address = f"http://127.0.0.1:{port}"
+    prompt = "Question: what?"
+    question = {"model": str(tmp_path / "base"), "prompt": prompt, "max_tokens": 8, "temperature": 0}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, *arguments], stdout=log, stderr=log, cwd=tmp_path, env={**os.environ, **variables}
+        )
+        try:
+            for _ in range(150):
+                assert server.poll() is None, (tmp_path / "log").read_text()
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=2):
+                    break
+                time.sleep(2)
+            request = urllib.request.Request(
+                f"{address}/v1/completions", json.dumps({**question, "ignore_eos": True}).encode(),
+                {"Content-Type": "application/json"},
+            )  # fmt: skip
+            with urllib.request.urlopen(request, timeout=60) as response:
+                found = json.load(response)["choices"][0]["text"]
+        finally:
+            server.terminate()
+            server.wait()
+    words = byte_tokenizer()
+    ids = words(prompt, return_tensors="pt")["input_ids"]
+    want = adapted.generate(input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert found == words.decode(want[0, ids.shape[1] :])
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -448,6 +521,10 @@ def test_registered() -> None:
     assert AttentionBackendEnum.CPU_ATTN.get_class() is cpu.HiFICLCPUBackend  # the only one that a CPU takes
     assert flash.HiFICLFlashBackend.get_name() in AttentionBackendEnum.__members__  # vLLM looks it up
     assert flash.HiFICLFlashBackend.get_impl_cls() is flash.HiFICLFlashImpl
+
+
+def test_docstrings() -> None:
+    assert doctest.testmod(flash) == (0, 1)
 
 
 def standin(window: int) -> Callable[..., tuple[Tensor, Tensor]]:
