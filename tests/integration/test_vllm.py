@@ -51,6 +51,7 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
@@ -303,6 +304,15 @@ def test_the_pages_comparison(tmp_path: Path, start: Callable[..., LLM], capsys:
     assert difference is not None and float(difference[1]) < 1e-4
 
 
+def test_the_pages_options() -> None:
+    """vLLM reads them as the page writes them."""
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    options = [found for found in re.findall(r"^\| `(--[^`]+)`", PAGE, re.MULTILINE) if "unverified" in found]
+    arguments = shlex.split(f"--load-format hificl --model-loader-extra-config.adapter some/folder {' '.join(options)}")
+    found = parser.parse_args(arguments).model_loader_extra_config
+    assert found == {"adapter": "some/folder", "unverified": True}
+
+
 @pytest.mark.slow
 def test_the_pages_server(tmp_path: Path) -> None:
     """Compiled, in three processes."""
@@ -354,6 +364,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'.*--kv-cache-dtype auto"),
     ({"enable_lora": True}, "lora_config.*merge"),
     ({"model_loader_extra_config": {}}, "needs the folder of an adapter, found None"),
+    ({"model_loader_extra_config": {"adapter": "x", "unverified": "false"}}, "true or false, found 'false'"),
     (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
         r"KV connector \(kv_transfer_config\)",

@@ -61,7 +61,7 @@ class HiFICLModelLoader(BaseModelLoader):
             architecture that is not in `ARCHITECTURES`; the rest is for the loader of the base model.
 
     Raises:
-        ValueError: no adapter is given.
+        ValueError: no adapter is given, or "unverified" is not a bool.
     """
 
     def __init__(self, load_config: LoadConfig) -> None:
@@ -73,7 +73,11 @@ class HiFICLModelLoader(BaseModelLoader):
                 f"--load-format {LOAD_FORMAT} needs the folder of an adapter, found {self.path!r}: give "
                 """--model-loader-extra-config '{"adapter": "FOLDER"}'."""
             )
-        self.unverified = bool(extra.pop("unverified", False))
+        self.unverified = extra.pop("unverified", False)
+        if not isinstance(self.unverified, bool):
+            raise ValueError(
+                f'"unverified" in --model-loader-extra-config must be true or false, found {self.unverified!r}.'
+            )
         load_format = extra.pop("load_format", "auto")
         self.base = get_model_loader(replace(load_config, load_format=load_format, model_loader_extra_config=extra))
         if hasattr(self.base, "get_all_weights"):  # by which vLLM reloads weights, where a loader has it
