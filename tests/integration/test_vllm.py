@@ -162,7 +162,7 @@ def check(llm: LLM, adapted: PeftModel, prompts: list[list[int]] = PROMPTS) -> l
 
 
 def test_every_architecture_that_is_let_through_is_compared() -> None:
-    assert {*CONFIGS, "LlavaForConditionalGeneration"} == set(loader.ARCHITECTURES)
+    assert {*CONFIGS, *VISION} == set(loader.ARCHITECTURES)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -173,33 +173,70 @@ def test_architectures(architecture: str, tmp_path: Path, start: Callable[..., L
     check(llm, adapted)
 
 
-def test_images(tmp_path: Path, start: Callable[..., LLM]) -> None:
-    """LLaVA, whose modules have other names in vLLM."""
-    pytest.importorskip("torchvision")
-    size = {"height": 16, "width": 16}
-    vision = {
-        "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "image_size": 16, "patch_size": 8,
-    }  # fmt: skip
+def save_llava(folder: Path) -> tuple[PeftModel, Any, str]:
+    """A model, its processor, and how a prompt holds an image."""
+    size = {"height": 56, "width": 56}  # that of the picture, as programs resize in different ways
+    vision = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = tf.LlavaConfig(
-        vision_config=tf.CLIPVisionConfig(**vision), text_config=tf.Qwen2Config(**{**SIZES, "vocab_size": 257}),
-        image_token_index=256, vision_feature_layer=-1, vision_feature_select_strategy="default",
-    )  # fmt: skip
-    adapted = save(tmp_path, config, tf.AutoModelForImageTextToText)
-    file = tmp_path / "base" / "model.safetensors"
+        vision_config=tf.CLIPVisionConfig(**vision, image_size=56, patch_size=28),
+        text_config=tf.Qwen2Config(**{**SIZES, "vocab_size": 257}),
+        image_token_index=256,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    adapted = save(folder, config, tf.AutoModelForImageTextToText)
+    file = folder / "base" / "model.safetensors"
     # vLLM 0.32 expects the names that transformers had before 5.
     named = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in load_file(file).items()}
     save_file(named, file, {"format": "pt"})
-    words = byte_tokenizer(additional_special_tokens=["<image>"])
-    assert words.convert_tokens_to_ids("<image>") == 256
-    images = tf.CLIPImageProcessorPil(size=size, crop_size=size)
     processor = tf.LlavaProcessor(
-        images, words, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
-    )
+        tf.CLIPImageProcessorPil(size=size, crop_size=size), byte_tokenizer(additional_special_tokens=["<image>"]),
+        patch_size=28, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    )  # fmt: skip
+    return adapted, processor, "<image>"
+
+
+def save_qwen_vl(folder: Path, config: Any, processor: Any, vision: dict[str, Any]) -> tuple[PeftModel, Any, str]:
+    names = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    words = byte_tokenizer(additional_special_tokens=names)
+    begin, end, image, video = words.convert_tokens_to_ids(names)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    base = config(
+        text_config={**SIZES, "vocab_size": 260, "rope_parameters": rope},
+        vision_config={"depth": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, **vision},
+        image_token_id=image, video_token_id=video, vision_start_token_id=begin, vision_end_token_id=end,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    images = tf.Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56)
+    adapted = save(folder, base, tf.AutoModelForImageTextToText)
+    return adapted, processor(images, words, tf.Qwen2VLVideoProcessor()), "".join((names[0], names[2], names[1]))
+
+
+VISION: dict[str, Callable[[Path], tuple[PeftModel, Any, str]]] = {
+    "LlavaForConditionalGeneration": save_llava,
+    "Qwen2VLForConditionalGeneration": lambda folder: save_qwen_vl(
+        folder, tf.Qwen2VLConfig, tf.Qwen2VLProcessor,
+        {"embed_dim": 64, "hidden_size": 128, "num_heads": 2, "mlp_ratio": 2},
+    ),
+    "Qwen2_5_VLForConditionalGeneration": lambda folder: save_qwen_vl(
+        folder, tf.Qwen2_5_VLConfig, tf.Qwen2_5_VLProcessor,
+        {
+            "hidden_size": 64, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 128,
+            "fullatt_block_indexes": [1], "window_size": 112,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", VISION)
+def test_images(architecture: str, tmp_path: Path, start: Callable[..., LLM]) -> None:
+    """Modules have other names in vLLM there."""
+    pytest.importorskip("torchvision")
+    adapted, processor, placeholder = VISION[architecture](tmp_path)
     processor.save_pretrained(tmp_path / "base")
-    llm = start(skip_tokenizer_init=False)
-    assert llm.llm_engine.model_config.architecture == "LlavaForConditionalGeneration"
-    image, prompt = Image.effect_noise((16, 16), 80).convert("RGB"), "What is it? <image> Say."
+    llm = start(skip_tokenizer_init=False, limit_mm_per_prompt={"image": 1, "video": 0}, max_num_batched_tokens=256)
+    assert llm.llm_engine.model_config.architecture == architecture
+    image, prompt = Image.effect_noise((56, 56), 80).convert("RGB"), f"What is it? {placeholder} Say."
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, prompt_logprobs=1)
     request = {"prompt": prompt, "multi_modal_data": {"image": image}}
     (output,) = llm.generate([request], sampling, use_tqdm=False)

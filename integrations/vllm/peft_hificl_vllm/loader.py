@@ -38,7 +38,8 @@ ARCHITECTURES = (
     "CohereForCausalLM", "Ernie4_5ForCausalLM", "GPT2LMHeadModel", "Gemma3ForCausalLM", "GemmaForCausalLM",
     "Glm4ForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM", "LlavaForConditionalGeneration",
     "MistralForCausalLM", "MixtralForCausalLM", "NemotronForCausalLM", "OPTForCausalLM", "Phi3ForCausalLM",
-    "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "StableLmForCausalLM",
+    "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "StableLmForCausalLM",
 )  # fmt: skip
 _CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
