@@ -313,6 +313,20 @@ def test_half_precision(tmp_path: Path, start: Callable[..., LLM]) -> None:
     assert (found - wanted).norm() < 2 * (rounded - wanted).norm() + 1e-3
 
 
+def test_without_an_adapter(tmp_path: Path, start: Callable[..., LLM]) -> None:
+    """The plugin is there, but not asked for: vLLM's own attention."""
+    adapted = save(tmp_path, tf.LlamaConfig(**SIZES))
+    llm = start(load_format="auto", model_loader_extra_config={})
+    sampling = SamplingParams(temperature=0, max_tokens=8, detokenize=False, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], sampling, use_tqdm=False)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        with adapted.disable_adapter():
+            want = adapted.generate(
+                input_ids=torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+        assert list(output.outputs[0].token_ids) == want[0, len(prompt) :].tolist()
+
+
 @pytest.mark.slow
 def test_tensor_parallel(tmp_path: Path, start: Callable[..., LLM]) -> None:
     """Two ranks; with a single key/value head, both have it."""
