@@ -488,6 +488,22 @@ def test_an_adapter_of_another_base_model(tmp_path: Path, start: Callable[..., L
         start(model_loader_extra_config={"adapter": str(tmp_path / "num_attention_heads" / "adapter")})
 
 
+@pytest.mark.parametrize("targets", [None, ["self_attn"]])
+def test_incomplete_files(targets: list[str] | None, tmp_path: Path, start: Callable[..., LLM]) -> None:
+    save(tmp_path, tf.LlamaConfig(**SIZES), target_modules=targets)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    whole = load_file(file)
+    save_file({key: tensor for key, tensor in whole.items() if "layers.1." not in key}, file)
+    with pytest.raises(ValueError, match=r"of 'model.layers.1.self_attn' too, by its target_modules"):
+        start()
+    save_file({key: tensor for key, tensor in whole.items() if "V_B" not in key or "layers.0" in key}, file)
+    with pytest.raises(ValueError, match=r"lacks 'hificl_V_B'.*'model.layers.1.self_attn'"):
+        start()
+    save_file({}, file)
+    with pytest.raises(ValueError, match="holds no tensors"):
+        start()
+
+
 def test_adapters_that_are_not_pairs_alone(tmp_path: Path) -> None:
     torch.manual_seed(0)
 
@@ -559,7 +575,11 @@ def test_nothing_is_attached_after_an_error() -> None:
     layer = attention_layer(num_heads=4, num_kv_heads=2)
     model = nn.ModuleDict({"a": nn.ModuleDict({"attn": layer})})
     pairs = adapters.Adapter(HiFICLConfig(n=2, r=2), {"a": {}, "b": {}})
-    config: Any = SimpleNamespace(model_config=SimpleNamespace(get_total_num_kv_heads=lambda: 2))
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(
+            get_total_num_kv_heads=lambda: 2, hf_text_config=SimpleNamespace(num_hidden_layers=2)
+        )
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "get_tensor_model_parallel_rank", lambda: 0)
         patch.setattr(loader, "get_tensor_model_parallel_world_size", lambda: 1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import NamedTuple
 
 import torch
 from peft import PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -24,6 +26,11 @@ class Adapter(NamedTuple):
 
     config: HiFICLConfig
     modules: dict[str, dict[str, Tensor]]
+
+    def missing(self, count: int) -> list[str]:
+        """The modules of the first `count` layers that are targets by the configuration, but have no tensors."""
+        names = {re.sub(r"\.\d+\.", f".{i}.", module, count=1) for module in self.modules for i in range(count)}
+        return sorted(name for name in names - set(self.modules) if check_target_module_exists(self.config, name))
 
 
 def read(path: str | os.PathLike[str]) -> Adapter:
@@ -56,6 +63,8 @@ def read(path: str | os.PathLike[str]) -> Adapter:
                 "it out. Save it with save_embedding_layers=False, or train with pairs alone."
             )
         modules.setdefault(module, {})[key.rpartition(".")[2]] = tensor
+    if not modules:
+        raise ValueError(f"The adapter file in {os.fspath(path)!r} holds no tensors: save the adapter again.")
     return Adapter(config, modules)
 
 

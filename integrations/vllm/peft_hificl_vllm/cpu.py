@@ -2,7 +2,7 @@
 
 vLLM's kernel returns no log-sum-exp, and keeps keys in an order of its own.  So a layer with pairs keeps keys and
 values in the cache as they come, and computes its attention with PyTorch's kernel, one request after another: exact,
-and slower than vLLM's.  A layer without pairs is vLLM's own.
+and plain rather than fast.  A layer without pairs is vLLM's own.
 """
 
 from __future__ import annotations

@@ -157,9 +157,16 @@ def attach(model: nn.Module, adapter: Adapter, config: VllmConfig) -> None:
     sharing = [name for name, layer in layers.items() if getattr(layer, "kv_sharing_target_layer_name", None)]
     if sharing:
         raise ValueError(f"HiFICL does not support a model in which {sharing[0]!r} uses another layer's cache.")
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    for module in adapter.missing(config.model_config.hf_text_config.num_hidden_layers):
+        if _layers_in(module, layers, mapper):
+            raise ValueError(
+                f"The adapter is of {module!r} too, by its target_modules, but the file has no pairs of it: it is "
+                "incomplete. Copy it again, or save the adapter again."
+            )
     found: dict[Attention, Pairs] = {}
     for module in adapter.modules:
-        layer = _layer_of(module, layers, getattr(model, "hf_to_vllm_mapper", None))
+        layer = _layer_of(module, layers, mapper)
         reason = why_unsupported(layer)
         if reason is not None:
             raise ValueError(f"HiFICL cannot adapt {module!r} in vLLM: {reason}.")
@@ -172,11 +179,15 @@ def attach(model: nn.Module, adapter: Adapter, config: VllmConfig) -> None:
         setattr(layer, MODULE, pairs.to(config.device_config.device))
 
 
-def _layer_of(module: str, layers: dict[str, AttentionLayerBase], mapper: Any) -> AttentionLayerBase:
-    """vLLM's attention layer within a module of transformers."""
+def _layers_in(module: str, layers: dict[str, AttentionLayerBase], mapper: Any) -> list[AttentionLayerBase]:
+    """vLLM's attention layers within a module of transformers."""
     inside = f"{module}."
     mapped = inside if mapper is None else next(iter(mapper.apply_list([inside])), inside)
-    found = [layer for name, layer in layers.items() if name.startswith(mapped)]
+    return [layer for name, layer in layers.items() if name.startswith(mapped)]
+
+
+def _layer_of(module: str, layers: dict[str, AttentionLayerBase], mapper: Any) -> AttentionLayerBase:
+    found = _layers_in(module, layers, mapper)
     if len(found) != 1:
         some = ", ".join(map(repr, list(layers)[:2])) or "none"
         raise ValueError(
