@@ -283,7 +283,7 @@ class Exchange(NamedTuple):
         def core(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
         ) -> tuple[Tensor, Tensor | None]:
-            own = pairs if query.shape[1] == heads else _block(pairs, rank, ranks)
+            own = pairs if query.shape[1] == heads else block(pairs, rank, ranks)
             output, weights = attend(module, query, key, value, own, scoring._replace(mask=mask))
             return output.transpose(1, 2).contiguous(), weights
 
@@ -341,7 +341,7 @@ def ring_in(patched: Callable[..., Any]) -> Ring | None:
     return Ring(found["device_mesh"].get_group()) if known else None
 
 
-def _block(pairs: VirtualPairs, rank: int, ranks: int) -> VirtualPairs:
+def block(pairs: VirtualPairs, rank: int, ranks: int) -> VirtualPairs:
     """The pairs of the heads of one rank: of a block of query heads, or of the key/value heads that these share."""
 
     def part(tensor: Tensor) -> Tensor:

@@ -85,6 +85,14 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_continuous_batching.py::test_weights_edited_while_requests_are_running",
     ),
     "transformers serve names": ("integration/test_serve.py::test_answers_are_those_of_generate",),
+    "vLLM serves one adapter": (
+        "integration/test_vllm.py::test_refused_settings",
+        "integration/test_vllm.py::test_refused_configurations",
+        "integration/test_vllm.py::test_refused_layers",
+        "integration/test_vllm.py::test_architectures_that_were_not_compared",
+        "integration/test_vllm.py::test_adapters_that_are_not_pairs_alone",
+    ),
+    "The CUDA path of the vLLM plugin": ("integration/test_vllm.py::test_attention_of_a_batch",),
     "eager; and under the others": (
         "test_merged.py::test_what_no_kernel_computes_takes_the_formula_and_says_so",
         "test_merged.py::test_other_fallbacks",
