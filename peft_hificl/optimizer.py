@@ -20,8 +20,8 @@ def parameter_groups(
     one rate, ``key_lr_ratio=1``.
 
     Args:
-        model: the adapted model.  FSDP puts other parameters in the place of the model's: call this on the wrapped one
-            (with FSDP2, accelerate exchanges those of an optimizer by itself).  What FSDP1 has flattened together
+        model: the adapted model.  FSDP puts other parameters in the place of the model's: if you wrap it yourself, call
+            this on the wrapped one; `accelerator.prepare` exchanges those of an optimizer.  What FSDP1 has flattened together
             cannot be told apart: it needs ``use_orig_params=True``, or PEFT's ``fsdp_auto_wrap_policy``.
         lr: rate of the virtual values and of all other parameters that require a gradient.  A LoRA or a module of
             ``modules_to_save`` may need a smaller rate than virtual values; put it into a group of your own.

@@ -68,9 +68,10 @@ def load(results: Path, tasks: Iterable[str]) -> dict[Job, Record]:
 def best_rate(done: Mapping[Job, Record], task: str, method: str, size: int) -> float | None:
     """The rate with the best mean score on validation data, over the seeds that every rate was tried with.
 
-    Of two equal ones the lower; None where there are no such seeds.
+    Of the method's own rates, if any was tried.  Of two equal ones the lower; None where there are no such seeds.
     """
     scores = _tried(done, task, method, size)
+    scores = {rate: of for rate, of in scores.items() if rate in METHODS[method].rates} or scores
     seeds = set[int]().union(*scores.values()).intersection(*scores.values())
     if not seeds:
         return None
@@ -167,6 +168,7 @@ def perform(job: Job, cache: Path) -> Record:
     if method.attach is None or job.rate is None:
         return record | _rounded(method.answer(base, rows, job.split, chosen))
     model, groups = method.attach(base, chosen, job.rate)
+    model.eval()
     record |= {"steps": STEPS, "batch": BATCH, "parameters": sum(p.numel() for p in trainable(model))}
     record["start"] = _rounded(measure(model, rows[job.split]) | forgetting_of(model, cache))
 
@@ -193,6 +195,7 @@ def perform_together(jobs: Sequence[Job], cache: Path) -> list[Record]:
     before = log_probabilities(base, general)
     bare = replace(method.attach, start=None) if isinstance(method.attach, Adapter) else method.attach
     model, groups = bare(base, chosen[0], rate)
+    model.eval()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     named = [group | {"params": [names[id(parameter)] for parameter in group["params"]]} for group in groups]
     number = sum(parameter.numel() for parameter in trainable(model))
