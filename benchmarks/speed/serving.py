@@ -63,7 +63,10 @@ def manager(model: Any) -> Iterator[Any]:
         GenerationConfig(max_new_tokens=TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0),
         # Without what HiFICL has to do without: CUDA graphs, and a switch to another attention.
         ContinuousBatchingConfig(
-            num_blocks=16 * REQUESTS, page_size=BLOCK, max_batch_tokens=REQUESTS * PROMPT, use_cuda_graph=False,
+            num_blocks=16 * REQUESTS,
+            page_size=BLOCK,
+            max_batch_tokens=REQUESTS * PROMPT,
+            use_cuda_graph=False,
             auto_switch_to_flash=False,
         ),
     )

@@ -305,6 +305,13 @@ def test_prompts_are_measured_once_and_rates_crossed_on_validation_data():
     assert len(set(jobs)) == len(jobs)
 
 
+def test_a_rate_that_is_not_of_the_grid_is_not_chosen():
+    """It was tried besides, for this method alone."""
+    own = METHODS["lora-3"].rates[0]
+    assert best_rate(tried({(own, 0): 0.5, (1e-4, 0): 0.9}), "past", "lora-3", 16) == own
+    assert best_rate(tried({(1e-4, 0): 0.9, (1e-5, 0): 0.3}), "past", "lora-3", 16) == 1e-4
+
+
 def test_a_test_takes_the_rate_that_validation_data_chose():
     rates = METHODS["lora-3"].rates
     done = tried({(rate, 0): 0.5 + 0.1 * (rate == rates[2]) for rate in rates})
@@ -472,10 +479,10 @@ def test_a_report_has_means_differences_and_costs(tmp_path):
     for (task, method), of in scores.items():
         with (tmp_path / f"{task}.jsonl").open("a") as file:
             for seed, score in enumerate(of):
-                for rate, split, value in ((0.1, "validation", 0.1), (0.2, "validation", 0.2), (0.2, "test", score)):
+                for rate, split, value in ((0.15, "validation", 0.1), (0.2, "validation", 0.2), (0.2, "test", score)):
                     job = Job(task, method, 16, seed, split, rate)
                     file.write(json.dumps(record_of(job, value) | costs) + "\n")
-                file.write(json.dumps(record_of(Job(task, method, 16, seed, "test", 0.1), 1.0) | costs) + "\n")
+                file.write(json.dumps(record_of(Job(task, method, 16, seed, "test", 0.15), 1.0) | costs) + "\n")
     lines = report.write(tmp_path).read_text().split("## Validation data")[0].splitlines()
     score, cost, rates = cells_of(lines, "lora-3")
     # t of one degree of freedom is 12.706; the half-width is t times the range over 2.
