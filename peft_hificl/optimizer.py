@@ -21,8 +21,8 @@ def parameter_groups(
 
     Args:
         model: the adapted model.  FSDP puts other parameters in the place of the model's: if you wrap it yourself, call
-            this on the wrapped one; `accelerator.prepare` exchanges those of an optimizer.  What FSDP1 has flattened together
-            cannot be told apart: it needs ``use_orig_params=True``, or PEFT's ``fsdp_auto_wrap_policy``.
+            this on the wrapped one; `accelerator.prepare` exchanges those of an optimizer.  What FSDP1 has flattened
+            together cannot be told apart: it needs ``use_orig_params=True``, or PEFT's ``fsdp_auto_wrap_policy``.
         lr: rate of the virtual values and of all other parameters that require a gradient.  A LoRA or a module of
             ``modules_to_save`` may need a smaller rate than virtual values; put it into a group of your own.
         key_lr_ratio: rate of the virtual keys (``hificl_K_A``, ``hificl_K_B``, or ``hificl_K``), as a fraction of
