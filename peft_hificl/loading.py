@@ -57,7 +57,8 @@ def in_progress(config: HiFICLConfig) -> Load | None:
         options = given["load_config"]
         tensors = given["adapter_state_dict"]
         if tensors is None:
-            tensors = checkpoint.read(_folder_of(given["peft_model_id"], options.download_kwargs or {}))
+            download = {} if options.download_kwargs is None else options.download_kwargs
+            tensors = checkpoint.read(_folder_of(given["peft_model_id"], download))
         return Load(tensors, options.ignore_mismatched_sizes, by_peft=False)
     options = given["kwargs"]
     folder = _folder_of(given["model_id"], given.get("hf_hub_download_kwargs", options))

@@ -131,9 +131,10 @@ def _parsed(card: str) -> RepoCard | None:
     if not card.lstrip().startswith("---"):
         return None
     try:
-        return RepoCard(card)
-    except (ValueError, yaml.YAMLError):
+        parsed = RepoCard(card)
+    except (TypeError, ValueError, yaml.YAMLError):  # TypeError: a key that is no text
         return None
+    return parsed if parsed.data.to_dict() else None
 
 
 def _tags(data: Any) -> list[str]:

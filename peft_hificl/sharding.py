@@ -154,6 +154,11 @@ def _fsdp_mesh(model: nn.Module, name: str, attention: nn.Module) -> DeviceMesh 
         units[-1].reshard()  # after a forward, its parameters may still be whole
     sharded = [p for p in attention.parameters() if isinstance(p, DTensor)]
     meshes = [p.device_mesh for p in sharded if p.device_mesh.mesh_dim_names != (_AXIS,)]
+    if units and not sharded and not any(p.is_meta for p in attention.parameters()):
+        raise ValueError(
+            f"FSDP2 has sharded {type(model).__name__} without {name!r} (ignored_params), and would not reduce the "
+            "gradients of an adapter that is attached there now: attach it before the model is sharded."
+        )
     if not meshes:
         return None
     if _AXIS in (meshes[0].mesh_dim_names or ()) or sharded[0].device.type != meshes[0].device_type:

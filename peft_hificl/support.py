@@ -142,7 +142,8 @@ def check_implementation(implementation: str | None, where: str) -> None:
     if implementation is None or backend is None:
         raise ValueError(
             f"HiFICL does not support attn_implementation={implementation!r}, found on {where}; supported are "
-            f"{', '.join(BACKENDS)} and flash attention packages. Call model.set_attn_implementation('sdpa')."
+            f"{', '.join(BACKENDS)}, and flash attention packages that transformers has loaded. Call "
+            "model.set_attn_implementation('sdpa')."
         )
     if backend is FLASH:
         flash_package(implementation, where)

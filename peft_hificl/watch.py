@@ -101,12 +101,13 @@ class GradientWatch:
             parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]
             for tensor in parts:
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
-                    node = tensor.grad_fn
-                    tensor.register_hook(lambda grad, node=node: self._check_later(waiting, node))
+                    # Not its own node, which holds the hook: a cycle would keep the graph until Python looks for them.
+                    below = [] if tensor.grad_fn is None else [node for node, _ in tensor.grad_fn.next_functions]
+                    tensor.register_hook(lambda grad, below=below: self._check_later(waiting, below))
 
-    def _check_later(self, waiting: Layers, node: Any) -> None:
+    def _check_later(self, waiting: Layers, below: list[Any]) -> None:
         """Called when the backward reaches an output of the model: check when the backward has ended."""
-        if not _leaves_out(node):
+        if not _leaves_out(below):
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._check(waiting))
 
     def _check(self, waiting: Layers) -> None:
@@ -122,9 +123,13 @@ class GradientWatch:
             )
 
 
-def _leaves_out(node: Any) -> bool:
-    """Whether the backward that runs leaves out a part of the graph below, as `torch.autograd.grad` of inputs does."""
-    nodes, seen = [below for below, _ in node.next_functions], set()  # torch does not say it of a root
+def _leaves_out(below: list[Any]) -> bool:
+    """Whether the backward that runs leaves out a part of a graph, as `torch.autograd.grad` of inputs does.
+
+    Args:
+        below: the nodes below its root, of which torch does not say it.
+    """
+    nodes, seen = list(below), set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen or not node.next_functions:  # nor of leaves
@@ -141,7 +146,7 @@ def _is_elsewhere(model: nn.Module, name: str) -> bool:
     here: Any = model
     for part in name.split("."):
         here = getattr(here, part, None)
-        if here is None or next(here.parameters(), None) is None:
+        if here is None:
             return True
     return False
 

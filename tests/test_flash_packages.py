@@ -66,7 +66,9 @@ CASES: dict[str, tuple[int, int, int, Callable[[], Any]]] = {
     "padded-decode": (2, 1, 6, lambda: sequences_of_mask(PADDED, 1)),
     "padded-more-keys": (2, 3, 6, lambda: sequences_of_mask(PADDED, 3)),
     "positions": (1, 6, 6, lambda: sequences_of_positions(torch.tensor([[4, 5, 6, 4, 4, 5]]))),
+    "positions-of-a-cut-row": (1, 6, 6, lambda: sequences_of_positions(torch.tensor([[5, 6, 7, 4, 4, 5]]))),
     "starts": (1, 6, 6, lambda: sequences_of_starts(*[torch.tensor([0, 3, 4, 6])] * 2, torch.tensor(3), 3)),
+    "starts-and-padding": (1, 8, 8, lambda: sequences_of_starts(*[torch.tensor([0, 3, 4, 6])] * 2, torch.tensor(3), 3)),
 }
 
 
@@ -75,7 +77,7 @@ def visible(case: str, is_causal: bool, window: int | None) -> tuple[Tensor, Ten
     rows, length, size, _ = CASES[case]
     mask, real = torch.zeros(rows, 1, length, size, dtype=torch.bool), torch.ones(rows, length, dtype=torch.bool)
     for b in range(rows):
-        if case in ("positions", "starts"):
+        if case.startswith(("positions", "starts")):
             documents = [i for i, n in enumerate(DOCUMENTS) for _ in range(n)]
             keys = dict(enumerate(documents))
         else:

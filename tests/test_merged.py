@@ -894,3 +894,22 @@ def test_nothing_is_saved_twice(alpha_one: bool) -> None:
             x["query"], x["key"], x["value"], pairs_of(x, scale_self_attention=not alpha_one), Scoring(0.3)
         )
     assert len(saved) == len({t.data_ptr() for t in saved}) == len(x) + (4 if alpha_one else 2)
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["", "gradients"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_each_dtype_compiles_whole(dtype: torch.dtype, gradients: bool) -> None:
+    """Queries, keys and values as projections leave them: heads behind tokens."""
+    torch.manual_seed(0)
+    x = {name: t.transpose(1, 2).contiguous().transpose(1, 2) for name, t in tensors(4, 2, 5, 5, 8, 8, 3).items()}
+    x = {name: t.to(dtype).requires_grad_(gradients) for name, t in x.items()}
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return merged.attention(query, key, value, VirtualPairs(keys, values), Scoring(0.3, is_causal=True))
+
+    torch._dynamo.reset()
+    want, got = (f(*x.values()) for f in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True)))
+    torch.testing.assert_close(got, want)
+    if gradients:
+        for a, b in zip(*(torch.autograd.grad(out.sum(), list(x.values())) for out in (got, want)), strict=True):
+            torch.testing.assert_close(a, b)

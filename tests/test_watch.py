@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import types
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -261,3 +263,16 @@ def test_an_adapter_may_be_deleted_before_its_backward() -> None:
     loss.backward()
     layers = [m for m in model.modules() if isinstance(m, HiFICLLayer)]
     assert all(layer.had_gradient == {"b": False} and not layer.awaits_gradient for layer in layers)
+
+
+def test_a_forward_without_a_backward_keeps_nothing() -> None:
+    """No cycle of a hook and what it hangs on, which would keep the activations until Python looks for cycles."""
+    model, seen = adapted().train(), []
+    model.get_base_model().lm_head.register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0])))
+    gc.collect()
+    gc.disable()
+    try:
+        model(input_ids=IDS)
+        assert [activation() for activation in seen] == [None]
+    finally:
+        gc.enable()

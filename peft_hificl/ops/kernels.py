@@ -100,14 +100,15 @@ def _cudnn_backward(call: Call, grad: Tensor, output: Tensor, lse: Tensor, state
 
 def _cudnn_limits(call: Call) -> str | None:
     length, size, dim = call.query.shape[2], call.key.shape[2], call.query.shape[3]
+    if length == 1 or size < 64:
+        # It plans anew for each shape, which a growing cache would ask for in each step.
+        return "cuDNN's attention is not worth its plan for one query or for fewer than 64 keys"
     obstacles = {
         "cuDNN's attention is switched off": not torch._C._get_cudnn_sdp_enabled(),
         "cuDNN's attention is not what PyTorch prefers on this device": not _prefers_cudnn(call.query.device),
         "cuDNN's attention wants float16 or bfloat16": call.query.dtype not in (torch.float16, torch.bfloat16),
         "cuDNN's attention wants a head dimension up to 128 that is a multiple of 8": dim > 128 or dim % 8 != 0,
         "cuDNN's attention wants causal attention to be square": call.is_causal and length != size,
-        # It plans anew for each shape, which a growing cache would ask for in each step.
-        "cuDNN's attention is not worth its plan for one query or for fewer than 64 keys": length == 1 or size < 64,
         "cuDNN's attention is not deterministic": torch.are_deterministic_algorithms_enabled(),
     }
     return next((reason for reason, holds in obstacles.items() if holds), None)

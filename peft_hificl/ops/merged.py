@@ -394,8 +394,11 @@ def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
     weight = weight.unsqueeze(-1)
     if weight.dtype == start.dtype:
         return start.lerp_(end, weight)
-    # lerp_ takes one dtype; these two take each value as it is and round the sum once, without copies in float32.
-    return torch.addcmul(weight * end, 1 - weight, start, out=start)
+    if start.is_cuda and not torch.compiler.is_compiling():
+        # lerp takes one dtype; these two take each value as it is and round the sum once, with one float32 tensor for
+        # three.  On a CPU mixed dtypes are slow, and torch.compile fuses the other way by itself.
+        return torch.addcmul(weight * end, 1 - weight, start, out=start)
+    return torch.lerp(start.to(weight.dtype), end.to(weight.dtype), weight).to(start.dtype)
 
 
 def add_pairs(

@@ -122,6 +122,7 @@ class Sequences(NamedTuple):
         key_starts: the same for keys.  The queries of a sequence are its last tokens.
         most_queries: the largest number of queries that a sequence has.
         most_keys: the same for keys.
+        whole: all of these places are in a sequence; else there may be padding behind the last one.
     """
 
     queries: Tensor | None
@@ -130,6 +131,7 @@ class Sequences(NamedTuple):
     key_starts: Tensor
     most_queries: int
     most_keys: int
+    whole: bool = True
 
 
 def sequences_of_mask(mask: Tensor, length: int) -> Sequences:
@@ -155,7 +157,7 @@ def _rows_of(chosen: Tensor) -> tuple[Tensor, Tensor, int]:
 
 def sequences_of_starts(query_starts: Tensor, key_starts: Tensor, most_queries: Any, most_keys: Any) -> Sequences:
     """Sequences that the caller has laid one after another, given where they begin and how long the longest is."""
-    return Sequences(None, None, query_starts.int(), key_starts.int(), int(most_queries), int(most_keys))
+    return Sequences(None, None, query_starts.int(), key_starts.int(), int(most_queries), int(most_keys), whole=False)
 
 
 def sequences_of_positions(positions: Tensor) -> Sequences | None:
@@ -169,6 +171,8 @@ def sequences_of_positions(positions: Tensor) -> Sequences | None:
     if bool((positions - first == torch.arange(len(positions), device=positions.device)).all()):
         return None
     begin = (positions == first).nonzero().flatten()
+    if int(begin[0]) > 0:  # the row begins within a document
+        begin = torch.nn.functional.pad(begin, (1, 0))
     starts = torch.nn.functional.pad(begin, (0, 1), value=len(positions)).int()
     most = int(starts.diff().max())
     return Sequences(None, None, starts, starts, most, most)
@@ -226,6 +230,10 @@ class Packing(NamedTuple):
             everywhere = lse.new_full((heads, batch * length), _ABSENT)
             # A query that sees no key has an infinite LSE in some packages.
             lse = everywhere.index_copy_(1, found.queries, lse.clamp_max(_ABSENT))
+        elif not found.whole:  # a package writes nothing there
+            padding = torch.arange(batch * length, device=lse.device) >= found.query_starts[-1]
+            lse = lse.masked_fill(padding, _ABSENT)
+            output = output.masked_fill(padding.view(batch, 1, length, 1), 0)
         return output, lse.unflatten(1, (batch, length)).transpose(0, 1), ()
 
     def backward(self, call: Call, grad: Tensor, output: Tensor, lse: Tensor, state: State) -> Gradients:
@@ -233,7 +241,8 @@ class Packing(NamedTuple):
         found, function = self.sequences, self.package.of_rows if self.sequences is None else self.package.of_sequences
         queries, keys = (None, None) if found is None else (found.queries, found.keys)
         tokens = self._tokens(call)
-        wanted = [torch.empty_like(tokens[name]) for name in ("q", "k", "v")]
+        # A package writes nothing where there is no sequence.
+        wanted = [(torch.empty_like if found is None else torch.zeros_like)(tokens[name]) for name in ("q", "k", "v")]
         if found is not None:
             lse = lse.transpose(0, 1).flatten(1)
             lse = lse if queries is None else lse[:, queries]
@@ -276,9 +285,11 @@ class Packing(NamedTuple):
             rows = torch.arange(batch, device=device)[:, None].expand(-1, length)
             return rows, torch.arange(size - length, size, device=device).expand(batch, -1), torch.full_like(rows, size)
         keys = found.key_starts.diff()
-        row, place = _numbered(found.query_starts, self._number(found.queries, batch * length))
+        row, place, within = _numbered(found.query_starts, self._number(found.queries, batch * length))
         place = place + (keys - found.query_starts.diff())[row]
-        row, place, keys = (_spread(t, found.queries, batch, length) for t in (row, place, keys[row]))
+        row, place, keys = (
+            _spread(torch.where(within, t, -1), found.queries, batch, length) for t in (row, place, keys[row])
+        )
         return row, place, keys
 
     def _keys(self, batch: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -287,8 +298,9 @@ class Packing(NamedTuple):
         if found is None:
             rows = torch.arange(batch, device=device)[:, None].expand(-1, size)
             return rows, torch.arange(size, device=device).expand(batch, -1)
-        row, place = _numbered(found.key_starts, self._number(found.keys, batch * size))
-        return _spread(row, found.keys, batch, size), _spread(place, found.keys, batch, size)
+        row, place, within = _numbered(found.key_starts, self._number(found.keys, batch * size))
+        row, place = (_spread(torch.where(within, t, -1), found.keys, batch, size) for t in (row, place))
+        return row, place
 
     @staticmethod
     def _number(places: Tensor | None, every: int) -> int:
@@ -305,7 +317,7 @@ class Packing(NamedTuple):
             both = (self.window, self.window)
             options |= {"window_size": both, "window_size_left": both[0], "window_size_right": both[1]}
         if self.sequences is not None:
-            _, _, query_starts, key_starts, most_queries, most_keys = self.sequences
+            _, _, query_starts, key_starts, most_queries, most_keys, _ = self.sequences
             options |= {
                 "cu_seqlens_q": query_starts, "cu_seqlens_k": key_starts,
                 "max_seqlen_q": most_queries, "max_seqlen_k": most_keys,
@@ -332,11 +344,11 @@ class Packing(NamedTuple):
         return tensor.transpose(1, 2)
 
 
-def _numbered(starts: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """For each of so many tokens, the number of its sequence and its place in it."""
+def _numbered(starts: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each of so many tokens, the number of its sequence, its place in it, and whether it is in one at all."""
     tokens = torch.arange(number, device=starts.device)
-    row = torch.searchsorted(starts[1:].long(), tokens, right=True)
-    return row, tokens - starts[row]
+    row = torch.searchsorted(starts[1:].long(), tokens, right=True).clamp_max(len(starts) - 2)
+    return row, tokens - starts[row], tokens < starts[-1]
 
 
 def _spread(values: Tensor, places: Tensor | None, batch: int, length: int) -> Tensor:

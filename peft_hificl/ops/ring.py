@@ -37,8 +37,9 @@ def ring_of(kernel: Kernel, group: torch.distributed.ProcessGroup) -> Kernel:
             group, 2, op, call.query, call.key, call.value, is_causal=call.is_causal
         )
         # With one tensor more than without a ring, so that a recomputation without it (gradient checkpointing whose
-        # backward runs after `context_parallel` has ended) is not taken for this one.
-        return output, lse, (*state, lse.new_empty(0))
+        # backward runs after `context_parallel` has ended) is not taken for this one.  Its shape tells which tokens the
+        # rank has: torch's option may be another one when the backward runs.
+        return output, lse, (*state, lse.new_empty(0, 1 + torchs._cp_options.enable_load_balance))
 
     def backward(call: Call, grad: Tensor, output: Tensor, lse: Tensor, state: State) -> Gradients:
         def op(
@@ -47,9 +48,14 @@ def ring_of(kernel: Kernel, group: torch.distributed.ProcessGroup) -> Kernel:
             part = call._replace(query=query, key=key, value=value, is_causal=is_causal)
             return kernel.backward(part, grad, out, logsumexp, state[:-1])
 
-        gradients: Gradients = torchs._templated_ring_attention_backward(
-            group, 2, op, grad, "grad", call.query, call.key, call.value, output, lse, is_causal=call.is_causal
-        )
+        options = torchs._cp_options
+        now, options.enable_load_balance = options.enable_load_balance, state[-1].shape[1] == 2
+        try:
+            gradients: Gradients = torchs._templated_ring_attention_backward(
+                group, 2, op, grad, "grad", call.query, call.key, call.value, output, lse, is_causal=call.is_causal
+            )
+        finally:
+            options.enable_load_balance = now
         return gradients
 
     def limits(call: Call) -> str | None:
