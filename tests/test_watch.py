@@ -268,11 +268,13 @@ def test_an_adapter_may_be_deleted_before_its_backward() -> None:
 def test_a_forward_without_a_backward_keeps_nothing() -> None:
     """No cycle of a hook and what it hangs on, which would keep the activations until Python looks for cycles."""
     model, seen = adapted().train(), []
-    model.get_base_model().lm_head.register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0])))
+    for layer in model.modules():
+        if isinstance(layer, HiFICLLayer):  # whose attention saves the query for its backward
+            layer.register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0])))
     gc.collect()
     gc.disable()
     try:
         model(input_ids=IDS)
-        assert [activation() for activation in seen] == [None]
+        assert seen and not any(query() is not None for query in seen)
     finally:
         gc.enable()
