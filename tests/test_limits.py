@@ -248,7 +248,7 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_attention.py::test_a_later_change_of_the_configuration_is_not_seen",
         "test_attention.py::test_implementations_agree_and_switch_live",
     ),
-    "CUDA other than one H100": "no CUDA device is here; test_gpu.py runs where there is one",
+    "CUDA: tests/test_gpu.py ran": "no CUDA device is here; test_gpu.py runs where there is one",
     "Speed on CUDA": "a measurement on an H100, stored with the benchmarks",
     "to_prefix_cache and to_prefix_tuning": (
         "test_prefix.py::test_refused_with_the_reason",
