@@ -126,7 +126,7 @@ def _whole_mask(call: Call) -> Tensor | None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _prefers_cudnn(device: torch.device) -> bool:
-    """Whether PyTorch's own attention tries cuDNN's kernel first, from CUDA 13 on in every case."""
+    """Whether PyTorch's own attention tries cuDNN's kernel first on a device, whatever the version of CUDA."""
     return _capability(device) in ((9, 0), (10, 0), (10, 3)) and (torch.backends.cudnn.version() or 0) > 91500
 
 

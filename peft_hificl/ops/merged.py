@@ -390,7 +390,7 @@ def _times(factor: Tensor, output: Tensor) -> Tensor:
 
 
 def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
-    """(1 - weight) * start + weight * end, in the memory of `start`, which nobody else holds."""
+    """(1 - weight) * start + weight * end; it may be written over `start`, which nobody else holds."""
     weight = weight.unsqueeze(-1)
     if weight.dtype == start.dtype:
         return start.lerp_(end, weight)

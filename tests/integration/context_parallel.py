@@ -28,7 +28,7 @@ from accelerate import (
 from accelerate.big_modeling import _attach_context_parallel_hooks
 from accelerate.utils import TorchContextParallelConfig
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -43,10 +43,10 @@ from peft_hificl.inspection import record
 from peft_hificl.ops import merged
 
 from .. import oracle
-from ..helpers import build, config, llama, logits
+from ..helpers import build, logits
 from . import reports
 from .as_on_gpus import pretend
-from .ranks import STEPS, adapted, case, main, refused, sgd, stored_as
+from .ranks import STEPS, adapted, adapted_twice, case, main, refused, sgd, stored_as
 
 LENGTH = 16
 ROWS = 3 + torch.arange(LENGTH) + 20 * torch.arange(2)[:, None]
@@ -159,15 +159,7 @@ case("ring", kind=list(ATTENTIONS))(attends)  # of four processes
 @case("context", kv_heads=[1, 2, 4], heads=["query", "kv"], balanced=[True, False])
 def computes(folder: Path, kv_heads: int, heads: str, balanced: bool) -> None:
     """Logits and gradients of a model."""
-    settings: dict[str, Any] = {"heads": heads, "skip_first_token": True, "task_type": "CAUSAL_LM"}
-
-    def adapted_twice() -> PeftModel:
-        torch.manual_seed(1)
-        model = get_peft_model(llama(kv_heads=kv_heads), config(**settings, pair_weights=True), adapter_name="a")
-        model.add_adapter("b", config(**settings, n=2))
-        return model.eval()
-
-    model, alone = adapted_twice(), adapted_twice()
+    model, alone = (adapted_twice(kv_heads, heads) for _ in range(2))
 
     def same(**kwargs: Any) -> None:
         with in_parts(ROWS, POSITIONS) as (ids, positions):

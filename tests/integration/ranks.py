@@ -77,6 +77,15 @@ def case(group: str, **choices: list[Any]) -> Callable[..., Callable[..., None]]
     return register
 
 
+def adapted_twice(kv_heads: int, heads: str) -> PeftModel:
+    """A model with two adapters, of which the first is active."""
+    settings: dict[str, Any] = {"heads": heads, "skip_first_token": True, "task_type": "CAUSAL_LM"}
+    torch.manual_seed(1)
+    model = get_peft_model(llama(kv_heads=kv_heads), config(**settings, pair_weights=True), adapter_name="a")
+    model.add_adapter("b", config(**settings, n=2))
+    return model.eval()
+
+
 def adapted(kind: str) -> PeftModel:
     """The same adapter, with an effect, on every rank."""
     base = build("gqa")
@@ -513,15 +522,7 @@ def without_ulysses() -> Iterator[None]:
 @case("deepspeed", kv_heads=[1, 2, 4], heads=["query", "kv"])
 def sequence_parallel(folder: Path, kv_heads: int, heads: str) -> None:
     """Logits and gradients; Ulysses is registered after the adapter was attached, as accelerate does it, and before."""
-    settings: dict[str, Any] = {"heads": heads, "skip_first_token": True, "task_type": "CAUSAL_LM"}
-
-    def adapted_twice() -> PeftModel:
-        torch.manual_seed(1)
-        model = get_peft_model(llama(kv_heads=kv_heads), config(**settings, pair_weights=True), adapter_name="a")
-        model.add_adapter("b", config(**settings, n=2))
-        return model.eval()
-
-    model, alone = adapted_twice(), adapted_twice()
+    model, alone = (adapted_twice(kv_heads, heads) for _ in range(2))
     rows = LONG + 20 * torch.arange(2)[:, None]
     whole = {"input_ids": rows, "position_ids": POSITIONS.expand_as(rows), "use_cache": False}
     own = {**whole, "input_ids": own_part(rows), "position_ids": own_part(whole["position_ids"])}
@@ -538,7 +539,7 @@ def sequence_parallel(folder: Path, kv_heads: int, heads: str) -> None:
 
     with ulysses(model.get_base_model(), rows=2):
         same(model)
-        same(adapted_twice())
+        same(adapted_twice(kv_heads, heads))
         same(model, adapter_names=["b", "__base__"])
         backward(model, own, own_part(labels))
         with without_ulysses():
