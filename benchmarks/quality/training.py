@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
 from transformers import get_cosine_schedule_with_warmup
 
 BATCH = 16
@@ -38,6 +39,7 @@ def fit(
     data: Iterator[list[int]],
     steps: int,
     clip: Callable[[list[nn.Parameter], float], object] = clip_grad_norm_,
+    optimizer_type: type[AdamW] = AdamW,
 ) -> float:
     """Train these groups of parameters; return the seconds that it took.
 
@@ -45,7 +47,7 @@ def fit(
         FloatingPointError: the loss is not finite.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = optimizer_type(groups, weight_decay=WEIGHT_DECAY, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
     start = time.perf_counter()
     model.train()

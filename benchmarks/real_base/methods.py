@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
+from torch.optim import AdamW
 from transformers import LlamaForCausalLM
 
 from peft_hificl import HiFICLConfig, HiFICLLayer, VirtualPairs, initialize_from_demonstrations, parameter_groups
@@ -18,6 +20,7 @@ from ..quality.methods.adapters import hificl, one_word_each
 from ..quality.methods.learner import trainable
 from . import task_vector
 from .encoding import Row, measure
+from .optimizers import MuonOfRows, Preconditioned
 
 PREFIX_TOKENS = 27  # 311,040 parameters on this base, as many as HiFICL with n = 8, r = 8
 RECOMMENDED = "hificl-skip-demos"
@@ -59,6 +62,7 @@ class Adapter:
         beside: a LoRA on the same base, whose rate is `LORA_RATIO` of that of the values.
         decay: weight decay of all that is trained, if not that of every method.
         dropout: the share of HiFICL's pairs that a row and head does without in training.
+        optimizer: of the parameters.
     """
 
     config: Callable[[], PeftConfig]
@@ -68,6 +72,7 @@ class Adapter:
     beside: Callable[[], PeftConfig] | None = None
     decay: float | None = None
     dropout: float = 0.0
+    optimizer: type[AdamW] = AdamW
 
     def __call__(self, base: LlamaForCausalLM, rows: Sequence[Row], rate: float) -> Attached:
         model = get_peft_model(base, self.config())
@@ -118,12 +123,20 @@ def prefix() -> PeftConfig:
 
 
 def pairs_from_answers(model: PeftModel, rows: Sequence[Row]) -> None:
-    """Each pair begins as a word of a demonstration's answer."""
+    """Each pair begins as a word of a demonstration's answer.
+
+    Of more pairs than demonstrations each gives several: the words at the end of its answer, and those before it.
+    """
+    n = model.active_peft_config.n
     answers, ids = [], list[int]()
-    for row in rows[: model.active_peft_config.n]:
+    for row in rows[:n]:
         answers.append(range(len(ids) + row.start, len(ids) + len(row.ids) - 1))  # the line's end is no word
         ids += row.ids
-    initialize_from_demonstrations(model, {"input_ids": _prompt(model, ids)}, one_word_each(answers))
+    places = one_word_each(answers)
+    if n > len(rows):
+        each = math.ceil(n / len(rows))
+        places = [answer.stop - back for answer in answers for back in range(each, 0, -1)][:n]
+    initialize_from_demonstrations(model, {"input_ids": _prompt(model, ids)}, places)
 
 
 def pairs_from_prompt(model: PeftModel, rows: Sequence[Row]) -> None:
@@ -148,6 +161,8 @@ _LORA, _PAIRS, _IA3 = (1e-3, 3e-3, 1e-2), (5e-3, 1.5e-2, 5e-2), (3e-2, 1e-1, 3e-
 
 _WHOLE = {"pair_weights": True, "skip_first_token": True}
 
+_PER_KV_HEAD = {"heads": "kv", "n": 32, "r": 18}  # as many parameters as `RECOMMENDED` has
+
 _NOT_FACTORISED = {"factorize_keys": False, "factorize_values": False}
 
 
@@ -170,6 +185,28 @@ _CHANGED: dict[str, tuple[str, Adapter]] = {
     "whole": ("n = 9, not factorised", Adapter(_recommended(n=9, **_NOT_FACTORISED), pairs_from_answers)),
     "n4": ("n = 4, r = 4", Adapter(_recommended(n=4, r=4), pairs_from_answers)),
     "kv": ("a pair for all query heads of a key/value head", Adapter(_recommended(heads="kv"), pairs_from_answers)),
+    "kv-16": (
+        "n = r = 16, a pair for all query heads of a key/value head",
+        Adapter(_recommended(heads="kv", n=16, r=16), pairs_from_answers),
+    ),
+    "kv-32": (
+        "n = 32, r = 18, a pair for all query heads of a key/value head",
+        Adapter(_recommended(**_PER_KV_HEAD), pairs_from_answers),
+    ),
+    "kv-keys-1": (
+        "one rate, a pair for all query heads of a key/value head",
+        Adapter(_recommended(heads="kv"), pairs_from_answers, key_lr_ratio=1.0),
+    ),
+    "kv-alpha-1": (
+        "alpha = 1, a pair for all query heads of a key/value head",
+        Adapter(_recommended(heads="kv", scale_self_attention=False), pairs_from_answers),
+    ),
+    "kv-decay": (
+        "weight decay 2, a pair for all query heads of a key/value head",
+        Adapter(_recommended(heads="kv"), pairs_from_answers, decay=2.0),
+    ),
+    "preconditioned": ("preconditioned factors", Adapter(_recommended(), pairs_from_answers, optimizer=Preconditioned)),
+    "muon": ("Muon for the factors B", Adapter(_recommended(), pairs_from_answers, optimizer=MuonOfRows)),
     "lower": (
         "in the lower half of the layers",
         Adapter(_recommended(layers_to_transform=list(range(15))), pairs_from_answers),

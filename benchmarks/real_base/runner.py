@@ -14,6 +14,7 @@ from statistics import fmean
 
 import torch
 from rich.progress import MofNCompleteColumn, Progress
+from torch.optim import AdamW
 from transformers import set_seed
 
 from ..common import files
@@ -25,7 +26,7 @@ from ..speed.measure import peak_bytes
 from . import together
 from .base import load_base, load_tokenizer
 from .encoding import Row, encode, encode_text, forgetting, loss_of, measure
-from .methods import METHODS, Adapter
+from .methods import METHODS, Adapter, Method
 from .tasks import load_general, load_task
 from .together import State, Together, log_probabilities, state_of
 
@@ -177,7 +178,7 @@ def perform(job: Job, cache: Path) -> Record:
 
     try:
         data = batches(range(len(chosen)), STEPS, job.seed, BATCH)
-        record["seconds"] = round(fit(model, loss, groups, data, STEPS), 2)
+        record["seconds"] = round(fit(model, loss, groups, data, STEPS, optimizer_type=optimizer_of(method)), 2)
     except FloatingPointError as error:  # of this rate nothing is to be had
         return record | {"diverged": str(error), "score": 0.0}
     record |= _rounded(measure(model, rows[job.split]) | forgetting_of(model, cache))
@@ -209,13 +210,17 @@ def perform_together(jobs: Sequence[Job], cache: Path) -> list[Record]:
     # What a method begins with is asked of validation data alone, where starts are compared.
     start = found() if jobs[0].split == "validation" else [{}] * len(jobs)
     data = [batches(range(len(rows)), STEPS, job.seed, BATCH) for rows, job in zip(chosen, jobs, strict=True)]
-    diverged, records = together.train(stacked, named, chosen, data, STEPS), list[Record]()
+    diverged, records = together.train(stacked, named, chosen, data, STEPS, optimizer_of(method)), list[Record]()
     common = {"steps": STEPS, "batch": BATCH, "parameters": number, "together": len(jobs), "device": _device(base)}
     common["matmul"] = torch.get_float32_matmul_precision()
     for job, begun, bad, record in zip(jobs, start, diverged, found(), strict=True):
         end = {"diverged": "the loss is not finite: the rate is too high", "score": 0.0} if bad else record
         records.append(asdict(job) | common | {"start": begun} | end)
     return records
+
+
+def optimizer_of(method: Method) -> type[AdamW]:
+    return method.attach.optimizer if isinstance(method.attach, Adapter) else AdamW
 
 
 def forgetting_of(model: torch.nn.Module, cache: Path) -> Record:

@@ -17,6 +17,7 @@ from peft.tuners.ia3 import Linear as IA3Linear
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
+from torch.optim import AdamW
 from transformers import DynamicCache
 
 from peft_hificl import HiFICLLayer
@@ -144,6 +145,7 @@ def train(
     rows: Sequence[Sequence[Row]],
     data: Sequence[Iterator[list[int]]],
     steps: int,
+    optimizer_type: type[AdamW] = AdamW,
 ) -> list[bool]:
     """Train, each block on its own rows; return which have a loss that is not finite.
 
@@ -153,6 +155,7 @@ def train(
         rows: the samples of each training.
         data: the batches of each training, as places in its rows.
         steps: how many.
+        optimizer_type: what takes them.
     """
     diverged = torch.zeros(model.number, dtype=torch.bool, device=next(model.model.parameters()).device)
 
@@ -163,7 +166,7 @@ def train(
         return each[each.isfinite()].sum()
 
     parameters = [{**group, "params": [model.stacked[name] for name in group["params"]]} for group in groups]
-    fit(model, loss, parameters, map(list, zip(*data, strict=True)), steps, clip=clip_each)
+    fit(model, loss, parameters, map(list, zip(*data, strict=True)), steps, clip_each, optimizer_type)
     return diverged.tolist()
 
 
