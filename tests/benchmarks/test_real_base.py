@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.real_base import base, methods, positions, report, runner, sources, task_vector, tasks
+from benchmarks.real_base import base, methods, optimizers, positions, report, runner, sources, task_vector, tasks
 from benchmarks.real_base.__main__ import CACHE, main
 from benchmarks.real_base.encoding import Batch, Row, encode, encode_text, forgetting, loss_of, measure
 from benchmarks.real_base.methods import METHODS
@@ -241,6 +241,49 @@ def test_pairs_begin_as_words_of_answers(monkeypatch):
     text = byte_tokenizer().decode(inputs["input_ids"][0])
     assert text == "Q: x\nA: ABC\nQ: yy\nA: DEF\nQ: z\nA: GHI\n"
     assert "".join(text[place] for place in places) == " DH"  # the first token of an answer, then further on
+
+
+@pytest.mark.parametrize(("number", "words"), [(8, " ABC: DE"), (4, "BCDE")])
+def test_more_pairs_than_demonstrations_begin_as_several_words_of_each(number, words, monkeypatch):
+    seen = []
+    monkeypatch.setattr(methods, "initialize_from_demonstrations", lambda *args: seen.append(args[1:]))
+    model = get_peft_model(tiny_base(), HiFICLConfig(task_type="CAUSAL_LM", n=number, r=2))
+    methods.pairs_from_answers(model, encode(byte_tokenizer(), [("x", "ABC"), ("yy", "DE")]))
+    ((inputs, places),) = seen
+    text = byte_tokenizer().decode(inputs["input_ids"][0])
+    assert text == "Q: x\nA: ABC\nQ: yy\nA: DE\n" and len(places) == number
+    assert "".join(text[place] for place in places) == words
+
+
+def test_preconditioned_gradients_move_a_product_however_it_is_factorised(monkeypatch):
+    monkeypatch.setattr(optimizers, "RIDGE", 0.0)
+    torch.manual_seed(0)
+    first, second, target = torch.randn(2, 5, 3).double(), torch.randn(2, 3, 4).double(), torch.randn(2, 5, 4).double()
+    change = torch.randn(2, 3, 3).double()
+    moves = []
+    for pair in ((first, second), (first @ change, change.inverse() @ second)):
+        a, b = (factor.clone().requires_grad_() for factor in pair)
+        (a @ b - target).square().sum().backward()
+        optimizers.Preconditioned([a, b], lr=1e-3).step()
+        moves.append(a.grad @ pair[1] + pair[0] @ b.grad)
+    torch.testing.assert_close(*moves)
+
+
+def test_muon_moves_each_factor_b_by_orthonormal_rows():
+    torch.manual_seed(0)
+    first, second, other = torch.randn(2, 5, 3), torch.randn(2, 3, 4), torch.randn(2, 5, 3)
+    a, b, same = (value.clone().requires_grad_() for value in (first, second, other))
+    optimizer = optimizers.MuonOfRows([a, b], lr=0.1, weight_decay=0.5)
+    plain = torch.optim.AdamW([same], lr=0.1, weight_decay=0.5)
+    same.data.copy_(first)
+    for _ in range(2):
+        before = b.detach().clone()
+        a.grad, b.grad, same.grad = torch.ones_like(a), torch.randn_like(b), torch.ones_like(a)
+        optimizer.step()
+        plain.step()
+        moved = (0.95 * before - b.detach()) / (0.1 * 0.2 * 2)  # 2 = sqrt(4)
+        torch.testing.assert_close(moved @ moved.mT, torch.eye(3).expand(2, 3, 3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(a, same)
 
 
 def test_pairs_are_dropped_in_training_alone():
