@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 PREFIX = "hificl_"  # of every parameter of an adapter
 MODULE = "virtual_pairs"  # the name under which an attention module holds its HiFICLLayer
@@ -42,3 +43,9 @@ def module_of(key: str) -> str | None:
     """
     module, dot, _ = key.rpartition(f".{PREFIX}")
     return plain(module).removesuffix(f".{MODULE}") if dot else None
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a model's forward, by its name since transformers 5.24 or by that of before."""
+    cache = arguments.get("cache")
+    return arguments.get("past_key_values") if cache is None else cache

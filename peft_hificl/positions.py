@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from .layer import HiFICLLayer
+from .names import cache_in
 from .rows import running
 
 _FIRST_POSITION = {"paligemma": 1}  # where it is not 0
@@ -46,7 +47,7 @@ class PositionsFromMask:
         tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         if tokens is None or not any(layer.is_active or layer in running.modules for layer in self.layers):
             return None
-        cache = given.get("past_key_values")
+        cache = cache_in(given)
         start = 0 if cache is None else cache.get_seq_length()
         padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)  # (B, 1)
         columns = torch.arange(tokens.shape[1], device=mask.device) + start

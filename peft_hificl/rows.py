@@ -18,6 +18,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from .names import cache_in
+
 # Fields of a configuration that hold the placeholder token ids of images, videos and sounds.
 _PLACEHOLDER = re.compile(r"(image|video|audio|speech)_(token|patch)_(id|index)")
 # Inputs that describe the text, which differ between prompts even if their images are alike.
@@ -140,7 +142,7 @@ def _of_media(names: list[str], places: list[Tensor], inputs: dict[str, Any]) ->
     rows = Rows(names, times=())
     if len(set(names)) == 1:
         return rows._replace(names=names[:1])
-    if not places or inputs.get("past_key_values") is not None:
+    if not places or cache_in(inputs) is not None:
         return rows._replace(refusal="the ids of the prompts are not given, or those before them are in a cache")
     counts = torch.stack([place.sum(dim=1) for place in places]).T.tolist()  # per prompt: one number per placeholder
     seeing = {name for name, count in zip(names, counts, strict=True) if any(count)}

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -745,6 +746,15 @@ REFUSED: tuple[Refused, ...] = (
             d_inner=48),
 )
 # fmt: on
+
+if Version(transformers.__version__) >= Version("5.24"):
+    # Two more dispatch, and Llama 4 fails on images, with an adapter or without.
+    FAMILIES = (
+        *(family for family in FAMILIES if family.model != "Llama4ForConditionalGeneration"),
+        decoder("codegen", "CodeGenForCausalLM", GPT_LAYERS, GPT2, rotary_dim=4),
+        decoder("gptj", "GPTJForCausalLM", GPT_LAYERS, GPT2, rotary_dim=4),
+    )
+    REFUSED = tuple(entry for entry in REFUSED if entry.name not in ("codegen", "gptj"))
 
 
 # -- the documentation ------------------------------------------------------------------------------------------------

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import peft
 import torch
 import transformers as tf
 from datasets import Dataset
+from packaging.version import Version
 from peft import (
     PeftModel,
     get_peft_model,
@@ -173,6 +175,8 @@ def adapter_of(model: PeftModel) -> dict[str, torch.Tensor]:
 
 GROUPS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
 MASKS = ("none", "causal", "padded", "window", "additive", "per-head")
+# PEFT 0.21 hands `generate` a prefix by the cache's name of before transformers 5.24, where it is lost.
+PREFIX_TUNING_GENERATES = Version(tf.__version__) < Version("5.24") or Version(peft.__version__) >= Version("0.22")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 

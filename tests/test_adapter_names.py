@@ -395,6 +395,7 @@ def test_images_that_may_belong_to_another_prompt_are_refused(task: str | None) 
     for unknown in (
         {"inputs_embeds": embeds},
         {"input_ids": inputs["input_ids"], "past_key_values": tf.DynamicCache()},
+        {"input_ids": inputs["input_ids"], "cache": tf.DynamicCache()},  # its name since transformers 5.24
     ):
         with pytest.raises(ValueError, match="ids of the prompts are not given, or those before them are in a cache"):
             model(**unknown, pixel_values=inputs["pixel_values"], adapter_names=["a", "b"])

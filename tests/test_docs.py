@@ -25,7 +25,7 @@ from benchmarks.real_base.tasks import TASKS
 from docs.figures import head, pairs
 from peft_hificl import inspection
 
-from .helpers import byte_tokenizer, llama
+from .helpers import PREFIX_TUNING_GENERATES, byte_tokenizer, llama
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -66,6 +66,8 @@ def test_python_blocks_run_as_written(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In README a tiny model stands for the real one, so it prints something else: see the next test."""
+    if page == "docs/guides/export.md" and not PREFIX_TUNING_GENERATES:
+        pytest.skip("prefix tuning has no effect on generate with these versions")
     monkeypatch.chdir(tmp_path)
     real = REAL_BASE in (ROOT / page).read_text()
     if real:

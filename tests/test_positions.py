@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -134,11 +135,15 @@ def test_positional_arguments_and_embeddings() -> None:
     torch.testing.assert_close(hidden, model.model(IDS)[0])
 
 
-def test_in_parts_with_a_mask_that_grows() -> None:
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_in_parts_with_a_mask_that_grows(name: str) -> None:
+    if name == "cache" and name not in inspect.signature(transformers.LlamaForCausalLM.forward).parameters:
+        pytest.skip("transformers names it so since 5.24")
     model = trained()
     whole = model(input_ids=PADDED, attention_mask=MASK).logits
-    first = model(input_ids=PADDED[:, :8], attention_mask=MASK[:, :8], use_cache=True)
-    second = model(input_ids=PADDED[:, 8:], attention_mask=MASK, past_key_values=first.past_key_values)
+    cache = transformers.DynamicCache()
+    model(input_ids=PADDED[:, :8], attention_mask=MASK[:, :8], use_cache=True, **{name: cache})
+    second = model(input_ids=PADDED[:, 8:], attention_mask=MASK, **{name: cache})
     torch.testing.assert_close(second.logits, whole[:, 8:])
 
 

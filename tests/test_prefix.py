@@ -20,7 +20,7 @@ from peft_hificl import HiFICLLayer, prefix, to_prefix_cache, to_prefix_tuning
 
 from . import architectures
 from .architectures import FAMILIES, Family
-from .helpers import TOLERANCE, VOCAB, build, config, inputs_for, llama, logits, unchanged
+from .helpers import PREFIX_TUNING_GENERATES, TOLERANCE, VOCAB, build, config, inputs_for, llama, logits, unchanged
 from .zoo import each
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -262,7 +262,8 @@ def test_prefix_tuning_in_a_process_without_this_package(name: str, tmp_path: Pa
     places = [str(tmp_path / each) for each in ("base", "adapter", "inputs.pt", "outputs.pt")]
     subprocess.run([sys.executable, "-c", SCRIPT, *places], check=True, cwd=tmp_path)
     tokens, got = torch.load(tmp_path / "outputs.pt")
-    assert torch.equal(tokens, model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0))
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(tokens, expected) == PREFIX_TUNING_GENERATES
     visible = inputs["attention_mask"].bool()
     torch.testing.assert_close(got[visible], logits(model, **inputs)[visible], rtol=1e-4, atol=1e-4)
 
