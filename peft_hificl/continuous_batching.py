@@ -13,7 +13,7 @@ from torch import nn
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager, ContinuousMixin
 
-from . import paged_cache, rows, support
+from . import block_sharing, paged_cache, rows, support
 from .layer import HiFICLLayer
 from .names import MODULE
 
@@ -77,7 +77,11 @@ def _init_continuous_batching(
     config = copy.copy(config)
     config.use_cuda_graph = False  # left None, it would be turned on by a padding interval
     config.auto_switch_to_flash = False  # HiFICL reads no paged cache under those
-    return type(model).init_continuous_batching(model, generation_config, config, *args, **kwargs)
+    manager: ContinuousBatchingManager = type(model).init_continuous_batching(
+        model, generation_config, config, *args, **kwargs
+    )
+    block_sharing.note(manager)
+    return manager
 
 
 def _adapted(model: nn.Module) -> list[nn.Module]:

@@ -15,12 +15,14 @@ from torch import Tensor
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from .backends import FLASH, backend_of
+from .block_sharing import BlockSharing, sharing_of
 from .layer import HiFICLLayer
 
 _TAKES_KEYWORDS = "kwargs" in inspect.signature(PagedAttentionCache.update).parameters  # since transformers 5.19
 
 # The adapters that each layer ran when it last wrote to a cache, with their strengths.
 _writers: WeakKeyDictionary[PagedAttentionCache, dict[HiFICLLayer, dict[str, float]]] = WeakKeyDictionary()
+_sharing: WeakKeyDictionary[PagedAttentionCache, BlockSharing | None] = WeakKeyDictionary()
 
 
 def check_implementation(implementation: str) -> None:
@@ -35,9 +37,8 @@ def check_implementation(implementation: str) -> None:
 def check(cache: PagedAttentionCache, layer: HiFICLLayer, keywords: dict[str, Any]) -> None:
     """Make sure, before a cache is written to, that an attention call reads no keys and values of another adapter.
 
-    A cache may stay in use after an adapter was switched, edited or unloaded, and it shares blocks between requests
-    whose prompts begin with the same tokens, whichever adapter computed them.  So sharing is turned off for a cache
-    that an adapted model writes to.  (The sequences of one request still share their prompt.)
+    A cache may stay in use after an adapter was switched, edited or unloaded.  Which blocks its requests share from
+    then on is left to `block_sharing`.
 
     Args:
         keywords: the keyword arguments of the attention call.
@@ -48,19 +49,24 @@ def check(cache: PagedAttentionCache, layer: HiFICLLayer, keywords: dict[str, An
     layers = _writers.setdefault(cache, {})
     before = layers.get(layer)
     now = {name: layer.scaling[name] for name in layer.active_names}
-    if not layers and _has_common_blocks(cache) and _has_past(keywords):
-        raise ValueError(
-            "This continuous batching manager has served the model without its HiFICL adapter, and would reuse keys "
-            "and values that were computed without it: make a new manager."
-        )
-    if before is not None and before != now and _has_past(keywords):
+    if not layers:
+        begun = _has_past(keywords)
+        if begun and _has_common_blocks(cache):
+            raise ValueError(
+                "This continuous batching manager has served the model without its HiFICL adapter, and would reuse "
+                "keys and values that were computed without it: make a new manager."
+            )
+        _sharing[cache] = sharing_of(cache, begun)
+    sharing = _sharing[cache] if cache.use_prefix_sharing else None
+    if sharing is not None:
+        sharing.called(layer)
+    if before is not None and before != now and (_has_past(keywords) if sharing is None else sharing.has_others):
         raise ValueError(
             f"The active HiFICL adapters, with their strengths, have changed from {before} to {now} while requests "
             "were running, whose keys and values the former have made: let the manager finish its requests, or cancel "
             "them, before adapter or strength is changed."
         )
     layers[layer] = now
-    cache.use_prefix_sharing = cache.allow_block_sharing = False
 
 
 def _has_past(keywords: dict[str, Any]) -> bool:

@@ -10,17 +10,28 @@ import logging
 import pickle
 import queue
 import re
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as tf
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.generation import ContinuousBatchingConfig
-from transformers.generation.continuous_batching import ContinuousBatchingManager, continuous_api
+from transformers.generation.continuous_batching import (
+    ContinuousBatchingManager,
+    PagedAttentionCache,
+    RequestState,
+    continuous_api,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from peft_hificl import hotswap_adapter
+from peft_hificl.block_sharing import BlockSharing, sharing_of
 
 from .helpers import VOCAB, adapted, build, config, gemma2, gpt_oss, hificl_layers, llama, logits
 
@@ -81,9 +92,11 @@ def batch(
 
 @torch.no_grad()
 def alone(model: nn.Module, prompt: list[int]) -> tuple[list[int], Tensor]:
+    ids = torch.tensor([prompt])
     output = model.generate(
-        input_ids=torch.tensor([prompt]), generation_config=GREEDY, output_logits=True, return_dict_in_generate=True
-    )
+        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=GREEDY, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
     tokens = output.sequences[0, len(prompt) :]
     logprobs = torch.stack(output.logits)[:, 0].log_softmax(-1)  # (T, V)
     return tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0]
@@ -123,12 +136,47 @@ class Manager:
         assert result is not None
         return result
 
+    def begin(self, prompt: list[int], tokens: int = 200) -> None:
+        """Add a request, and wait for its first token."""
+        self.manager.add_request(prompt, max_new_tokens=tokens, streaming=True)
+        assert self.manager.get_result(timeout=20).error is None
+
+    def go_on(self, tokens: int = 6) -> None:
+        """Wait for some more tokens of the request."""
+        before = len(self.manager.get_result(timeout=20).generated_tokens)
+        while not self.manager.output_router.output_queue.empty():
+            before = len(self.manager.get_result(timeout=20).generated_tokens)
+        while len(self.manager.get_result(timeout=20).generated_tokens) < before + tokens:
+            pass
+
+    def end(self) -> continuous_api.GenerationOutput:
+        """Wait for the end of the request."""
+        result = self.manager.get_result(timeout=20)
+        while not result.is_finished():
+            result = self.manager.get_result(timeout=20)
+        return result
+
     def __enter__(self) -> Manager:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.manager.stop()
         self.manager.destroy()
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each request that found blocks in a cache has taken from there."""
+    found: list[int] = []
+    own = PagedAttentionCache.search_prefix_match
+
+    def search(cache: PagedAttentionCache, request_id: str, prompt_ids: list[int]) -> int:
+        tokens = own(cache, request_id, prompt_ids)
+        found.extend([tokens] if tokens else [])
+        return tokens
+
+    monkeypatch.setattr(PagedAttentionCache, "search_prefix_match", search)
+    return found
 
 
 # -- each request as if it were alone ---------------------------------------------------------------------------------
@@ -175,6 +223,81 @@ def test_pairs_in_some_layers_alone() -> None:
     assert_same(batch(model), [alone(model, prompt) for prompt in PROMPTS])
 
 
+@pytest.mark.parametrize("given", [{}, {"heads": "kv"}, {"pair_weights": True}, {"factorize_keys": False}])
+def test_requests_share_the_blocks_that_they_share_without_an_adapter(
+    given: dict[str, object], taken: list[int]
+) -> None:
+    """In the first batch of a manager too."""
+    prompts = [PROMPT, [9, 10], [*PROMPT[:13], 40], [*PROMPT, 41, 42]]
+    batch(build("gqa"), prompts)
+    without = sorted(taken)
+    assert len(without) > 1
+    taken.clear()
+    model = adapted("gqa", **given)
+    assert_same(batch(model, prompts), [alone(model, prompt) for prompt in prompts])
+    assert sorted(taken) == without
+
+
+def test_a_conversation_goes_on(taken: list[int]) -> None:
+    """Generated tokens are in blocks as well."""
+    model = adapted("gqa")
+    with Manager(model) as ask:
+        longer = [*PROMPT, *ask(PROMPT)[0], 7, 8]
+        assert_same([ask(longer)], [alone(model, longer)])
+        assert taken == [20]
+
+
+@pytest.mark.parametrize(
+    "added, active",
+    [
+        (LoraConfig(target_modules=["q_proj"], init_lora_weights=False), ["a", "b"]),
+        (config(modules_to_save=["lm_head"]), "b"),
+    ],
+)
+def test_nothing_is_shared_beside_what_else_was_trained(
+    added: PeftConfig, active: str | list[str], taken: list[int]
+) -> None:
+    """The digest does not know it; it may come while the manager lives."""
+    model = build("gqa")
+    torch.manual_seed(1)
+    model.add_adapter(config(), "a")
+    with Manager(model) as ask:
+        assert_same([ask(PROMPT)] * 2, [alone(model, PROMPT)] * 2)
+        taken.clear()
+        model.add_adapter(added, "b")
+        model.set_adapter(active)
+        assert_same([ask(PROMPT), ask(PROMPT)], [alone(model, PROMPT)] * 2)
+    assert_same(batch(model), [alone(model, prompt) for prompt in PROMPTS])
+    assert taken == []
+
+
+@pytest.mark.parametrize("elsewhere", [lambda weight: weight.to("meta"), lambda weight: weight[:0]])
+def test_nothing_is_shared_where_weights_are_elsewhere(elsewhere: Callable[[Tensor], Tensor], taken: list[int]) -> None:
+    """Offloaded by accelerate, and divided by ZeRO-3; DTensors are no plain parameters."""
+    model = adapted("gqa")
+    base = model.get_base_model()
+    with Manager(model) as ask:
+        assert_same([ask(PROMPT), ask(PROMPT)], [alone(model, PROMPT)] * 2)
+        assert taken == [16]
+        factor = hificl_layers(model)[1].hificl_K_A["default"]
+        weight = factor.weight
+        factor.weight = nn.Parameter(elsewhere(weight))
+        factor.register_forward_pre_hook(lambda *_: setattr(factor, "weight", weight))  # until it is called
+        assert_same([ask(PROMPT), ask(PROMPT)], [alone(base, PROMPT)] * 2)
+        assert taken == [16]
+
+
+def test_nothing_is_shared_by_an_older_or_an_unknown_cache() -> None:
+    model = adapted("gqa")
+    manager = model.init_continuous_batching(GREEDY, settings())
+    manager.warmup()  # makes the cache
+    older = SimpleNamespace(use_prefix_sharing=True, allow_block_sharing=True)
+    unknown, manager.batch_processor.cache = manager.batch_processor.cache, older
+    for cache in (older, unknown):
+        assert sharing_of(cache, begun=False) is None
+        assert not cache.use_prefix_sharing and not cache.allow_block_sharing
+
+
 @pytest.mark.parametrize("sharing", [True, False])
 def test_sequences_of_one_request_share_its_prompt(sharing: bool) -> None:
     model = adapted("gqa")
@@ -182,10 +305,18 @@ def test_sequences_of_one_request_share_its_prompt(sharing: bool) -> None:
     assert [tokens for tokens, _ in batch(model, generation=SAMPLED, allow_block_sharing=sharing)] == wanted
 
 
-def test_a_cache_too_small_for_all_requests() -> None:
-    """Some are put back, and begin again."""
+@pytest.mark.parametrize("space", [0.0, 0.001])
+def test_a_cache_too_small_for_all_requests(space: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some are put back, and begin again, or go on with what was copied away for them."""
+    own = torch.empty
+
+    def pageable(*args: object, pin_memory: bool = False, **kwargs: object) -> Tensor:  # the other kind needs a GPU
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", pageable)
     model = adapted("gqa")
-    assert_same(batch(model, num_blocks=8, max_batch_tokens=32), [alone(model, prompt) for prompt in PROMPTS])
+    found = batch(model, num_blocks=8, max_batch_tokens=32, cpu_offload_space=space)
+    assert_same(found, [alone(model, prompt) for prompt in PROMPTS])
 
 
 @pytest.mark.slow
@@ -219,6 +350,25 @@ def disable(model: PeftModel) -> None:
     model.base_model.disable_adapter_layers()
 
 
+def weaken(model: PeftModel) -> None:
+    for layer in hificl_layers(model):
+        layer.set_scale("default", 0.5)
+
+
+def use_otherwise(model: PeftModel) -> None:
+    """The same weights."""
+    model.add_adapter("c", config(scale_self_attention=False))
+    load(model, "default", "c")
+    model.set_adapter("c")
+
+
+@torch.no_grad()
+def edit(model: PeftModel) -> None:
+    for layer in hificl_layers(model):
+        for parameter in layer.parameters():
+            parameter.mul_(-1.5)
+
+
 def edit_data(model: PeftModel) -> None:
     for layer in hificl_layers(model):
         for parameter in layer.parameters():
@@ -231,22 +381,36 @@ def edit_memory(model: PeftModel) -> None:
             parameter.detach().numpy()[...] *= -1.5
 
 
-def load(model: PeftModel) -> None:
-    state = get_peft_model_state_dict(model, adapter_name="b")
-    set_peft_model_state_dict(model, {key: value.clone() for key, value in state.items()}, adapter_name="default")
+def load(model: PeftModel, source: str = "b", target: str = "default") -> None:
+    state = get_peft_model_state_dict(model, adapter_name=source)
+    set_peft_model_state_dict(model, {key: value.clone() for key, value in state.items()}, adapter_name=target)
+
+
+def swap(model: PeftModel) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, selected_adapters=["b"])
+        hotswap_adapter(model, Path(folder, "b"), "default")
 
 
 def delete(model: PeftModel) -> None:
     model.delete_adapter("default")
 
 
+def add_again(model: PeftModel) -> None:
+    model.delete_adapter("default")
+    model.add_adapter("default", config())
+    model.set_adapter("default")
+
+
 def unload(model: PeftModel) -> None:
     model.unload()
 
 
-@pytest.mark.parametrize("change", [switch, disable, edit_data, edit_memory, load, delete, unload])
-def test_no_block_of_another_adapter_is_served(change: Callable[[PeftModel], None]) -> None:
-    """A cache finds the blocks of a prefix by their tokens, not by what computed them."""
+@pytest.mark.parametrize(
+    "change",
+    [switch, disable, weaken, use_otherwise, edit, edit_data, edit_memory, load, swap, delete, add_again, unload],
+)
+def test_no_block_of_another_adapter_is_served(change: Callable[[PeftModel], None], taken: list[int]) -> None:
     model = adapted("gqa")
     torch.manual_seed(2)
     model.add_adapter("b", config())
@@ -254,16 +418,42 @@ def test_no_block_of_another_adapter_is_served(change: Callable[[PeftModel], Non
     before = alone(base, PROMPT)
     with Manager(model) as ask:
         assert_same([ask(PROMPT), ask(PROMPT)], [before, before])
+        assert taken == [16]
         change(model)
         after = alone(base, PROMPT)
         assert after[0] != before[0]
         assert_same([ask(PROMPT), ask([*PROMPT, 41, 42])], [after, alone(base, [*PROMPT, 41, 42])])
-        if change is switch:
-            model.set_adapter("default")
-            assert_same([ask(PROMPT)], [before])
+        assert taken == [16, 16]
 
 
-def test_a_kept_manager() -> None:
+def test_each_adapter_finds_its_own_blocks_again(taken: list[int]) -> None:
+    model = adapted("gqa")
+    torch.manual_seed(2)
+    model.add_adapter("b", config())
+    model.add_adapter("copy of b", config())
+    load(model, "b", "copy of b")
+    base = model.get_base_model()
+    wanted = {}
+    with Manager(model) as ask:
+        for name in ("default", "b"):
+            model.set_adapter(name)
+            wanted[name] = alone(base, PROMPT)
+            assert_same([ask(PROMPT)], [wanted[name]])
+        with model.disable_adapter():
+            without = alone(base, PROMPT)
+            assert_same([ask(PROMPT)], [without])
+        assert taken == []
+        for name in ("default", "b", "default"):
+            model.set_adapter(name)
+            assert_same([ask(PROMPT)], [wanted[name]])
+        model.set_adapter("copy of b")  # the digest is of the weights, not of a name
+        assert_same([ask(PROMPT)], [wanted["b"]])
+        with model.disable_adapter():
+            assert_same([ask(PROMPT)], [without])
+        assert taken == [16] * 5
+
+
+def test_a_kept_manager(taken: list[int]) -> None:
     """It is kept on the model from call to call; one of the time before the adapter is not."""
     base = build("gqa")
     keep = {"inputs": [PROMPT], "generation_config": GREEDY, "continuous_batching_config": settings()}
@@ -275,10 +465,29 @@ def test_a_kept_manager() -> None:
         model.set_adapter(name)
         (result,) = model.generate_batch(**keep, persistent_manager=True).values()
         assert result.generated_tokens == alone(model, PROMPT)[0]
+    assert taken == [16]
     base.destroy_cached_continuous_batching_manager()
 
 
-def test_a_running_manager_of_the_time_before_the_adapter() -> None:
+def test_a_kept_manager_after_an_error(taken: list[int]) -> None:
+    """The request had been given blocks, and its forward has not reached an adapter."""
+    model = adapted("gqa")
+    model.add_adapter("b", config())
+    with Manager(model) as ask:
+        ask(PROMPT)
+        broken = model.get_input_embeddings().register_forward_pre_hook(lambda *_: 1 / 0)
+        assert "division by zero" in ask.fails(PROMPT).error
+        assert taken == [16]
+        broken.remove()
+        ask.manager.stop(keep_for_next_session=True)
+        switch(model)
+        ask.manager.start()
+        assert_same([ask(PROMPT)], [alone(model, PROMPT)])
+        assert taken == [16]
+    model.destroy_cached_continuous_batching_manager()
+
+
+def test_a_running_manager_of_the_time_before_the_adapter(taken: list[int]) -> None:
     base = build("gqa")
     with Manager(base) as ask:
         ask(PROMPT)
@@ -286,16 +495,13 @@ def test_a_running_manager_of_the_time_before_the_adapter() -> None:
         assert "without its HiFICL adapter" in ask.fails(PROMPT).error
     assert_same(batch(model), [alone(model, prompt) for prompt in PROMPTS])
     base = build("gqa")
+    taken.clear()
     with Manager(base) as ask:
         block = PROMPT[:4]
         ask(block)
         model = get_peft_model(base, config())
-        assert_same([ask(block), ask(PROMPT)], [alone(model, block), alone(model, PROMPT)])
-
-
-def weaken(model: PeftModel) -> None:
-    for layer in hificl_layers(model):
-        layer.set_scale("default", 0.5)
+        assert_same([ask(block), ask(PROMPT), ask(PROMPT)], [alone(model, p) for p in (block, PROMPT, PROMPT)])
+    assert taken == []
 
 
 @pytest.mark.parametrize("change", [switch, disable, delete, weaken])
@@ -303,31 +509,94 @@ def test_a_switch_while_requests_are_running_ends_them(change: Callable[[PeftMod
     model = adapted("gqa")
     model.add_adapter("b", config())
     with Manager(model) as ask:
-        ask.manager.add_request(PROMPT, max_new_tokens=10**6, streaming=True)
-        assert ask.manager.get_result(timeout=20).error is None
+        ask.begin(PROMPT)
         with ask.manager.pause():
             change(model)
-        result = ask.manager.get_result(timeout=20)
-        while not result.is_finished():  # tokens from before the pause
-            result = ask.manager.get_result(timeout=20)
-        assert "have changed from {'default': 1.0} to" in result.error and "let the manager finish" in result.error
+        error = ask.end().error
+        assert "have changed from {'default': 1.0} to" in error and "let the manager finish" in error
     assert_same(batch(model), [alone(model, prompt) for prompt in PROMPTS])
 
 
-def test_weights_edited_while_requests_are_running() -> None:
-    """They go on with the keys and values that they have, and do not begin again."""
+def test_a_switch_while_a_request_is_running_that_shares_no_blocks() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(mistral().eval(), config())
+    model.add_adapter("b", config())
+    with Manager(model) as ask:
+        ask.begin(PROMPT)
+        with ask.manager.pause():
+            switch(model)
+        assert "have changed from" in ask.end().error
+
+
+def test_weights_edited_while_requests_are_running(taken: list[int]) -> None:
+    """They go on with the keys and values that they have, and do not begin again; others take nothing from them."""
     model = adapted("gqa")
     before = alone(model, PROMPT)[0]
     with Manager(model) as ask:
-        ask.manager.add_request(PROMPT, max_new_tokens=200, streaming=True)
-        assert ask.manager.get_result(timeout=20).error is None
+        ask.begin(PROMPT)
         with ask.manager.pause():
             edit_data(model)
-        result = ask.manager.get_result(timeout=20)
-        while not result.is_finished():
-            result = ask.manager.get_result(timeout=20)
+        result = ask.end()
         assert result.error is None and len(result.generated_tokens) == 200
         assert result.generated_tokens[0] == before[0] != alone(model, PROMPT)[0][0]
+        longer = PROMPT + result.generated_tokens
+        assert_same([ask(longer)], [alone(model, longer)])
+        assert taken == []
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_other_weights_for_a_while(detached: bool, taken: list[int]) -> None:
+    """A request is running while weights are edited, or the adapter is gone, and come back: not all of it is theirs."""
+    model = adapted("gqa")
+    state = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
+    with Manager(model) as ask:
+        ask.begin(PROMPT, tokens=150)
+        with ask.manager.pause():
+            base = model.unload() if detached else edit_data(model)
+        ask.go_on()
+        with ask.manager.pause():
+            if detached:
+                model = get_peft_model(base, config())
+            set_peft_model_state_dict(model, state)
+        result = ask.end()
+        assert result.error is None
+        longer = PROMPT + result.generated_tokens
+        assert_same([ask(longer), ask(longer)], [alone(model, longer)] * 2)
+        assert taken[-1] == 164  # the second of these two
+
+
+def test_a_batch_whose_blocks_are_registered_after_the_next_has_begun() -> None:
+    """As asynchronous batching does it, which needs a GPU."""
+    model = adapted("gqa")
+    base = model.get_base_model()
+    manager = model.init_continuous_batching(GREEDY, settings())
+    manager.warmup()  # makes the cache
+    cache = manager.batch_processor.cache
+    sharing = BlockSharing(cache, base, begun=False)
+    layer, _ = hificl_layers(model)
+
+    def admit(name: str) -> tuple[RequestState, int]:
+        """A request, and how many of its tokens are there."""
+        state = RequestState(name, list(PROMPT))
+        state.position_offset = cache.search_prefix_match(name, state.initial_tokens)
+        assert cache.can_store_request_tokens(state, len(PROMPT) - state.position_offset)
+        return state, state.position_offset
+
+    first, there = admit("first")
+    assert there == 0
+    sharing.called(layer)
+    edit_data(model)
+    second, there = admit("second")
+    assert there == 0
+    sharing.called(layer)
+    cache.mark_complete_blocks(first, {"full_attention": 4})
+    assert admit("third")[1] == 0
+    cache.mark_complete_blocks(second, {"full_attention": 4})
+    assert admit("fourth")[1] == 16
+    for name in ("first", "second", "third"):
+        cache.free_blocks(name)
+    sharing.called(layer)
+    assert sharing._pure == {"fourth"}  # no name of a request that is over is kept
 
 
 # -- what is refused, in the thread of the caller ----------------------------------------------------------------------
@@ -389,13 +658,14 @@ def test_adapter_names_are_refused_wherever_they_are_given() -> None:
         assert "adapter_names" in ask.fails(PROMPT, adapter_names=["__base__"]).error
 
 
-def test_a_model_around_the_adapted_one_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It finds errors in the results, and passes over `adapter_names`."""
+def test_a_model_around_the_adapted_one_does_not_know(monkeypatch: pytest.MonkeyPatch, taken: list[int]) -> None:
+    """It finds errors in the results, passes over `adapter_names`, and shares no blocks."""
     base = build("gqa")
     get_peft_model(base.model, config())
     wanted = [alone(base, prompt) for prompt in PROMPTS]
     assert wanted[0][0] != alone(build("gqa"), PROMPT)[0]
     assert_same(batch(base), wanted)
+    assert taken == []
     given = {"inputs": PROMPTS, "generation_config": GREEDY, "continuous_batching_config": settings()}
     named = base.generate_batch(**given, adapter_names=["__base__"] * 4)
     assert [result.generated_tokens for result in named.values()] == [tokens for tokens, _ in wanted]

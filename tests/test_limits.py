@@ -76,7 +76,12 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_continuous_batching.py::test_a_model_around_the_adapted_one_does_not_know",
     ),
     "Requests of continuous batching": (
-        "test_continuous_batching.py::test_no_block_of_another_adapter_is_served",
+        "test_continuous_batching.py::test_requests_share_the_blocks_that_they_share_without_an_adapter",
+        "test_continuous_batching.py::test_each_adapter_finds_its_own_blocks_again",
+        "test_continuous_batching.py::test_nothing_is_shared_beside_what_else_was_trained",
+        "test_continuous_batching.py::test_nothing_is_shared_where_weights_are_elsewhere",
+        "test_continuous_batching.py::test_nothing_is_shared_by_an_older_or_an_unknown_cache",
+        "test_continuous_batching.py::test_a_model_around_the_adapted_one_does_not_know",
         "test_continuous_batching.py::test_sequences_of_one_request_share_its_prompt",
     ),
     "A manager of continuous batching": (

@@ -26,9 +26,8 @@ WORKLOADS = {"prompts of their own": 0, "a common beginning": COMMON}
 TITLE = "Serving"
 METHOD = f"""transformers' continuous batching: {REQUESTS} requests at once, each with a prompt of {PROMPT} random
 tokens, new in each round, answered greedily with {TOKENS} tokens; a manager for each variant, which lives on; blocks of
-{BLOCK} tokens. With a common beginning, the first {COMMON} tokens are those of all requests, of earlier rounds too:
-base and LoRA take them from the cache, HiFICL computes them for each request. No CUDA graphs. HiFICL n = 8, r = 8; LoRA
-r = 16 on q, k, v and o."""
+{BLOCK} tokens. With a common beginning, the first {COMMON} tokens are those of all requests, of earlier rounds too, and
+are taken from the cache. No CUDA graphs. HiFICL n = 8, r = 8; LoRA r = 16 on q, k, v and o."""
 
 
 def run(preset: Preset, device: torch.device, compiled: bool) -> list[Record]:
