@@ -50,7 +50,6 @@ class BlockSharing:
         self._form: list[Any] = []
         self._weights: list[Tensor] = []
         self._words = array("i")  # of the digest
-        self._called: set[HiFICLLayer] = set()  # in the present forward
         self._admitting: threading.Thread | None = None  # a manager's, since its last forward
         self._pure: set[str] = set()  # the requests all of whose keys are of the present adapters
         self._compare()
@@ -64,12 +63,9 @@ class BlockSharing:
         """Whether a request is running some of whose keys were computed by other adapters than the present ones."""
         return not self._running() <= self._pure
 
-    def called(self, layer: HiFICLLayer) -> None:
-        """Note the call of a layer; the first one of each forward compares the adapters."""
-        if self._called and layer not in self._called:
-            self._called.add(layer)
-            return
-        self._called, self._admitting = {layer}, None
+    def begin_forward(self) -> None:
+        """Compare the adapters, before anything is computed with them."""
+        self._admitting = None
         self._compare()
         self._pure &= self._running()
 

@@ -1,4 +1,4 @@
-"""Registers the hooks of adapted models: positions from the mask (`positions`), and the warnings of `watch`."""
+"""Registers the hooks of adapted models: for `positions`, `paged_cache` and `watch`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .layer import HiFICLLayer
+from .paged_cache import BeforePagedForward
 from .positions import PositionsFromMask, counts_positions
 from .watch import EffectWatch, GradientWatch
+
+_KINDS = (BeforePagedForward, PositionsFromMask, EffectWatch, GradientWatch)
 
 
 def refresh(model: nn.Module) -> None:
@@ -27,6 +30,7 @@ def refresh(model: nn.Module) -> None:
             effect = EffectWatch(own, getattr(part.config, "num_hidden_layers", None))
             part.register_forward_pre_hook(effect.before)
             part.register_forward_hook(effect.after, always_call=True)
+            part.register_forward_pre_hook(BeforePagedForward(own), with_kwargs=True)
         if not any(part in below[other] for other in parts if other is not part):
             gradient = GradientWatch(layers)
             part.register_forward_pre_hook(gradient.before)
@@ -39,7 +43,7 @@ def _remove(model: nn.Module) -> None:
     # By type, not by the handles that torch returned: a copy of a model has copies of the hooks, but no handles.
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", hook), (PositionsFromMask, EffectWatch, GradientWatch)):
+            if isinstance(getattr(hook, "__self__", hook), _KINDS):
                 del hooks[key]
                 for flags in (
                     model._forward_pre_hooks_with_kwargs,

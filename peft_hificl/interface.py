@@ -65,8 +65,6 @@ def hificl_attention_forward(
     pairs = layer(query, key, value, scale)
     dispatch, implementation = dispatch_of(type(module)), layer.base_config._attn_implementation
     if pairs is None:
-        if isinstance(kwargs.get("cache"), PagedAttentionCache):
-            paged_cache.check(kwargs["cache"], layer, kwargs)
         if is_causal is not None:
             kwargs["is_causal"] = is_causal
         attend = dispatch.function_of(implementation)
@@ -151,17 +149,18 @@ def _with_paged_past(
     """The keys and values to attend to: under continuous batching those of its cache, otherwise those of the call."""
     cache, implementation = keywords.get("cache"), layer.base_config._attn_implementation
     backend = implementation.removeprefix("paged|")
+    if "write_index" in keywords:
+        paged_cache.check_implementation(backend)
     if cache is None:
-        if backend != implementation:
+        if backend != implementation and "write_index" not in keywords:
             raise ValueError(
                 f"attn_implementation={implementation!r} is for continuous batching, but {type(module).__name__} was "
                 f"called without its cache: call model.set_attn_implementation({backend!r})."
             )
         return key, value
-    paged_cache.check_implementation(backend)
     if not isinstance(cache, PagedAttentionCache):
         raise ValueError(f"HiFICL does not know the cache that {type(module).__name__} was given: {type(cache)}.")
-    return paged_cache.update(cache, layer, cast(int, module.layer_idx), key, value, keywords)
+    return paged_cache.update(cache, cast(int, module.layer_idx), key, value, keywords)
 
 
 def attach(module: nn.Module, head_shape: HeadShape) -> HiFICLLayer:

@@ -1,17 +1,18 @@
-"""The cache of keys and values that transformers' continuous batching hands to each attention call.
+"""The cache of keys and values that transformers' continuous batching hands to the model.
 
-Many requests share one row, in one cache.  The attention function itself writes the new keys and values to it and reads
-those of all requests from it; a mask keeps the requests apart.
+Many requests share one row, in one cache; a mask keeps them apart.  Before transformers 5.24 the attention function
+writes the new keys and values to it and reads those of all requests from it, since then the attention module does.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from .backends import FLASH, backend_of
@@ -33,23 +34,32 @@ def check_implementation(implementation: str) -> None:
         )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def check(cache: PagedAttentionCache, layer: HiFICLLayer, keywords: dict[str, Any]) -> None:
-    """Make sure, before a cache is written to, that an attention call reads no keys and values of another adapter.
+class BeforePagedForward:
+    """A forward pre-hook of continuous batching: no attention reads keys and values that another adapter has computed.
 
     A cache may stay in use after an adapter was switched, edited or unloaded.  Which blocks its requests share from
     then on is left to `block_sharing`.
 
     Args:
-        keywords: the keyword arguments of the attention call.
+        layers: those of the model, by the names of their attentions.
 
     Raises:
-        ValueError: a request that is still running began with another adapter.
+        ValueError: by a call: a request that is still running began with another adapter.
     """
-    layers = _writers.setdefault(cache, {})
-    before = layers.get(layer)
-    now = {name: layer.scaling[name] for name in layer.active_names}
-    if not layers:
+
+    def __init__(self, layers: dict[str, HiFICLLayer]) -> None:
+        self.layers = layers
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("cache")
+        if isinstance(cache, PagedAttentionCache):
+            _check(cache, self.layers.values(), kwargs)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _check(cache: PagedAttentionCache, layers: Iterable[HiFICLLayer], keywords: dict[str, Any]) -> None:
+    writers = _writers.setdefault(cache, {})
+    if not writers:
         begun = _has_past(keywords)
         if begun and _has_common_blocks(cache):
             raise ValueError(
@@ -59,14 +69,16 @@ def check(cache: PagedAttentionCache, layer: HiFICLLayer, keywords: dict[str, An
         _sharing[cache] = sharing_of(cache, begun)
     sharing = _sharing[cache] if cache.use_prefix_sharing else None
     if sharing is not None:
-        sharing.called(layer)
-    if before is not None and before != now and (_has_past(keywords) if sharing is None else sharing.has_others):
+        sharing.begin_forward()
+    now = {layer: {name: layer.scaling[name] for name in layer.active_names} for layer in layers}
+    changed = [layer for layer in now if writers.get(layer, now[layer]) != now[layer]]
+    if changed and (_has_past(keywords) if sharing is None else sharing.has_others):
         raise ValueError(
-            f"The active HiFICL adapters, with their strengths, have changed from {before} to {now} while requests "
-            "were running, whose keys and values the former have made: let the manager finish its requests, or cancel "
-            "them, before adapter or strength is changed."
+            f"The active HiFICL adapters, with their strengths, have changed from {writers[changed[0]]} to "
+            f"{now[changed[0]]} while requests were running, whose keys and values the former have made: let the "
+            "manager finish its requests, or cancel them, before adapter or strength is changed."
         )
-    layers[layer] = now
+    writers.update(now)
 
 
 def _has_past(keywords: dict[str, Any]) -> bool:
@@ -86,10 +98,9 @@ def _has_common_blocks(cache: PagedAttentionCache) -> bool:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # as transformers' own is
 def update(
-    cache: PagedAttentionCache, layer: HiFICLLayer, index: int, key: Tensor, value: Tensor, keywords: dict[str, Any]
+    cache: PagedAttentionCache, index: int, key: Tensor, value: Tensor, keywords: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Write the keys and values (1, G, T, d) of a layer to a cache, and return those of all requests, (1, G, S, d)."""
-    check(cache, layer, keywords)
     new = {"key_states": key, "value_states": value, "layer_idx": index}
     if _TAKES_KEYWORDS:
         return cache.update(**new, kwargs=dict(keywords))

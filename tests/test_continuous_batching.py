@@ -573,7 +573,6 @@ def test_a_batch_whose_blocks_are_registered_after_the_next_has_begun() -> None:
     manager.warmup()  # makes the cache
     cache = manager.batch_processor.cache
     sharing = BlockSharing(cache, base, begun=False)
-    layer, _ = hificl_layers(model)
 
     def admit(name: str) -> tuple[RequestState, int]:
         """A request, and how many of its tokens are there."""
@@ -584,18 +583,18 @@ def test_a_batch_whose_blocks_are_registered_after_the_next_has_begun() -> None:
 
     first, there = admit("first")
     assert there == 0
-    sharing.called(layer)
+    sharing.begin_forward()
     edit_data(model)
     second, there = admit("second")
     assert there == 0
-    sharing.called(layer)
+    sharing.begin_forward()
     cache.mark_complete_blocks(first, {"full_attention": 4})
     assert admit("third")[1] == 0
     cache.mark_complete_blocks(second, {"full_attention": 4})
     assert admit("fourth")[1] == 16
     for name in ("first", "second", "third"):
         cache.free_blocks(name)
-    sharing.called(layer)
+    sharing.begin_forward()
     assert sharing._pure == {"fourth"}  # no name of a request that is over is kept
 
 
