@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -12,7 +14,7 @@ from . import checkpoint, dry_run, offloading, sharding, support
 from .config import HiFICLConfig
 from .layer import HiFICLLayer
 from .loading import Load
-from .names import MODULE, module_of
+from .names import MODULE, module_of, plain
 
 
 def check(model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[str], load: Load | None) -> None:
@@ -30,6 +32,9 @@ def check(model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[
         TypeError: a target that is not attention, or an attention that HiFICL cannot adapt.
     """
     check_name(model, adapter_name)
+    others = set(getattr(model, "peft_config", {})) - {adapter_name}
+    if others and not config.inference_mode:
+        check_told_apart({adapter_name, *others}, names)
     check_placement(model)
     offloading.check(model, config, names)
     sharding.check_late(model, config)
@@ -71,6 +76,18 @@ def check_name(model: nn.Module, adapter_name: str) -> None:
                 f"An adapter named {adapter_name!r} is already attached to {name.rpartition('.')[0]!r}: choose another "
                 "adapter_name, or delete_adapter() it first."
             )
+
+
+def check_told_apart(adapters: Iterable[str], modules: Iterable[str]) -> None:
+    """Adapters must not be named as a part of the names of these modules, whose weights PEFT would take for theirs."""
+    for name in modules:
+        for adapter in adapters:
+            if f".{adapter}." in f"base_model.model.{plain(name)}.":
+                raise ValueError(
+                    f"{adapter!r} is the name of an adapter and a part of the name of the module {plain(name)!r}: PEFT "
+                    "would leave the weights of all other adapters there out when it saves them. Give that adapter "
+                    "another name."
+                )
 
 
 def check_placement(model: nn.Module) -> None:
