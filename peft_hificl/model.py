@@ -203,7 +203,12 @@ class HiFICLModel(BaseTuner):
             return
         shape = support.head_shape_of(target)
         placed = sharding.sharding_of(self.model, current_key, target, shape)
-        layer = getattr(target, MODULE, None) or interface.attach(target, shape)
+        layer = getattr(target, MODULE, None)
+        if layer is None:
+            others = (module for module in self.model.modules() if isinstance(module, HiFICLLayer))
+            disabled = any(other.disable_adapters for other in others)  # as disable_adapter_layers() has left them
+            layer = interface.attach(target, shape)
+            layer._disable_adapters = disabled
         layer.sharding = placed  # FSDP2 may have come after an earlier adapter
         layer.update_layer(adapter_name, peft_config, *offloading.device_and_dtype(target))
 

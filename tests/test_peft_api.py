@@ -360,6 +360,17 @@ def test_adapters_named_as_layers_are_loaded_and_saved_whole_or_not_at_all(tmp_p
     assert torch.equal(logits(again, **inputs_for("gqa")), wanted["0"])
 
 
+def test_layers_that_get_their_first_adapter_while_adapters_are_disabled() -> None:
+    inputs, bare = inputs_for("gqa"), logits(build("gqa"), **inputs_for("gqa"))
+    model = adapted("gqa", layers_to_transform=[0])
+    with model.disable_adapter():
+        torch.manual_seed(2)
+        model.add_adapter("b", config())
+        model.set_adapter("b")
+        assert torch.equal(logits(model, **inputs), bare)
+    assert not torch.equal(logits(model, **inputs), bare)
+
+
 @pytest.mark.parametrize(("first", "second"), [("0", "new"), ("old", "0"), ("old", "model"), ("old", "self_attn")])
 def test_adapters_that_could_not_be_saved_are_not_trained(first: str, second: str) -> None:
     model = adapted("gqa", name=first)
