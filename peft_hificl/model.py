@@ -357,12 +357,15 @@ class HiFICLModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         _check_loaded(model, [adapter_name])
-        own = {
+        own = [
             name
             for name, module in model.named_modules()
-            if isinstance(module, AuxiliaryTrainingWrapper)
-            or (isinstance(module, HiFICLLayer) and module.has(adapter_name))
-        }
+            if (
+                module.has(adapter_name)
+                if isinstance(module, HiFICLLayer)
+                else isinstance(module, AuxiliaryTrainingWrapper)
+            )
+        ]
         preflight.check_told_apart(unwanted_adapter_names, own)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # PEFT selects keys that begin with the name of a layer.  FSDP1 and checkpoint_wrapper add to the names of

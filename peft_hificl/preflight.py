@@ -129,7 +129,7 @@ def check_load(
 
 
 def check_modules_beside(model: nn.Module, config: HiFICLConfig) -> None:
-    """Modules and embeddings that are trained beside the adapter must exist."""
+    """Modules and embeddings that are trained beside the adapter must exist, and hold no other adapter."""
     tokens = config.trainable_token_indices
     for field, wanted in (
         ("modules_to_save", set(config.modules_to_save or ()).difference(*checkpoint.HEADS.values())),
@@ -140,4 +140,11 @@ def check_modules_beside(model: nn.Module, config: HiFICLConfig) -> None:
             raise ValueError(
                 f"{field} names {', '.join(map(repr, absent))}, not found in {type(model).__name__}; give names of its "
                 "modules, or their ends."
+            )
+    copied = () if config.inference_mode else tuple(config.modules_to_save or ())
+    for name, module in model.named_modules():
+        if name.endswith(copied) and any(isinstance(part, HiFICLLayer) for part in module.modules()):
+            raise ValueError(
+                f"modules_to_save names {name!r}, which holds an adapter already, and PEFT could not save a copy of "
+                "both: train this adapter on a model of its own."
             )

@@ -448,6 +448,17 @@ def test_a_module_to_save_that_the_model_lacks() -> None:
         get_peft_model(base, config(modules_to_save=["lm_head", "nope"]))
 
 
+def test_a_module_to_save_that_holds_another_adapter() -> None:
+    model = adapted("gqa", name="a")
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"modules_to_save names .*layers\.0', which holds an adapter"),
+    ):
+        model.add_adapter("b", config(modules_to_save=["layers.0"]))
+    alone = get_peft_model(build("gqa"), config(modules_to_save=["layers.0"]))  # layer 1 gets pairs
+    assert len(hificl_layers(alone)) == 1
+
+
 @pytest.mark.parametrize("head", ["classifier", "score", "qa_outputs"])
 def test_heads_that_peft_names_on_its_own_may_be_lacking(head: str, tmp_path: Path) -> None:
     """PEFT puts them into the configuration for its task types; a model without them takes it as LoRA's does."""

@@ -196,6 +196,7 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_peft_api.py::test_adapters_named_as_layers_are_loaded_and_saved_whole_or_not_at_all",
         "test_peft_api.py::test_adapters_that_could_not_be_saved_are_not_trained",
     ),
+    "modules_to_save of a further adapter": ("test_bad_input.py::test_a_module_to_save_that_holds_another_adapter",),
     "transformers' own model.delete_adapter": (
         "test_limits.py::test_transformers_activates_each_layers_own_after_a_deletion",
         "test_peft_api.py::test_deleting_an_active_adapter",
