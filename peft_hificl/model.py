@@ -32,7 +32,7 @@ from . import (
 )
 from .config import HiFICLConfig
 from .layer import CANNOT_MERGE, HiFICLLayer, forget_unloaded, layers_with
-from .names import MODULE, PREFIX, module_of, plain, uncompiled
+from .names import MODULE, PREFIX, adapter_of, module_of, plain, uncompiled
 from .undo import Undo
 
 
@@ -357,21 +357,15 @@ class HiFICLModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         _check_loaded(model, [adapter_name])
-        own = [
-            name
-            for name, module in model.named_modules()
-            if (
-                module.has(adapter_name)
-                if isinstance(module, HiFICLLayer)
-                else isinstance(module, AuxiliaryTrainingWrapper)
-            )
-        ]
+        kinds = HiFICLLayer, AuxiliaryTrainingWrapper
+        places = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+        own = [name for name, m in places.items() if not isinstance(m, HiFICLLayer) or m.has(adapter_name)]
         preflight.check_told_apart(unwanted_adapter_names, own)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # PEFT selects keys that begin with the name of a layer.  FSDP1 and checkpoint_wrapper add to the names of
         # modules, but not to keys, so PEFT finds none there.
         found |= {key: tensor for key, tensor in state_dict.items() if module_of(key) is not None}
-        found = {key: tensor for key, tensor in found.items() if _adapter_of(key) in (adapter_name, None)}
+        found = {key: tensor for key, tensor in found.items() if adapter_of(key) in (adapter_name, None)}
         # Only rank 0 saves; other ranks may hold nothing.
         if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
             ends = f".modules_to_save.{adapter_name}.", f"{checkpoint.TOKENS}.{adapter_name}"
@@ -406,7 +400,7 @@ class HiFICLModel(BaseTuner):
     def _in_keys_of(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """A stored state dict with the keys of the model, checked to fit its parameters."""
         live = model.state_dict()
-        own = {key: tensor for key, tensor in live.items() if _adapter_of(key) == adapter_name}
+        own = {key: tensor for key, tensor in live.items() if adapter_of(key) == adapter_name}
         names = {plain(key): key for key in live}
         names |= {plain(cls._remove_adapter_name_from_key(key, adapter_name)): key for key in own}
         for name, module in model.named_modules():
@@ -470,12 +464,6 @@ class HiFICLModel(BaseTuner):
             for name, module in self.model.named_modules()
             if isinstance(module, (HiFICLLayer, AuxiliaryTrainingWrapper))
         }
-
-
-def _adapter_of(key: str) -> str | None:
-    """The adapter in the name of a parameter; None for parameters that are not HiFICL's."""
-    parts = uncompiled(key).rpartition(f".{MODULE}.")[2].split(".")  # such as hificl_K_A, default, weight
-    return parts[1] if module_of(key) and len(parts) > 1 else None
 
 
 def _check_loaded(model: nn.Module, names: Iterable[str]) -> None:

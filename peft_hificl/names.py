@@ -42,3 +42,13 @@ def module_of(key: str) -> str | None:
     """
     module, dot, _ = key.rpartition(f".{PREFIX}")
     return plain(module).removesuffix(f".{MODULE}") if dot else None
+
+
+def adapter_of(key: str) -> str | None:
+    """The adapter in the name of a parameter of a model; None for parameters that are not HiFICL's.
+
+    >>> adapter_of("model.layers.0.self_attn.virtual_pairs.hificl_K_A.default.weight")
+    'default'
+    """
+    parts = uncompiled(key).rpartition(f".{MODULE}.")[2].split(".")
+    return parts[1] if module_of(key) and len(parts) > 1 else None
