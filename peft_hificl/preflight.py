@@ -64,8 +64,9 @@ def check_name(model: nn.Module, adapter_name: str) -> None:
     """The name must not be taken, and must be usable within the names of parameters."""
     if not adapter_name or "." in adapter_name:
         raise ValueError(f"An adapter cannot be named {adapter_name!r}: choose a plain word, without dots.")
-    # PEFT would mistake the first two for parts of parameter names; the others cannot be keys of a ModuleDict.
-    if adapter_name in (MODULE, "weight") or hasattr(nn.ModuleDict(), adapter_name):
+    # PEFT would mistake the first two for parts of parameter names; in `adapter_names`, the third means no adapter; the
+    # others cannot be keys of a ModuleDict.
+    if adapter_name in (MODULE, "weight", "__base__") or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
             f"An adapter cannot be named {adapter_name!r}, as torch or PEFT use that name: choose another."
         )

@@ -141,7 +141,7 @@ def test_attention_that_depends_on_the_implementations_name_is_refused() -> None
         dispatch_of(modeling.DeepseekV32Attention)
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "keys", "training", "virtual_pairs", "weight"])
+@pytest.mark.parametrize("name", ["", "a.b", "keys", "training", "virtual_pairs", "weight", "__base__"])
 def test_adapter_names_that_cannot_be(name: str) -> None:
     base = build("gqa")
     with unchanged(base), pytest.raises(ValueError, match=f"cannot be named '{name}'"):
