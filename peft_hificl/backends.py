@@ -18,7 +18,7 @@ from transformers.integrations.flex_attention import compile_friendly_flex_atten
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
-from .ops import merged
+from .ops import calls, merged
 from .ops.formula import Scoring, VirtualPairs, sees_one_key, virtual_attention
 from .ops.packages import Package, Packing, package_of, sequences_of_mask, sequences_of_positions, sequences_of_starts
 
@@ -70,7 +70,7 @@ def _flex(
     mask: Any = scoring.mask
     if isinstance(mask, Tensor):
         mask = mask[..., : key.shape[2]]
-    elif query.device.type in _FLEX_GIVES_LSE and scoring.bias is None and not merged.needs_formula(scoring):
+    elif query.device.type in _FLEX_GIVES_LSE and scoring.bias is None and not calls.needs_formula(scoring):
         return _flex_on_kernel(module, query, key, value, pairs, scoring), None
     elif mask is not None:
         mask = dense(mask, query, key)
@@ -94,7 +94,7 @@ def _flex_on_kernel(
     if pairs.skip_first_token:
         mask = None if block_mask is None else dense(block_mask, query, key)
         first = sees_one_key(query.shape[2], key.shape[2], scoring._replace(mask=mask, is_causal=False), query.device)
-    query, key, value = merged.autocast(query, key, value)  # the kernel gives wrong numbers if the cast is left to it
+    query, key, value = calls.autocast(query, key, value)  # the kernel gives wrong numbers if the cast is left to it
     heads = query.shape[1]
     grouped = heads & (heads - 1) == 0  # the kernel takes grouped heads only if their number is a power of 2
     if not grouped:

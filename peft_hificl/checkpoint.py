@@ -88,7 +88,8 @@ def on_other_stages(modules: Iterable[str], model: nn.Module) -> set[str]:
     Raises:
         ValueError: the stage has renumbered its layers, so that the stored names would mean other layers.
     """
-    here = {plain(name): module for name, module in model.named_modules()}
+    # A module may be in several places, as the layers of a model that runs one layer several times.
+    here = {plain(name): module for name, module in model.named_modules(remove_duplicate=False)}
     elsewhere, containers = set(), set()
     for name in modules:
         layer = re.match(r"((?:.*?\.)?)(\d+)\.", name)

@@ -54,6 +54,9 @@ def saved_shapes(
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT will warn again when it attaches the adapter in earnest
         BaseTuner.inject_adapter(bare, bare.model, adapter_name, state_dict=state_dict)
+    # PEFT would leave out all tensors whose names contain that of another adapter, which may be that of a module.
+    others = {name for name, other in bare.peft_config.items() if isinstance(other, HiFICLConfig)} - {adapter_name}
+    bare.model.peft_config = {name: other for name, other in bare.peft_config.items() if name not in others}
     always = get_peft_model_state_dict(bare.model, adapter_name=adapter_name, save_embedding_layers=False)
     more: dict[str, Tensor] = {}
     with suppress(AttributeError, NotImplementedError):  # not every model has embeddings

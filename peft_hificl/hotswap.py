@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 from torch._dynamo import OptimizedModule
 
@@ -25,7 +25,12 @@ _FIELDS = (
 
 @torch.no_grad()
 def hotswap_adapter(
-    model: nn.Module, model_name_or_path: str | os.PathLike[str], adapter_name: str, **kwargs: Any
+    model: nn.Module,
+    model_name_or_path: str | os.PathLike[str],
+    adapter_name: str,
+    *,
+    key_mapping: dict[str, str] | None = None,
+    **kwargs: Any,
 ) -> None:
     """Put the weights of a stored adapter in the place of a loaded one's.
 
@@ -39,9 +44,12 @@ def hotswap_adapter(
         model: the model with the loaded adapter: a [`~peft.PeftModel`], or one that `torch.compile` has made of it.
         model_name_or_path: a folder, or an id on the Hub.
         adapter_name: the adapter whose weights are replaced.
+        key_mapping: new names of stored tensors, as for `PeftModel.from_pretrained`.
         kwargs: where to look, as for `PeftConfig.from_pretrained`: `subfolder`, `revision`, `cache_dir`, `token`.
+            PEFT's `torch_device` is accepted, too: the weights go where those are that they replace.
 
     Raises:
+        TypeError: any other keyword.
         ValueError: no such HiFICL adapter on the model; a stored adapter of another method, or of other `n`, `r`,
             `heads`, `factorize_keys`, `factorize_values`, `pair_weights`, `scale_self_attention`,
             `skip_first_token` or `trainable_token_indices`; tensors with other names, shapes or numbers that are not
@@ -60,6 +68,13 @@ def hotswap_adapter(
         >>> model.save_pretrained(folder)
         >>> hotswap_adapter(model, folder, "default")
     """
+    where, unknown = PeftModel._split_kwargs(kwargs)
+    unknown.pop("torch_device", None)
+    if unknown:
+        raise TypeError(
+            f"hotswap_adapter() does not know {', '.join(map(repr, sorted(unknown)))}: give key_mapping, or where the "
+            "adapter is (subfolder, revision, cache_dir, token)."
+        )
     if isinstance(model, OptimizedModule):
         model = model._orig_mod
     configs: dict[str, Any] = getattr(model, "peft_config", {})
@@ -68,7 +83,7 @@ def hotswap_adapter(
     if not layers or not isinstance(current, HiFICLConfig):
         names = sorted(name for name, config in configs.items() if isinstance(config, HiFICLConfig))
         raise ValueError(f"There is no HiFICL adapter {adapter_name!r} to replace on this model, which has {names}.")
-    stored = PeftConfig.from_pretrained(os.fspath(model_name_or_path), **kwargs)
+    stored = PeftConfig.from_pretrained(os.fspath(model_name_or_path), **where)
     if not isinstance(stored, HiFICLConfig):
         raise ValueError(
             f"{model_name_or_path!s} holds an adapter of type {getattr(stored.peft_type, 'value', stored.peft_type)}, "
@@ -91,7 +106,7 @@ def hotswap_adapter(
             "wrapped."
         )
     old = HiFICLModel._in_keys_of(model, adapter_name, held)
-    tensors = checkpoint.read(checkpoint.folder_of(model_name_or_path, **kwargs))
+    tensors = checkpoint.read(checkpoint.folder_of(model_name_or_path, **where), key_mapping)
     new = HiFICLModel._in_keys_of(model, adapter_name, tensors)
     checkpoint.check_names("The adapter file", set(old), new, adapter, what="tensors")
     found, wanted = ({key: tensor.shape for key, tensor in tensors.items()} for tensors in (new, old))

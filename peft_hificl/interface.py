@@ -68,11 +68,9 @@ def hificl_attention_forward(
         if is_causal is not None:
             kwargs["is_causal"] = is_causal
         attend = dispatch.function_of(implementation)
-        if backend_of(implementation) is FLASH:
-            # It looks the package up in the module's configuration, which names HiFICL.
-            module = copy.copy(module)
-            module.config = layer.base_config
-        return attend(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        # transformers' function for packages looks the package up in the configuration, which names HiFICL here.
+        caller = _Unadapted(module, layer.base_config) if backend_of(implementation) is FLASH else module
+        return attend(caller, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
     _check_call(module, layer, dispatch, query, key, value, pairs, kwargs)
     key, value = _with_paged_past(module, layer, key, value, kwargs)
@@ -99,6 +97,16 @@ def hificl_attention_forward(
     if listening.each:
         tell(layer, backend.attend, module, query, key, value, pairs, scoring, output)
     return output.transpose(1, 2).contiguous(), weights
+
+
+class _Unadapted:
+    """An adapted attention, but for its configuration, which is that of the base model."""
+
+    def __init__(self, module: nn.Module, config: PreTrainedConfig) -> None:
+        self._module, self.config = module, config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def _check_call(

@@ -32,7 +32,7 @@ from . import (
 )
 from .config import HiFICLConfig
 from .layer import CANNOT_MERGE, HiFICLLayer, forget_unloaded, layers_with
-from .names import MODULE, PREFIX, module_of, plain, uncompiled
+from .names import MODULE, PREFIX, adapter_of, module_of, plain, uncompiled
 from .undo import Undo
 
 
@@ -203,7 +203,12 @@ class HiFICLModel(BaseTuner):
             return
         shape = support.head_shape_of(target)
         placed = sharding.sharding_of(self.model, current_key, target, shape)
-        layer = getattr(target, MODULE, None) or interface.attach(target, shape)
+        layer = getattr(target, MODULE, None)
+        if layer is None:
+            others = (module for module in self.model.modules() if isinstance(module, HiFICLLayer))
+            disabled = any(other.disable_adapters for other in others)  # as disable_adapter_layers() has left them
+            layer = interface.attach(target, shape)
+            layer._disable_adapters = disabled
         layer.sharding = placed  # FSDP2 may have come after an earlier adapter
         layer.update_layer(adapter_name, peft_config, *offloading.device_and_dtype(target))
 
@@ -352,10 +357,15 @@ class HiFICLModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         _check_loaded(model, [adapter_name])
+        kinds = HiFICLLayer, AuxiliaryTrainingWrapper
+        places = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+        own = [name for name, m in places.items() if not isinstance(m, HiFICLLayer) or m.has(adapter_name)]
+        preflight.check_told_apart(unwanted_adapter_names, own)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # PEFT selects keys that begin with the name of a layer.  FSDP1 and checkpoint_wrapper add to the names of
         # modules, but not to keys, so PEFT finds none there.
         found |= {key: tensor for key, tensor in state_dict.items() if module_of(key) is not None}
+        found = {key: tensor for key, tensor in found.items() if adapter_of(key) in (adapter_name, None)}
         # Only rank 0 saves; other ranks may hold nothing.
         if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
             ends = f".modules_to_save.{adapter_name}.", f"{checkpoint.TOKENS}.{adapter_name}"
@@ -390,11 +400,7 @@ class HiFICLModel(BaseTuner):
     def _in_keys_of(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """A stored state dict with the keys of the model, checked to fit its parameters."""
         live = model.state_dict()
-        own = {
-            key: tensor
-            for key, tensor in live.items()
-            if module_of(key) and key.rpartition(f".{MODULE}.")[2].split(".")[1] == adapter_name
-        }
+        own = {key: tensor for key, tensor in live.items() if adapter_of(key) == adapter_name}
         names = {plain(key): key for key in live}
         names |= {plain(cls._remove_adapter_name_from_key(key, adapter_name)): key for key in own}
         for name, module in model.named_modules():

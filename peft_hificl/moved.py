@@ -11,7 +11,7 @@ from typing import Any
 _MOVED = {
     "attention": ("interface", "backends", "support"),
     "functional": ("ops.formula",),
-    "fused": ("ops.merged",),
+    "fused": ("ops.merged", "ops.calls"),
     "kernels": ("ops.kernels",),
 }
 

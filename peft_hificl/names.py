@@ -49,3 +49,13 @@ def cache_in(arguments: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a model's forward, by its name since transformers 5.24 or by that of before."""
     cache = arguments.get("cache")
     return arguments.get("past_key_values") if cache is None else cache
+
+
+def adapter_of(key: str) -> str | None:
+    """The adapter in the name of a parameter of a model; None for parameters that are not HiFICL's.
+
+    >>> adapter_of("model.layers.0.self_attn.virtual_pairs.hificl_K_A.default.weight")
+    'default'
+    """
+    parts = uncompiled(key).rpartition(f".{MODULE}.")[2].split(".")
+    return parts[1] if module_of(key) and len(parts) > 1 else None

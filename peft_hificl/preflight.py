@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -12,7 +14,7 @@ from . import checkpoint, dry_run, offloading, sharding, support
 from .config import HiFICLConfig
 from .layer import HiFICLLayer
 from .loading import Load
-from .names import MODULE, module_of
+from .names import MODULE, module_of, plain
 
 
 def check(model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[str], load: Load | None) -> None:
@@ -30,6 +32,9 @@ def check(model: nn.Module, adapter_name: str, config: HiFICLConfig, names: set[
         TypeError: a target that is not attention, or an attention that HiFICL cannot adapt.
     """
     check_name(model, adapter_name)
+    others = set(getattr(model, "peft_config", {})) - {adapter_name}
+    if others and not config.inference_mode:
+        check_told_apart({adapter_name, *others}, names)
     check_placement(model)
     offloading.check(model, config, names)
     sharding.check_late(model, config)
@@ -59,8 +64,9 @@ def check_name(model: nn.Module, adapter_name: str) -> None:
     """The name must not be taken, and must be usable within the names of parameters."""
     if not adapter_name or "." in adapter_name:
         raise ValueError(f"An adapter cannot be named {adapter_name!r}: choose a plain word, without dots.")
-    # PEFT would mistake the first two for parts of parameter names; the others cannot be keys of a ModuleDict.
-    if adapter_name in (MODULE, "weight") or hasattr(nn.ModuleDict(), adapter_name):
+    # PEFT would mistake the first two for parts of parameter names; in `adapter_names`, the third means no adapter; the
+    # others cannot be keys of a ModuleDict.
+    if adapter_name in (MODULE, "weight", "__base__") or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
             f"An adapter cannot be named {adapter_name!r}, as torch or PEFT use that name: choose another."
         )
@@ -71,6 +77,18 @@ def check_name(model: nn.Module, adapter_name: str) -> None:
                 f"An adapter named {adapter_name!r} is already attached to {name.rpartition('.')[0]!r}: choose another "
                 "adapter_name, or delete_adapter() it first."
             )
+
+
+def check_told_apart(adapters: Iterable[str], modules: Iterable[str]) -> None:
+    """Adapters must not be named as a part of the names of these modules, whose weights PEFT would take for theirs."""
+    for name in modules:
+        for adapter in adapters:
+            if f".{adapter}." in f"base_model.model.{plain(name)}.":
+                raise ValueError(
+                    f"{adapter!r} is the name of an adapter and a part of the name of the module {plain(name)!r}: PEFT "
+                    "would leave the weights of all other adapters there out when it saves them. Give that adapter "
+                    "another name."
+                )
 
 
 def check_placement(model: nn.Module) -> None:
@@ -112,7 +130,7 @@ def check_load(
 
 
 def check_modules_beside(model: nn.Module, config: HiFICLConfig) -> None:
-    """Modules and embeddings that are trained beside the adapter must exist."""
+    """Modules and embeddings that are trained beside the adapter must exist, and hold no other adapter."""
     tokens = config.trainable_token_indices
     for field, wanted in (
         ("modules_to_save", set(config.modules_to_save or ()).difference(*checkpoint.HEADS.values())),
@@ -123,4 +141,11 @@ def check_modules_beside(model: nn.Module, config: HiFICLConfig) -> None:
             raise ValueError(
                 f"{field} names {', '.join(map(repr, absent))}, not found in {type(model).__name__}; give names of its "
                 "modules, or their ends."
+            )
+    copied = () if config.inference_mode else tuple(config.modules_to_save or ())
+    for name, module in model.named_modules():
+        if name.endswith(copied) and any(isinstance(part, HiFICLLayer) for part in module.modules()):
+            raise ValueError(
+                f"modules_to_save names {name!r}, which holds an adapter already, and PEFT could not save a copy of "
+                "both: train this adapter on a model of its own."
             )

@@ -141,7 +141,7 @@ def test_attention_that_depends_on_the_implementations_name_is_refused() -> None
         dispatch_of(modeling.DeepseekV32Attention)
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "keys", "training", "virtual_pairs", "weight"])
+@pytest.mark.parametrize("name", ["", "a.b", "keys", "training", "virtual_pairs", "weight", "__base__"])
 def test_adapter_names_that_cannot_be(name: str) -> None:
     base = build("gqa")
     with unchanged(base), pytest.raises(ValueError, match=f"cannot be named '{name}'"):
@@ -446,6 +446,17 @@ def test_a_module_to_save_that_the_model_lacks() -> None:
         pytest.raises(ValueError, match="modules_to_save names 'nope', not found in Llama"),
     ):
         get_peft_model(base, config(modules_to_save=["lm_head", "nope"]))
+
+
+def test_a_module_to_save_that_holds_another_adapter() -> None:
+    model = adapted("gqa", name="a")
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"modules_to_save names .*layers\.0', which holds an adapter"),
+    ):
+        model.add_adapter("b", config(modules_to_save=["layers.0"]))
+    alone = get_peft_model(build("gqa"), config(modules_to_save=["layers.0"]))  # layer 1 gets pairs
+    assert len(hificl_layers(alone)) == 1
 
 
 @pytest.mark.parametrize("head", ["classifier", "score", "qa_outputs"])

@@ -28,7 +28,7 @@ from transformers.integrations.executorch import (
 )
 
 from peft_hificl import Scoring, VirtualPairs
-from peft_hificl.ops import merged
+from peft_hificl.ops import calls, merged
 
 from . import architectures, oracle
 from .helpers import GROUPS, config, tensors
@@ -222,13 +222,13 @@ def test_gradients_under_a_backend_of_others() -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "aot_eager_decomp_partition", "inductor", "other", "thread"])
 def test_which_compilers_run_kernels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[bool] = []
-    asked = merged._compiles_kernels
+    asked = calls._compiles_kernels
 
     def told() -> bool:
         answers.append(asked())
         return answers[-1]
 
-    monkeypatch.setattr(merged, "_compiles_kernels", torch.compiler.assume_constant_result(told))
+    monkeypatch.setattr(calls, "_compiles_kernels", torch.compiler.assume_constant_result(told))
     torch._dynamo.reset()
     x = tuple(t.float() for t in tensors(4, 2, 5, 5, 8, 8, 3).values())
     if backend == "thread":  # one thread compiles, which torch keeps as one flag for all; another only runs

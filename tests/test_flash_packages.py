@@ -564,3 +564,26 @@ def test_compiled(loaded: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         results.append([output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+
+
+def traced(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Any = (-1, -1), softcap: float = 0.0, alibi_slopes: Any = None, deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor:  # fmt: skip
+    """A package's function that torch.compile can look into."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("loaded", ["fa2"], indirect=True)
+def test_disabled_adapters_compile_whole(loaded: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaded, "flash_attn_func", traced)
+    inputs = inputs_for("gqa")
+    want = logits(switched(build("gqa").bfloat16()), **inputs)
+    model = switched(adapted("gqa").bfloat16())
+    model.base_model.disable_adapter_layers()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled, **inputs), want)

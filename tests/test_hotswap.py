@@ -69,6 +69,31 @@ def test_other_adapters_the_name_its_state_and_its_strength_stay(tmp_path: Path)
     assert torch.equal(logits(model, **inputs_for("gqa")), logits(other, **inputs_for("gqa")))
 
 
+def test_stored_names_are_mapped_as_peft_maps_them(tmp_path: Path) -> None:
+    stored(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key.replace(".layers.", ".blocks."): tensor for key, tensor in load_file(path).items()}, path)
+    mapping = {r"\.blocks\.": ".layers."}
+    want = logits(PeftModel.from_pretrained(build("gqa"), tmp_path, key_mapping=mapping), **inputs_for("gqa"))
+    model = adapted("gqa")
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match="The state dict lacks .*layers.* and has unexpected .*block"),
+    ):
+        hotswap_adapter(model, tmp_path, "default")
+    hotswap_adapter(model, tmp_path, "default", key_mapping=mapping, torch_device="cpu")
+    assert torch.equal(logits(model, **inputs_for("gqa")), want)
+
+
+def test_a_keyword_that_nobody_reads(tmp_path: Path) -> None:
+    """Without a word, it would be another adapter's weights, those of the folder itself."""
+    stored(tmp_path)
+    stored(tmp_path / "inner")
+    model = adapted("gqa")
+    with unchanged(model), pytest.raises(TypeError, match="does not know 'sub_folder': give key_mapping, or where"):
+        hotswap_adapter(model, tmp_path, "default", sub_folder="inner")
+
+
 def test_a_model_that_transformers_has_adapted(tmp_path: Path) -> None:
     stored(tmp_path)
     base = build("gqa")

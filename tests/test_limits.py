@@ -198,6 +198,11 @@ ROWS: dict[str, tuple[str, ...] | str] = {
         "test_limits.py::test_a_file_of_two_methods_is_refused",
         "test_limits.py::test_a_file_of_two_methods_that_was_a_loras_is_the_lora",
     ),
+    "An adapter named as a part of the module names": (
+        "test_peft_api.py::test_adapters_named_as_layers_are_loaded_and_saved_whole_or_not_at_all",
+        "test_peft_api.py::test_adapters_that_could_not_be_saved_are_not_trained",
+    ),
+    "modules_to_save of a further adapter": ("test_bad_input.py::test_a_module_to_save_that_holds_another_adapter",),
     "transformers' own model.delete_adapter": (
         "test_limits.py::test_transformers_activates_each_layers_own_after_a_deletion",
         "test_peft_api.py::test_deleting_an_active_adapter",

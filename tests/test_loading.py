@@ -744,6 +744,25 @@ def test_whose_fault_a_read_that_fails_is(good: Path, monkeypatch: pytest.Monkey
             checkpoint.folder_of("nobody/nothing")
 
 
+@pytest.mark.parametrize("shared", ["layer", "attention"])
+def test_a_layer_that_runs_twice_is_no_stage(shared: str, tmp_path: Path) -> None:
+    def looped() -> tf.PreTrainedModel:
+        base = build("gqa")
+        first, _ = layers = base.model.layers
+        if shared == "layer":
+            layers[1] = first
+        else:
+            layers[1].self_attn = first.self_attn
+        return base
+
+    model = get_peft_model(looped(), config()).eval()
+    assert len(hificl_layers(model)) == 1
+    model.save_pretrained(tmp_path)
+    want = logits(model, **inputs_for("gqa"), use_cache=False)
+    again = PeftModel.from_pretrained(looped(), tmp_path)
+    assert torch.equal(logits(again, **inputs_for("gqa"), use_cache=False), want)
+
+
 def test_what_stands_beside_the_numbered_layers_of_a_stage() -> None:
     here, shared = nn.Linear(2, 2), nn.Linear(2, 2)
     here.config, here.layer_idx, shared.layer_idx = tf.LlamaConfig(num_hidden_layers=2), 1, 7

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache
 
 from peft_hificl import Scoring, VirtualPairs, select_rows, virtual_attention
-from peft_hificl.ops import merged
+from peft_hificl.ops import calls, merged
 from peft_hificl.ops.kernels import KERNELS, Call
 
 from . import oracle
@@ -149,7 +149,7 @@ def test_a_row_that_sees_nothing_sees_the_pairs(mask: str, dtype: torch.dtype) -
     visible = torch.ones(4, 4, dtype=torch.bool).tril()
     visible[:2] = False
     additive = torch.finfo(dtype).min if mask == "minimum" else -torch.inf
-    lowest = merged._additive(torch.tensor([False]), None, dtype).float()
+    lowest = calls._additive(torch.tensor([False]), None, dtype).float()
     assert lowest < -6e4 and torch.isfinite(lowest * 1.4427)  # CUDA's kernels multiply by log2(e) in float32
     given = visible if mask == "bool" else torch.where(visible, 0.0, additive).to(dtype)
     out = merged.attention(x["query"], x["key"], x["value"], pairs_of(x), Scoring(0.3, mask=given))
@@ -762,19 +762,19 @@ def test_cuda_kernels_read_words_of_16_bytes(dtype: torch.dtype, word: int, monk
     flat = plain.as_subclass(OnCuda)
     shape, strides = (2, 3, 4, 2 * word), (128 * word, 32 * word, 8 * word, 1)
     aligned = flat.as_strided(shape, strides, 2 * word)
-    assert merged._aligned(aligned) is aligned
+    assert calls.aligned(aligned) is aligned
     offsets = [flat.as_strided(shape, strides, offset) for offset in (1, word // 2, word + 1)]
     rows = [
         flat.as_strided(shape, [s + (word // 2 if i == place else 0) for i, s in enumerate(strides)], word)
         for place in range(3)
     ]
     for strange in (*offsets, *rows, flat.as_strided(shape, (*strides[:3], 2), word)):
-        got = merged._aligned(strange)
+        got = calls.aligned(strange)
         assert torch.equal(got, strange) and got.is_contiguous() and got.storage_offset() == 0
     of_the_cpu = plain[1:].as_strided(shape, strides)
-    assert merged._aligned(of_the_cpu) is of_the_cpu  # whose kernels read from anywhere
+    assert calls.aligned(of_the_cpu) is of_the_cpu  # whose kernels read from anywhere
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # it does not trace storage_offset()
-    assert merged._aligned(offsets[0]) is offsets[0]
+    assert calls.aligned(offsets[0]) is offsets[0]
 
 
 def test_recorders_are_told_apart() -> None:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from peft_hificl import HiFICLConfig, HiFICLLayer
 from peft_hificl.names import HeadShape
 
-from .helpers import adapted, build, config, hificl_layers, inputs_for, llama, logits, pairs_for, train
+from .helpers import adapted, build, config, hificl_layers, inputs_for, llama, logits, pairs_for, train, unchanged
 
 # -- attach and train ------------------------------------------------------------------------------------------------
 
@@ -338,6 +338,44 @@ def test_load_adapter_and_switch(kind: str, low_cpu_mem_usage: bool, tmp_path: P
     model.delete_adapter("a")
     assert list(model.peft_config) == ["b"] and torch.equal(logits(model, **inputs), want["b"])
     assert not any(".a." in name for name, _ in model.named_parameters())
+
+
+def test_adapters_named_as_layers_are_loaded_and_saved_whole_or_not_at_all(tmp_path: Path) -> None:
+    """PEFT leaves tensors whose name contains that of another adapter out of a file, so of layers 0 and 1."""
+    wanted = {}
+    for seed in (2, 3):
+        other = adapted("gqa", seed=seed, name="own")
+        wanted[str(seed - 2)] = logits(other, **inputs_for("gqa"))
+        other.save_pretrained(tmp_path / str(seed - 2))
+    model = PeftModel.from_pretrained(build("gqa"), tmp_path / "0" / "own", adapter_name="0").eval()
+    model.load_adapter(tmp_path / "1" / "own", "1")
+    for name, want in wanted.items():
+        model.set_adapter(name)
+        assert torch.equal(logits(model, **inputs_for("gqa")), want)
+    with pytest.raises(ValueError, match=r"'1' is the name of an adapter and a part of the name of .*layers\.1\."):
+        model.save_pretrained(tmp_path / "both")
+    model.delete_adapter("1")
+    model.save_pretrained(tmp_path / "both")
+    again = PeftModel.from_pretrained(build("gqa"), tmp_path / "both" / "0")
+    assert torch.equal(logits(again, **inputs_for("gqa")), wanted["0"])
+
+
+def test_layers_that_get_their_first_adapter_while_adapters_are_disabled() -> None:
+    inputs, bare = inputs_for("gqa"), logits(build("gqa"), **inputs_for("gqa"))
+    model = adapted("gqa", layers_to_transform=[0])
+    with model.disable_adapter():
+        torch.manual_seed(2)
+        model.add_adapter("b", config())
+        model.set_adapter("b")
+        assert torch.equal(logits(model, **inputs), bare)
+    assert not torch.equal(logits(model, **inputs), bare)
+
+
+@pytest.mark.parametrize(("first", "second"), [("0", "new"), ("old", "0"), ("old", "model"), ("old", "self_attn")])
+def test_adapters_that_could_not_be_saved_are_not_trained(first: str, second: str) -> None:
+    model = adapted("gqa", name=first)
+    with unchanged(model), pytest.raises(ValueError, match="is the name of an adapter and a part of the name of"):
+        model.add_adapter(second, config())
 
 
 def test_several_active_adapters_are_the_union_of_their_pairs(kind: str) -> None:

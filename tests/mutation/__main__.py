@@ -49,7 +49,8 @@ OFFLOADED = [
 # What pytest is given for each module: the quickest finders first, as the first failure ends the run.
 TESTS: dict[str, list[str]] = {
     "ops/formula": ["tests/test_formula.py"],
-    "ops/merged": ["tests/test_merged.py", "tests/test_kernels.py", WHICH_COMPILERS, *WITHOUT_COMPILER],
+    "ops/merged": ["tests/test_merged.py", "tests/test_kernels.py", *WITHOUT_COMPILER],
+    "ops/calls": ["tests/test_merged.py", "tests/test_kernels.py", WHICH_COMPILERS, *WITHOUT_COMPILER],
     "ops/kernels": ["tests/test_kernels.py", "tests/test_merged.py", *WITHOUT_COMPILER],
     "layer": [
         "tests/test_pair_weights.py",
