@@ -16,7 +16,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     """Skip what needs transformers' own `add_adapter` and `load_adapter` where they refuse the PEFT at hand."""
     try:
         return (yield)
@@ -24,3 +24,6 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         if "The version of PEFT you" in str(error):
             pytest.skip("this transformers asks for a later PEFT")
         raise
+
+
+pytest_runtest_call = pytest_runtest_setup
