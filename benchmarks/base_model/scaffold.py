@@ -66,7 +66,7 @@ def scaffold_loss(
     output: LlavaCausalLMOutputWithPast, batch: Batch, scenes: Scenes, probes: Probes
 ) -> tuple[Tensor, dict[str, float]]:
     """The four hints as one loss, from an output with attentions and hidden states."""
-    features = output.image_hidden_states
+    features = torch.cat([*output.image_hidden_states])  # a list since transformers 5.24
     seen = probes.loss(features.view(-1, GRID * GRID, features.shape[-1]), scenes, batch.scenes)
     loss, log = 0.6 * seen, {"seen": seen.item()}
     matches, points = batch.matches, pointing(batch, scenes)

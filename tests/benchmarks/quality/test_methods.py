@@ -22,6 +22,7 @@ from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.training import batches, fit, samples
 from peft_hificl import HiFICLLayer
 
+from ...helpers import PREFIX_TUNING_GENERATES
 from .helpers import SMALL_SIZES, small_tasks
 
 ALL = list(range(SMALL_SIZES["train"]))
@@ -130,6 +131,8 @@ def test_answers_of_the_base_do_not_depend_on_what_is_beside_them(tasks, base, t
 )
 def test_answers_are_what_was_trained(tasks, base, name):
     """Left padding, cache and pictures against none of them, where a shift of positions would show."""
+    if name in ("prefix", "cartridge-demos") and not PREFIX_TUNING_GENERATES:
+        pytest.skip("prefix tuning has no effect on generate with these versions")
     learned = METHODS[name].attach(base, setup_of(tasks, "captions"))
     disturb(learned)
     model, splits, number = learned.model.eval(), tasks["captions"], 14
