@@ -66,7 +66,9 @@ def scaffold_loss(
     output: LlavaCausalLMOutputWithPast, batch: Batch, scenes: Scenes, probes: Probes
 ) -> tuple[Tensor, dict[str, float]]:
     """The four hints as one loss, from an output with attentions and hidden states."""
-    features = torch.cat([*output.image_hidden_states])  # a list since transformers 5.24
+    features = output.image_hidden_states
+    if isinstance(features, list):  # since transformers 5.24
+        features = torch.cat(features)
     seen = probes.loss(features.view(-1, GRID * GRID, features.shape[-1]), scenes, batch.scenes)
     loss, log = 0.6 * seen, {"seen": seen.item()}
     matches, points = batch.matches, pointing(batch, scenes)
