@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .layer import HiFICLLayer
+from .names import MODULE
 from .paged_cache import BeforePagedForward
 from .positions import PositionsFromMask, counts_positions
 from .watch import EffectWatch, GradientWatch
@@ -14,11 +15,20 @@ _KINDS = (BeforePagedForward, PositionsFromMask, EffectWatch, GradientWatch)
 
 
 def refresh(model: nn.Module) -> None:
-    """Register, on this model and the models within it, the hooks that adapted attentions need now."""
+    """Register, on this model and the models within it, the hooks that adapted attentions need now.
+
+    Attached to a part that is no model, such as a list of layers, attentions get the hook of continuous batching
+    themselves: their calls have the cache, too.
+    """
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     below = {part: set(part.modules()) for part in parts}
+    covered = set().union(*below.values())
+    for module in model.modules():
+        _remove(module)
+        layer = module._modules.get(MODULE)
+        if isinstance(layer, HiFICLLayer) and layer not in covered:
+            module.register_forward_pre_hook(BeforePagedForward({"": layer}), with_kwargs=True)
     for part in parts:
-        _remove(part)
         layers = {
             name.rpartition(".")[0]: module for name, module in part.named_modules() if isinstance(module, HiFICLLayer)
         }

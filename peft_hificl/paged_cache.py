@@ -71,10 +71,13 @@ def _check(cache: PagedAttentionCache, layers: Iterable[HiFICLLayer], keywords: 
     if sharing is not None:
         sharing.begin_forward()
     now = {layer: {name: layer.scaling[name] for name in layer.active_names} for layer in layers}
-    changed = [layer for layer in now if writers.get(layer, now[layer]) != now[layer]]
+    # A layer that is new, while others of its model have written, had no adapter before.
+    others_wrote = any(layer in writers for layer in now)
+    before = {layer: writers.get(layer, {} if others_wrote else now[layer]) for layer in now}
+    changed = [layer for layer in now if before[layer] != now[layer]]
     if changed and (_has_past(keywords) if sharing is None else sharing.has_others):
         raise ValueError(
-            f"The active HiFICL adapters, with their strengths, have changed from {writers[changed[0]]} to "
+            f"The active HiFICL adapters, with their strengths, have changed from {before[changed[0]]} to "
             f"{now[changed[0]]} while requests were running, whose keys and values the former have made: let the "
             "manager finish its requests, or cancel them, before adapter or strength is changed."
         )

@@ -18,7 +18,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.generation import ContinuousBatchingConfig
@@ -517,6 +525,16 @@ def test_a_switch_while_requests_are_running_ends_them(change: Callable[[PeftMod
     assert_same(batch(model), [alone(model, prompt) for prompt in PROMPTS])
 
 
+def test_an_adapter_on_further_layers_while_requests_are_running_ends_them() -> None:
+    model = adapted("gqa", layers_to_transform=[0])
+    with Manager(model) as ask:
+        ask.begin(PROMPT)
+        with ask.manager.pause():
+            model.add_adapter("b", config(layers_to_transform=[1]))
+            model.base_model.set_adapter(["default", "b"])  # layer 0 is what it was
+        assert "have changed from {} to {'b': 1.0}" in ask.end().error
+
+
 def test_a_switch_while_a_request_is_running_that_shares_no_blocks() -> None:
     torch.manual_seed(0)
     model = get_peft_model(mistral().eval(), config())
@@ -655,6 +673,28 @@ def test_adapter_names_are_refused_wherever_they_are_given() -> None:
         model.init_continuous_batching(GREEDY, settings(), adapter_names=["__base__"])
     with Manager(model) as ask:
         assert "adapter_names" in ask.fails(PROMPT, adapter_names=["__base__"]).error
+
+
+def test_a_list_of_layers_is_adapted(taken: list[int]) -> None:
+    """There is no model below the tuner, whose forward would be told of the cache."""
+    base, part = build("gqa"), config(target_modules=r".*self_attn")
+    for name in ("a", "b"):
+        torch.manual_seed(ord(name))
+        inject_adapter_in_model(copy.deepcopy(part), base.model.layers, name)
+    base.eval()
+    wanted = []
+    with Manager(base) as ask:
+        for name in ("a", "b"):
+            for layer in hificl_layers(base):
+                layer.set_adapter([name])
+            wanted.append(alone(base, PROMPT))
+            assert_same([ask(PROMPT)], [wanted[-1]])
+        ask.begin(PROMPT)
+        with ask.manager.pause():
+            for layer in hificl_layers(base):
+                layer.set_adapter(["a"])
+        assert "have changed from {'b': 1.0} to {'a': 1.0}" in ask.end().error
+    assert wanted[0][0] != wanted[1][0] and taken == []
 
 
 def test_a_model_around_the_adapted_one_does_not_know(monkeypatch: pytest.MonkeyPatch, taken: list[int]) -> None:
