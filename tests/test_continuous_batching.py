@@ -522,6 +522,8 @@ def test_a_switch_while_requests_are_running_ends_them(change: Callable[[PeftMod
             change(model)
         error = ask.end().error
         assert "have changed from {'default': 1.0} to" in error and "let the manager finish" in error
+        ask.manager._generation_thread.join(20)
+        assert not ask.manager.is_running()
     assert_same(batch(model), [alone(model, prompt) for prompt in PROMPTS])
 
 
