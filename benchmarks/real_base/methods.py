@@ -161,8 +161,6 @@ _LORA, _PAIRS, _IA3 = (1e-3, 3e-3, 1e-2), (5e-3, 1.5e-2, 5e-2), (3e-2, 1e-1, 3e-
 
 _WHOLE = {"pair_weights": True, "skip_first_token": True}
 
-_PER_KV_HEAD = {"heads": "kv", "n": 32, "r": 18}  # as many parameters as `RECOMMENDED` has
-
 _NOT_FACTORISED = {"factorize_keys": False, "factorize_values": False}
 
 
@@ -185,25 +183,9 @@ _CHANGED: dict[str, tuple[str, Adapter]] = {
     "whole": ("n = 9, not factorised", Adapter(_recommended(n=9, **_NOT_FACTORISED), pairs_from_answers)),
     "n4": ("n = 4, r = 4", Adapter(_recommended(n=4, r=4), pairs_from_answers)),
     "kv": ("a pair for all query heads of a key/value head", Adapter(_recommended(heads="kv"), pairs_from_answers)),
-    "kv-16": (
-        "n = r = 16, a pair for all query heads of a key/value head",
-        Adapter(_recommended(heads="kv", n=16, r=16), pairs_from_answers),
-    ),
     "kv-32": (
         "n = 32, r = 18, a pair for all query heads of a key/value head",
-        Adapter(_recommended(**_PER_KV_HEAD), pairs_from_answers),
-    ),
-    "kv-keys-1": (
-        "one rate, a pair for all query heads of a key/value head",
-        Adapter(_recommended(heads="kv"), pairs_from_answers, key_lr_ratio=1.0),
-    ),
-    "kv-alpha-1": (
-        "alpha = 1, a pair for all query heads of a key/value head",
-        Adapter(_recommended(heads="kv", scale_self_attention=False), pairs_from_answers),
-    ),
-    "kv-decay": (
-        "weight decay 2, a pair for all query heads of a key/value head",
-        Adapter(_recommended(heads="kv"), pairs_from_answers, decay=2.0),
+        Adapter(_recommended(heads="kv", n=32, r=18), pairs_from_answers),
     ),
     "preconditioned": ("preconditioned factors", Adapter(_recommended(), pairs_from_answers, optimizer=Preconditioned)),
     "muon": ("Muon for the factors B", Adapter(_recommended(), pairs_from_answers, optimizer=MuonOfRows)),

@@ -149,15 +149,18 @@ def _of_one(records: Sequence[Record]) -> tuple[str, str]:
     return f"{seconds:.0f}", bytes_of(max(record["peak_bytes"] for record in alone))
 
 
-def change_table(found: Results, size: int) -> Table | None:
-    """What is recommended with one thing changed, over the tasks that all of these changes were tried on.
+def change_tables(found: Results, size: int) -> list[Table]:
+    """What is recommended with one thing changed: a table for those changes that were tried on the same tasks."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name in found.methods(size):
+        if name.startswith(f"{RECOMMENDED}-"):
+            tasks = tuple(task for task in found.tasks(size) if found.cell(task, name, size))
+            groups.setdefault(tasks, []).append(name)
+    return [_change_table(found, size, tasks, changed) for tasks, changed in groups.items()]
 
-    At one rate for all tasks: of those that were tried with most seeds, the one with the best mean.
-    """
-    changed = [name for name in found.methods(size) if name.startswith(f"{RECOMMENDED}-")]
-    tasks = [task for task in found.tasks(size) if all(found.cell(task, name, size) for name in changed)]
-    if not changed or not tasks:
-        return None
+
+def _change_table(found: Results, size: int, tasks: Sequence[str], changed: Sequence[str]) -> Table:
+    """At one rate for all tasks: of those that were tried with most seeds, the one with the best mean."""
     rates, means = dict[str, float](), dict[str, dict[int, float]]()
     for name in (RECOMMENDED, REFERENCES[0], *changed):
         at = {
@@ -210,7 +213,7 @@ def write(results: Path) -> Path:
                 compared = [name for name in REFERENCES if name in found.methods(size)]
                 tables += [difference_table(found, size, name) for name in compared]
                 tables += [cost_table(found, size), rate_table(found, size)]
-                tables += filter(None, [change_table(found, size)])
+                tables += change_tables(found, size)
             lines += ["", f"## {split.capitalize()} data, {'prompts' if size == PROMPTS else f'{size} samples'}"]
             for table in tables:
                 lines += ["", *table.markdown()]

@@ -551,8 +551,13 @@ def test_a_report_compares_what_was_changed_at_one_rate_on_the_same_tasks(tmp_pa
     with (tmp_path / "plural.jsonl").open("a") as file:  # the change was not tried on this task
         record = record_of(Job("plural", recommended, 16, 0, "validation", 0.1), 1.0)
         file.write(json.dumps(record | {"parameters": 7, "general_kl": 0.1, "start": {}, **LOSSES}) + "\n")
+    with (tmp_path / "past.jsonl").open("a") as file:  # another one on one task alone
+        record = record_of(Job("past", f"{recommended}-muon", 16, 0, "validation", 0.1), 0.8)
+        file.write(json.dumps(record | {"parameters": 7, "general_kl": 0.1, "start": {}, **LOSSES}) + "\n")
     text = report.write(tmp_path).read_text()
-    table = text.split("One change at a time: means over past, kind**")[1].splitlines()
+    muon = text.split("One change at a time: means over past**")[1].split("**")[0].splitlines()
+    assert cells_of(muon, f"{recommended}-muon") == [["7", "0.1", "80.0 (1)", "+30.0 (1)", "0.10 |"]]
+    table = text.split("One change at a time: means over past, kind**")[1].split("**")[0].splitlines()
     (one,), (other,) = cells_of(table, recommended), cells_of(table, changed)
     assert one == ["7", "0.1", "50.0 ± 127.1 (2)", "-", "0.10 |"]
     assert other == ["7", "0.1", "57.5 ± 31.8 (2)", "+7.5 ± 95.3 (2)", "0.10 |"]
