@@ -38,7 +38,7 @@ from transformers.generation.continuous_batching import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from peft_hificl import hotswap_adapter
+from peft_hificl import hotswap_adapter, interface
 from peft_hificl.block_sharing import BlockSharing, sharing_of
 
 from .helpers import VOCAB, adapted, build, config, gemma2, gpt_oss, hificl_layers, llama, logits
@@ -740,6 +740,20 @@ def test_paged_eager_is_for_continuous_batching_alone() -> None:
         logits(model, input_ids=torch.tensor([PROMPT]), attention_mask=torch.zeros(1, 1, 17, 17))
     base.set_attn_implementation("eager")
     assert_same(found, [alone(model, prompt) for prompt in PROMPTS])
+
+
+def test_keys_that_the_attention_module_has_written_are_taken_as_they_are() -> None:
+    """As since transformers 5.24: the attention function gets no cache, but those of all requests."""
+    base = build("gqa")
+    base.set_attn_implementation("paged|eager")
+    layer, _ = hificl_layers(get_peft_model(base, config()))
+    key, value = torch.randn(2, 1, 2, 5, 8)
+    attention = base.model.layers[0].self_attn
+    found = interface._with_paged_past(attention, layer, key, value, {"write_index": []})
+    assert found[0] is key and found[1] is value
+    base.config._attn_implementation_internal = "flex_attention"
+    with pytest.raises(ValueError, match="reads no paged cache under 'flex_attention'"):
+        interface._with_paged_past(attention, layer, key, value, {"write_index": []})
 
 
 def test_copies_check_themselves_and_unload_leaves_nothing() -> None:

@@ -147,6 +147,16 @@ def test_in_parts_with_a_mask_that_grows(name: str) -> None:
     torch.testing.assert_close(second.logits, whole[:, 8:])
 
 
+def test_a_cache_is_found_by_either_name() -> None:
+    """Whatever the transformers at hand calls it."""
+    model = trained().get_base_model()
+    (hook,) = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, PositionsFromMask)]
+    cache = model(input_ids=PADDED[:, :8], attention_mask=MASK[:, :8], use_cache=True).past_key_values
+    for name in ("past_key_values", "cache"):
+        _, given = hook(model, (), {"input_ids": PADDED[:, 8:], "attention_mask": MASK, name: cache})
+        assert given["position_ids"].tolist() == [list(range(2, PADDED.shape[1] - 6))]
+
+
 def test_holes_in_a_mask_keep_the_distances_of_the_base_model() -> None:
     """Only what lies before the first visible token is left out of the count, as only that changes no distance."""
     model, mask = trained(), MASK.clone()
