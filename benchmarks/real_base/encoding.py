@@ -114,11 +114,24 @@ class Answered(NamedTuple):
 
 def answered(model: nn.Module, batch: Batch, cache: Any = None) -> Answered:
     """How a model answers each row of a batch, behind what a cache holds."""
-    logits, targets = batch.logits(model, cache), batch.targets
-    wrong, loss = torch.zeros_like(batch.said), torch.zeros_like(batch.said, dtype=torch.float64)
-    wrong[batch.said] = logits.argmax(dim=-1) != targets
-    loss[batch.said] = cross_entropy(logits, targets, reduction="none").double()
-    return Answered(~wrong.any(dim=1), loss.sum(dim=1), batch.said.sum(dim=1))
+    owner = batch.said.nonzero()[:, 0]
+    return answers_of(batch.logits(model, cache), batch.targets, owner, len(batch.ids))
+
+
+def answers_of(logits: Tensor, targets: Tensor, owner: Tensor, rows: int) -> Answered:
+    """How rows are answered.
+
+    Args:
+        logits: (M, V).
+        targets: (M), the tokens that have to be said.
+        owner: (M), the rows that they belong to.
+        rows: how many there are.
+    """
+    zeros = torch.zeros(rows, dtype=torch.float64, device=logits.device)
+    tokens = zeros.index_add(0, owner, torch.ones_like(targets, dtype=torch.float64))
+    right = zeros.index_add(0, owner, (logits.argmax(dim=-1) == targets).double())
+    loss = zeros.index_add(0, owner, cross_entropy(logits, targets, reduction="none").double())
+    return Answered(right == tokens, loss, tokens)
 
 
 @torch.no_grad()

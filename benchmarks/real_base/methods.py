@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
+from torch import nn
 from torch.optim import AdamW
 from transformers import LlamaForCausalLM
 
@@ -139,6 +141,30 @@ def pairs_from_answers(model: PeftModel, rows: Sequence[Row]) -> None:
     initialize_from_demonstrations(model, {"input_ids": _prompt(model, ids)}, places)
 
 
+@torch.no_grad()
+def tied_from_answers(model: PeftModel, rows: Sequence[Row]) -> None:
+    """As `pairs_from_answers`, but all heads of a layer share the factor A: the nearest to what they begin with.
+
+    Of both factors the entries are about as large as with an A for each head.
+    """
+    pairs_from_answers(model, rows)
+    for layer in model.modules():
+        if isinstance(layer, HiFICLLayer):
+            for name in ("hificl_K", "hificl_V"):
+                left, right = (getattr(layer, f"{name}_{side}")["default"] for side in "AB")
+                heads, r, _ = right.weight.shape
+                whole = left.weight @ right.weight  # (H, n, d)
+                vectors, values, others = torch.linalg.svd(whole.transpose(0, 1).flatten(1), full_matrices=False)
+                size = values[:r].sqrt()
+                left.weight = nn.Parameter((vectors[:, :r] * size * heads**-0.25)[None])  # (1, n, r)
+                right.fill((others[:r].T * size * heads**0.25).unflatten(0, (heads, -1)).mT)
+                left.register_forward_hook(partial(_for_all_heads, heads=heads))
+
+
+def _for_all_heads(factor: nn.Module, inputs: object, value: torch.Tensor, heads: int) -> torch.Tensor:
+    return value.expand(heads, -1, -1)
+
+
 def pairs_from_prompt(model: PeftModel, rows: Sequence[Row]) -> None:
     """Pairs begin as the tokens and weights that come nearest to a prompt of eight demonstrations."""
     ids = [token for row in rows[:8] for token in row.ids]
@@ -189,6 +215,7 @@ _CHANGED: dict[str, tuple[str, Adapter]] = {
     ),
     "preconditioned": ("preconditioned factors", Adapter(_recommended(), pairs_from_answers, optimizer=Preconditioned)),
     "muon": ("Muon for the factors B", Adapter(_recommended(), pairs_from_answers, optimizer=MuonOfRows)),
+    "tied-32": ("n = 32, the factors A of all heads one", Adapter(_recommended(n=32), tied_from_answers)),
     "lower": (
         "in the lower half of the layers",
         Adapter(_recommended(layers_to_transform=list(range(15))), pairs_from_answers),

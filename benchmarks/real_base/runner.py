@@ -159,6 +159,12 @@ def _general(cache: Path) -> list[Row]:
     return encode_text(tokenizer, load_general(cache / "tasks"))
 
 
+@functools.cache
+def _before(cache: Path) -> list[torch.Tensor]:
+    """What the base says of the general sentences."""
+    return log_probabilities(load_base(cache / "model"), _general(cache))
+
+
 def perform(job: Job, cache: Path) -> Record:
     """Train and measure."""
     method, rows = METHODS[job.method], _task(cache, job.task)
@@ -193,13 +199,13 @@ def perform_together(jobs: Sequence[Job], cache: Path) -> list[Record]:
     base, tasks, general = load_base(cache / "model"), [_task(cache, job.task) for job in jobs], _general(cache)
     chosen = [training_rows(job.task, job.samples, job.seed, cache) for job in jobs]
     states = [_start(job.method, job.task, job.seed, min(job.samples, READ), cache) for job in jobs]
-    before = log_probabilities(base, general)
+    before = _before(cache)
     bare = replace(method.attach, start=None) if isinstance(method.attach, Adapter) else method.attach
     model, groups = bare(base, chosen[0], rate)
     model.eval()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     named = [group | {"params": [names[id(parameter)] for parameter in group["params"]]} for group in groups]
-    number = sum(parameter.numel() for parameter in trainable(model))
+    number = sum(value.numel() for value in states[0].values())
     stacked = Together(model, states)
 
     def found() -> list[Record]:
@@ -217,6 +223,10 @@ def perform_together(jobs: Sequence[Job], cache: Path) -> list[Record]:
         end = {"diverged": "the loss is not finite: the rate is too high", "score": 0.0} if bad else record
         records.append(asdict(job) | common | {"start": begun} | end)
     return records
+
+
+def _draws(method: Method) -> bool:
+    return isinstance(method.attach, Adapter) and method.attach.dropout > 0
 
 
 def optimizer_of(method: Method) -> type[AdamW]:
@@ -284,13 +294,16 @@ def run(jobs: Sequence[Job], results: Path, cache: Path, processes: int, at_once
 
 
 def parts_of(jobs: Sequence[Job], at_once: int) -> list[list[Job]]:
-    """Jobs that share a batch: trainings of one method and rate; prompts stay alone."""
+    """Jobs that share a batch: trainings of one method and rate.
+
+    Prompts stay alone, and so do methods whose draws for each row need a row for each.
+    """
     if at_once == 1:
         return [[job] for job in jobs]
     of = dict[tuple[str, float | None], list[Job]]()
     for job in jobs:
         of.setdefault((job.method, job.rate), []).append(job)
-    sizes = {key: at_once if key[1] is not None else 1 for key in of}
+    sizes = {key: 1 if key[1] is None or _draws(METHODS[key[0]]) else at_once for key in of}
     return [
         group[start : start + sizes[key]] for key, group in of.items() for start in range(0, len(group), sizes[key])
     ]

@@ -1,22 +1,22 @@
-"""Many trainings in one batch: the rows are blocks, and each block sees the parameters of its own training.
+"""Many trainings in one batch: each has one sequence of it, with parameters of its own.
 
 On a GPU, a batch of eight short rows leaves most of it idle, and a step takes as long as its launches.  So the
 parameters of K trainings of one method are stacked, ``(K, ...)``, and the rows of all of them pass the frozen base
-together.  Everything else is as in `runner.perform`: attached by PEFT, the same samples in the same order, the same
-losses, AdamW (which works element by element), and a gradient that is clipped for each training by itself.
+together, those of one training side by side (`packing`).  Everything else is as in `runner.perform`: attached by PEFT,
+the same samples in the same order, the same losses, AdamW (which works element by element), and a gradient that is
+clipped for each training by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, cycle, islice
 from typing import Any
 
 import torch
 from peft.tuners.ia3 import Linear as IA3Linear
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy, kl_div, pad
 from torch.optim import AdamW
 from transformers import DynamicCache
 
@@ -25,7 +25,8 @@ from peft_hificl.ops.formula import OF_THE_SOFTMAX, VirtualPairs
 
 from ..common.tables import Record
 from ..quality.training import fit
-from .encoding import BATCH, Batch, Row, answered
+from .encoding import BATCH, Row
+from .packing import Packed
 
 State = dict[str, Tensor]  # what is trained, by name
 Own = Mapping[str, Tensor]  # the stacked parameters of one module, by their names in it
@@ -39,7 +40,7 @@ def state_of(model: nn.Module) -> State:
 
 
 class Together(nn.Module):
-    """A model with an adapter whose batches are K blocks of equally many rows, each with parameters of its own.
+    """A model with an adapter whose batches are K sequences, each with parameters of its own.
 
     Args:
         model: with the adapter attached by PEFT; its modules compute with the stacked parameters from now on.
@@ -70,15 +71,24 @@ class Together(nn.Module):
             raise TypeError(f"There is no stacked form of {unknown[0]}: train this method alone.")
         self.prefix = next((self.stacked[name] for name in left), None)  # (K, n, 2 L G d)
 
-    def forward(self, input_ids: Tensor, past_key_values: None = None, **inputs: Any) -> Any:
-        cache = None if self.prefix is None else self._cache(self.prefix, len(input_ids) // self.number)
-        return self.model(input_ids=input_ids, past_key_values=cache, **inputs)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, **inputs: Any) -> Any:
+        cache = None
+        if self.prefix is not None:
+            cache, length = self._cache(self.prefix), self.prefix.shape[1]
+            attention_mask, position_ids = pad(attention_mask, (length, 0), value=True), position_ids + length
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            **inputs,
+        )
 
-    def _cache(self, prefix: Tensor, times: int) -> DynamicCache:
+    def _cache(self, prefix: Tensor) -> DynamicCache:
         config = self.model.config
         layers, groups = config.num_hidden_layers, config.num_key_value_heads
-        split = prefix.unflatten(-1, (layers, 2, groups, -1)).repeat_interleave(times, dim=0)  # (B, n, L, 2, G, d)
-        parts = split.permute(2, 3, 0, 4, 1, 5)  # (L, 2, B, G, n, d)
+        split = prefix.unflatten(-1, (layers, 2, groups, -1))  # (K, n, L, 2, G, d)
+        parts = split.permute(2, 3, 0, 4, 1, 5)  # (L, 2, K, G, n, d)
         return DynamicCache([(keys, values) for keys, values in parts])
 
 
@@ -87,22 +97,17 @@ def _lora(module: LoraLinear, own: Own) -> Callable[[Tensor], Tensor]:
     down, up = own[f"lora_A.{adapter}.weight"], own[f"lora_B.{adapter}.weight"]
 
     def forward(x: Tensor) -> Tensor:
-        blocks = x.reshape(len(down), -1, x.shape[-1])  # (K, B / K * T, in)
-        update: Tensor = scaling * (blocks @ down.mT @ up.mT)
-        return module.base_layer(x) + update.reshape(*x.shape[:-1], -1)
+        update: Tensor = scaling * (x @ down.mT @ up.mT)  # (K, N, out)
+        return module.base_layer(x) + update
 
     return forward
 
 
 def _ia3(module: IA3Linear, own: Own) -> Callable[[Tensor], Tensor]:
-    factors = own["ia3_l.default"].flatten(1)  # (K, in or out)
-
-    def scaled(x: Tensor) -> Tensor:
-        return x * factors.repeat_interleave(len(x) // len(factors), dim=0)[:, None]
-
+    factors = own["ia3_l.default"].flatten(1)[:, None]  # (K, 1, in or out)
     if module.is_feedforward:
-        return lambda x: module.base_layer(scaled(x))
-    return lambda x: scaled(module.base_layer(x))
+        return lambda x: module.base_layer(x * factors)
+    return lambda x: module.base_layer(x) * factors
 
 
 def _pairs(layer: HiFICLLayer, own: Own) -> Callable[..., VirtualPairs]:
@@ -115,10 +120,9 @@ def _pairs(layer: HiFICLLayer, own: Own) -> Callable[..., VirtualPairs]:
     def forward(query: Tensor, *_: object) -> VirtualPairs:
         layer.calls += 1  # else the package warns of an adapter without effect
         keys, values, logs = product("hificl_K"), product("hificl_V"), weights.get("hificl_W")
-        times = len(query) // len(keys)
         if logs is not None:
-            logs = logs.repeat_interleave(query.shape[1] // logs.shape[1], dim=1).repeat_interleave(times, dim=0)
-        return VirtualPairs(keys.repeat_interleave(times, 0), values.repeat_interleave(times, 0), logs, **flags)
+            logs = logs.repeat_interleave(query.shape[1] // logs.shape[1], dim=1)
+        return VirtualPairs(keys, values, logs, **flags)
 
     return forward
 
@@ -132,9 +136,9 @@ FORMS: Mapping[type[nn.Module], Callable[[Any, Own], Callable[..., Any]]] = {
 
 def losses(model: Together, blocks: Sequence[Sequence[Row]]) -> Tensor:
     """(K), the mean cross-entropy of the answers' tokens of each block."""
-    batch = Batch.of([row for block in blocks for row in block], next(model.model.parameters()).device)
-    values = cross_entropy(batch.logits(model), batch.targets, reduction="none")  # (N)
-    owner = batch.said.nonzero()[:, 0] // len(blocks[0])
+    batch = Packed.of(blocks, next(model.model.parameters()).device)
+    values = cross_entropy(batch.logits(model), batch.targets, reduction="none")  # (M)
+    owner = batch.said.nonzero()[:, 0]
     zeros = values.new_zeros(len(blocks))
     return zeros.index_add(0, owner, values) / zeros.index_add(0, owner, torch.ones_like(values))
 
@@ -187,17 +191,14 @@ def measure(model: Together, rows: Sequence[Sequence[Row]]) -> list[Record]:
     right, loss, tokens = torch.zeros(3, model.number, device=device, dtype=torch.float64)
     for start in range(0, max(map(len, rows)), BATCH):
         parts = [own[start : start + BATCH] for own in rows]
-        size = max(map(len, parts))
-        filled = [list(islice(chain(part, cycle(own)), size)) for own, part in zip(rows, parts, strict=True)]
-        counts = torch.tensor([len(part) for part in parts], device=device)
-        counted = (torch.arange(size, device=device) < counts[:, None]).flatten()  # (K size): not filled up
-        found = answered(model, Batch.of([row for block in filled for row in block], device))
+        sizes = torch.tensor([len(part) for part in parts])
+        found = Packed.of(parts, device).answered(model, int(sizes.sum()))
+        block = torch.arange(model.number).repeat_interleave(sizes).to(device)  # of each row
         for total, of_row in zip((right, loss, tokens), found, strict=True):
-            total.add_((counted * of_row).view(-1, size).sum(dim=1))
-    sizes = [len(own) for own in rows]
+            total.index_add_(0, block, of_row.double())
     return [
-        {"score": float(score) / size, "loss": float(mean)}
-        for score, mean, size in zip(right, loss / tokens, sizes, strict=True)
+        {"score": float(score) / len(own), "loss": float(mean)}
+        for score, mean, own in zip(right, loss / tokens, rows, strict=True)
     ]
 
 
@@ -213,7 +214,7 @@ def forgetting(model: Together, rows: Sequence[Row], before: Sequence[Tensor]) -
     sums = torch.zeros(3, model.number, dtype=torch.float64)
     tokens = 0
     for part, old in zip(_sentences(rows), before, strict=True):
-        batch = Batch.of(list(part) * model.number, old.device)
+        batch = Packed.of([part] * model.number, old.device)
         new = batch.logits(model).log_softmax(dim=-1).view(model.number, *old.shape)  # (K, N, V)
         targets = batch.targets.view(model.number, -1, 1)
         sums[0] -= old.gather(1, targets[0]).sum().cpu()
@@ -229,7 +230,7 @@ def forgetting(model: Together, rows: Sequence[Row], before: Sequence[Tensor]) -
 def log_probabilities(base: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
     """Of the tokens of a few rows at a time, (N, V)."""
     device = next(base.parameters()).device
-    return [Batch.of(part, device).logits(base).log_softmax(dim=-1) for part in _sentences(rows)]
+    return [Packed.of([part], device).logits(base).log_softmax(dim=-1) for part in _sentences(rows)]
 
 
 def _sentences(rows: Sequence[Row]) -> list[Sequence[Row]]:

@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.real_base import base, methods, optimizers, positions, report, runner, sources, task_vector, tasks
 from benchmarks.real_base.__main__ import CACHE, main
-from benchmarks.real_base.encoding import Batch, Row, encode, encode_text, forgetting, loss_of, measure
+from benchmarks.real_base.encoding import Batch, Row, answered, encode, encode_text, forgetting, loss_of, measure
 from benchmarks.real_base.methods import METHODS
+from benchmarks.real_base.packing import Packed
 from benchmarks.real_base.runner import Job, best_rate, load, perform, plan, run
 from benchmarks.real_base.tasks import Item, in_words, split
 from peft_hificl import HiFICLConfig, HiFICLLayer
@@ -126,6 +127,34 @@ def test_logits_are_those_of_the_answers_of_each_row_alone():
     torch.testing.assert_close(batch.logits(model), want)
     losses = torch.nn.functional.cross_entropy(want, batch.targets)
     torch.testing.assert_close(loss_of(model, rows), losses)
+
+
+def test_rows_side_by_side_have_the_logits_of_each_alone():
+    model, tokenizer = tiny_base().double(), byte_tokenizer()
+    blocks = [encode(tokenizer, SAMPLES["validation"]), encode(tokenizer, [("bc", "C"), ("bd", "DEFG")]), []]
+    packed = Packed.of(blocks, torch.device("cpu"))
+    rows = [row for block in blocks for row in block]
+    # Each row without its last token, less what a block's rows begin with ("Q: ", "Q: b"), which stands there once.
+    assert packed.ids.shape == (3, max(3 + sum(len(row.ids) - 4 for row in rows[:3]), 4 + 5 + 8))
+    want = torch.cat([model(input_ids=torch.tensor([row.ids])).logits[0, row.start - 1 : -1] for row in rows])
+    torch.testing.assert_close(packed.logits(model), want)
+    assert packed.targets.tolist() == [token for row in rows for token in row.ids[row.start :]]
+    whole = answered(model, Batch.of(rows, torch.device("cpu")))
+    for got, of_padded in zip(packed.answered(model, len(rows)), whole, strict=True):
+        torch.testing.assert_close(got, of_padded)
+
+
+@pytest.mark.parametrize("changes", [{}, {"skip_first_token": True}, {"heads": "kv"}])
+def test_pairs_meet_rows_side_by_side_as_they_meet_each_alone(changes):
+    model = get_peft_model(tiny_base(), HiFICLConfig(task_type="CAUSAL_LM", n=3, r=2, **changes))
+    model.double().eval()
+    for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+    rows = encode(byte_tokenizer(), SAMPLES["validation"])
+    want = torch.cat([model(input_ids=torch.tensor([row.ids])).logits[0, row.start - 1 : -1] for row in rows])
+    with model.disable_adapter():
+        assert (Packed.of([rows], torch.device("cpu")).logits(model) - want).abs().max() > 0.1
+    torch.testing.assert_close(Packed.of([rows], torch.device("cpu")).logits(model), want)
 
 
 def test_the_score_is_that_of_greedy_decoding():
@@ -253,6 +282,25 @@ def test_more_pairs_than_demonstrations_begin_as_several_words_of_each(number, w
     text = byte_tokenizer().decode(inputs["input_ids"][0])
     assert text == "Q: x\nA: ABC\nQ: yy\nA: DE\n" and len(places) == number
     assert "".join(text[place] for place in places) == words
+
+
+def test_heads_that_share_a_factor_begin_near_those_that_do_not():
+    """With as many ranks as pairs the shared factor has room for all."""
+    rows, name = encode(byte_tokenizer(), SAMPLES["train"]), f"{methods.RECOMMENDED}-tied-32"
+    config = HiFICLConfig(task_type="CAUSAL_LM", n=4, r=4, skip_first_token=True)
+    apart, one = (
+        replace(METHODS[name].attach, config=lambda: config, start=start)(tiny_base(), rows, 0.1)
+        for start in (methods.pairs_from_answers, methods.tied_from_answers)
+    )
+    layers = [[module for module in model.modules() if isinstance(module, HiFICLLayer)] for model, _ in (apart, one)]
+    for own, shared in zip(*layers, strict=True):
+        assert shared.hificl_K_A["default"].weight.shape == (1, 4, 4)
+        for got, want in zip(shared.pairs_of("default")[:2], own.pairs_of("default")[:2], strict=True):
+            torch.testing.assert_close(got, want)
+    ids = {"input_ids": torch.tensor([rows[0].ids])}
+    torch.testing.assert_close(one[0].eval()(**ids).logits, apart[0].eval()(**ids).logits, atol=1e-4, rtol=1e-3)
+    parameters = [parameter for group in one[1] for parameter in group["params"]]
+    assert sum(parameter.numel() for parameter in parameters) == 2 * 2 * (4 * 4 + 4 * 4 * 8)  # layers, keys and values
 
 
 def test_preconditioned_gradients_move_a_product_however_it_is_factorised(monkeypatch):
@@ -440,6 +488,8 @@ def test_what_has_no_stacked_form_is_refused(cache, monkeypatch):
 def test_jobs_share_a_batch_if_method_and_rate_are_the_same():
     jobs = [Job("past", "lora-3", 16, seed, "validation", rate) for seed in (0, 1, 2) for rate in (0.1, 0.2)]
     prompts = [Job("past", "1-shot", 1, seed, "validation") for seed in (0, 1)]
+    drawn = [Job("past", f"{methods.RECOMMENDED}-dropout", 16, seed, "validation", 0.1) for seed in (0, 1)]
+    assert runner.parts_of(drawn, 2) == [[job] for job in drawn]  # for each row, which there would share a sequence
     assert runner.parts_of([*jobs, *prompts], 1) == [[job] for job in (*jobs, *prompts)]
     parts = runner.parts_of([*jobs, *prompts], 2)
     assert [(len(part), part[0].rate) for part in parts] == [
