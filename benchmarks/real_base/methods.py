@@ -209,6 +209,10 @@ _CHANGED: dict[str, tuple[str, Adapter]] = {
     "whole": ("n = 9, not factorised", Adapter(_recommended(n=9, **_NOT_FACTORISED), pairs_from_answers)),
     "n4": ("n = 4, r = 4", Adapter(_recommended(n=4, r=4), pairs_from_answers)),
     "kv": ("a pair for all query heads of a key/value head", Adapter(_recommended(heads="kv"), pairs_from_answers)),
+    "kv-alpha-1-decay": (
+        "alpha = 1, weight decay 2, a pair for all query heads of a key/value head",
+        Adapter(_recommended(heads="kv", scale_self_attention=False), pairs_from_answers, decay=2.0),
+    ),
     "kv-32": (
         "n = 32, r = 18, a pair for all query heads of a key/value head",
         Adapter(_recommended(heads="kv", n=32, r=18), pairs_from_answers),
