@@ -27,8 +27,9 @@ class Preconditioned(AdamW):
         for first, second in _factors(self):
             assert first.grad is not None and second.grad is not None
             left, right = _gram(first.mT), _gram(second)  # (..., r, r)
-            first.grad = torch.linalg.solve(right, first.grad, left=False)
-            second.grad = torch.linalg.solve(left, second.grad)
+            # Into the same memory: a solution has its columns one after the other, which AdamW, if fused, takes for rows.
+            first.grad.copy_(torch.linalg.solve(right, first.grad, left=False))
+            second.grad.copy_(torch.linalg.solve(left, second.grad))
         super().step(*args)
 
 

@@ -318,6 +318,21 @@ def test_preconditioned_gradients_move_a_product_however_it_is_factorised(monkey
     torch.testing.assert_close(*moves)
 
 
+def test_preconditioned_steps_are_the_same_if_fused():
+    torch.manual_seed(0)
+    factors, gradients = ([torch.randn(2, 5, 3), torch.randn(2, 3, 4)] for _ in range(2))
+    found = []
+    for fused in (False, True):
+        own = [torch.nn.Parameter(factor.clone()) for factor in factors]
+        optimizer = optimizers.Preconditioned(own, lr=0.1, fused=fused)
+        for _ in range(2):
+            for parameter, gradient in zip(own, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+        found.append(own)
+    torch.testing.assert_close(*found)
+
+
 def test_muon_moves_each_factor_b_by_orthonormal_rows():
     torch.manual_seed(0)
     first, second, other = torch.randn(2, 5, 3), torch.randn(2, 3, 4), torch.randn(2, 5, 3)
