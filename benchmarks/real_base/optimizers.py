@@ -27,7 +27,7 @@ class Preconditioned(AdamW):
         for first, second in _factors(self):
             assert first.grad is not None and second.grad is not None
             left, right = _gram(first.mT), _gram(second)  # (..., r, r)
-            # Into the same memory: a solution has its columns one after the other, which AdamW, if fused, takes for rows.
+            # Into the same memory: a solution lies column by column, which AdamW, if fused, would read row by row.
             first.grad.copy_(torch.linalg.solve(right, first.grad, left=False))
             second.grad.copy_(torch.linalg.solve(left, second.grad))
         super().step(*args)
