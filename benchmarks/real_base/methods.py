@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -142,23 +142,50 @@ def pairs_from_answers(model: PeftModel, rows: Sequence[Row]) -> None:
 
 
 @torch.no_grad()
-def tied_from_answers(model: PeftModel, rows: Sequence[Row]) -> None:
-    """As `pairs_from_answers`, but all heads of a layer share the factor A: the nearest to what they begin with.
+def balanced_from_answers(model: PeftModel, rows: Sequence[Row]) -> None:
+    """As `pairs_from_answers`, with factors A = U sqrt(S), B = sqrt(S) W of the pairs' singular value decomposition.
 
-    Of both factors the entries are about as large as with an A for each head.
+    Both have the same norm, and a direction of the pairs that is small is small in both.  (The package's A has entries
+    of variance one, and a random rotation spreads the directions.)
     """
     pairs_from_answers(model, rows)
+    for left, right in _factors(model):
+        vectors, values, others = torch.linalg.svd(left.weight @ right.weight, full_matrices=False)
+        size = values[:, : left.weight.shape[-1], None].sqrt()  # (H, r, 1)
+        left.fill(vectors[..., : size.shape[1]] * size.mT)
+        right.fill(size * others[:, : size.shape[1]])
+
+
+@torch.no_grad()
+def tied_from_answers(model: PeftModel, rows: Sequence[Row], balanced: bool = True) -> None:
+    """As `balanced_from_answers`, but all heads of a layer share the factor A: the nearest to what they begin with.
+
+    Without `balanced` the entries of A have variance one, as the package's.
+    """
+    pairs_from_answers(model, rows)
+    for left, right in _factors(model):
+        heads, r, _ = right.weight.shape
+        whole = (left.weight @ right.weight).transpose(0, 1).flatten(1)  # (n, H d)
+        vectors, values, others = torch.linalg.svd(whole, full_matrices=False)
+        shared, own = vectors[:, :r], values[:r, None] * others[:r]  # (n, r), (r, H d)
+        if balanced:  # with entries of A and B as large as if each head had an A
+            size = values[:r].sqrt() * heads**-0.25
+            shared, own = shared * size, own / size[:, None]
+        else:
+            rotation = torch.linalg.qr(torch.randn(r, r))[0]
+            size = math.sqrt(len(whole))
+            shared, own = size * shared @ rotation, rotation.mT @ own / size
+        left.weight = nn.Parameter(shared[None])
+        right.fill(own.unflatten(1, (heads, -1)).transpose(0, 1))
+        left.register_forward_hook(partial(_for_all_heads, heads=heads))
+
+
+def _factors(model: PeftModel) -> Iterator[tuple[Any, Any]]:
+    """A and B of the keys and of the values of each layer."""
     for layer in model.modules():
         if isinstance(layer, HiFICLLayer):
             for name in ("hificl_K", "hificl_V"):
-                left, right = (getattr(layer, f"{name}_{side}")["default"] for side in "AB")
-                heads, r, _ = right.weight.shape
-                whole = left.weight @ right.weight  # (H, n, d)
-                vectors, values, others = torch.linalg.svd(whole.transpose(0, 1).flatten(1), full_matrices=False)
-                size = values[:r].sqrt()
-                left.weight = nn.Parameter((vectors[:, :r] * size * heads**-0.25)[None])  # (1, n, r)
-                right.fill((others[:r].T * size * heads**0.25).unflatten(0, (heads, -1)).mT)
-                left.register_forward_hook(partial(_for_all_heads, heads=heads))
+                yield getattr(layer, f"{name}_A")["default"], getattr(layer, f"{name}_B")["default"]
 
 
 def _for_all_heads(factor: nn.Module, inputs: object, value: torch.Tensor, heads: int) -> torch.Tensor:
@@ -219,7 +246,18 @@ _CHANGED: dict[str, tuple[str, Adapter]] = {
     ),
     "preconditioned": ("preconditioned factors", Adapter(_recommended(), pairs_from_answers, optimizer=Preconditioned)),
     "muon": ("Muon for the factors B", Adapter(_recommended(), pairs_from_answers, optimizer=MuonOfRows)),
-    "tied-32": ("n = 32, the factors A of all heads one", Adapter(_recommended(n=32), tied_from_answers)),
+    "balanced": ("balanced factors at the start", Adapter(_recommended(), balanced_from_answers)),
+    "kv-balanced": (
+        "balanced factors at the start, a pair for all query heads of a key/value head",
+        Adapter(_recommended(heads="kv"), balanced_from_answers),
+    ),
+    "tied-32": (
+        "n = 32, one factor A for all heads, balanced factors at the start",
+        Adapter(_recommended(n=32), tied_from_answers),
+    ),
+    "tied-32-unit": (
+        "n = 32, one factor A for all heads", Adapter(_recommended(n=32), partial(tied_from_answers, balanced=False))
+    ),
     "lower": (
         "in the lower half of the layers",
         Adapter(_recommended(layers_to_transform=list(range(15))), pairs_from_answers),

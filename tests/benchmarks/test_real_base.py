@@ -285,23 +285,30 @@ def test_more_pairs_than_demonstrations_begin_as_several_words_of_each(number, w
     assert "".join(text[place] for place in places) == words
 
 
-def test_heads_that_share_a_factor_begin_near_those_that_do_not():
-    """With as many ranks as pairs the shared factor has room for all."""
-    rows, name = encode(byte_tokenizer(), SAMPLES["train"]), f"{methods.RECOMMENDED}-tied-32"
+@pytest.mark.parametrize("name", ["balanced", "tied-32", "tied-32-unit"])
+def test_pairs_that_are_factorised_anew_begin_as_before(name):
+    """With as many ranks as pairs a factor that heads share has room for all."""
+    rows = encode(byte_tokenizer(), SAMPLES["train"])
     config = HiFICLConfig(task_type="CAUSAL_LM", n=4, r=4, skip_first_token=True)
-    apart, one = (
-        replace(METHODS[name].attach, config=lambda: config, start=start)(tiny_base(), rows, 0.1)
-        for start in (methods.pairs_from_answers, methods.tied_from_answers)
-    )
-    layers = [[module for module in model.modules() if isinstance(module, HiFICLLayer)] for model, _ in (apart, one)]
-    for own, shared in zip(*layers, strict=True):
-        assert shared.hificl_K_A["default"].weight.shape == (1, 4, 4)
-        for got, want in zip(shared.pairs_of("default")[:2], own.pairs_of("default")[:2], strict=True):
+    attach = replace(METHODS[f"{methods.RECOMMENDED}-{name}"].attach, config=lambda: config)
+    before, after = (replace(attach, start=start)(tiny_base(), rows, 0.1)
+                     for start in (methods.pairs_from_answers, attach.start))  # fmt: skip
+    layers = [[module for module in model.modules() if isinstance(module, HiFICLLayer)] for model, _ in (before, after)]
+    for old, new in zip(*layers, strict=True):
+        for got, want in zip(new.pairs_of("default")[:2], old.pairs_of("default")[:2], strict=True):
             torch.testing.assert_close(got, want)
+        left, right = new.hificl_K_A["default"].weight, new.hificl_K_B["default"].weight
+        if name == "tied-32-unit":
+            assert left.square().mean().item() == pytest.approx(1)
+        else:
+            gram = left.mT @ left  # of orthogonal columns
+            torch.testing.assert_close(gram, torch.diag_embed(gram.diagonal(dim1=1, dim2=2)), atol=1e-4, rtol=0)
+            assert right.norm().item() == pytest.approx((len(right) / len(left)) ** 0.5 * left.norm().item(), rel=1e-5)
     ids = {"input_ids": torch.tensor([rows[0].ids])}
-    torch.testing.assert_close(one[0].eval()(**ids).logits, apart[0].eval()(**ids).logits, atol=1e-4, rtol=1e-3)
-    parameters = [parameter for group in one[1] for parameter in group["params"]]
-    assert sum(parameter.numel() for parameter in parameters) == 2 * 2 * (4 * 4 + 4 * 4 * 8)  # layers, keys and values
+    torch.testing.assert_close(after[0].eval()(**ids).logits, before[0].eval()(**ids).logits, atol=1e-4, rtol=1e-3)
+    parameters = [parameter for group in after[1] for parameter in group["params"]]
+    of_a = 4 if name == "balanced" else 1
+    assert sum(parameter.numel() for parameter in parameters) == 2 * 2 * (of_a * 4 * 4 + 4 * 4 * 8)  # layers, K and V
 
 
 def test_preconditioned_gradients_move_a_product_however_it_is_factorised(monkeypatch):
