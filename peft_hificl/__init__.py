@@ -8,6 +8,7 @@ from .registration import add_peft_type, register, register_key_renaming
 
 add_peft_type()  # before the imports below, whose classes refer to PeftType.HIFICL
 
+from .balancing import balance_factors  # noqa: E402
 from .config import HiFICLConfig  # noqa: E402
 from .demonstrations import initialize_from_demonstrations  # noqa: E402
 from .hotswap import hotswap_adapter  # noqa: E402
@@ -39,6 +40,7 @@ __all__ = [
     "HiFICLModel",
     "Scoring",
     "VirtualPairs",
+    "balance_factors",
     "concatenate_pairs",
     "hotswap_adapter",
     "initialize_from_demonstrations",

@@ -15,7 +15,14 @@ from torch import nn
 from torch.optim import AdamW
 from transformers import LlamaForCausalLM
 
-from peft_hificl import HiFICLConfig, HiFICLLayer, VirtualPairs, initialize_from_demonstrations, parameter_groups
+from peft_hificl import (
+    HiFICLConfig,
+    HiFICLLayer,
+    VirtualPairs,
+    balance_factors,
+    initialize_from_demonstrations,
+    parameter_groups,
+)
 
 from ..common.tables import Record
 from ..quality.methods.adapters import hificl, one_word_each
@@ -141,19 +148,9 @@ def pairs_from_answers(model: PeftModel, rows: Sequence[Row]) -> None:
     initialize_from_demonstrations(model, {"input_ids": _prompt(model, ids)}, places)
 
 
-@torch.no_grad()
 def balanced_from_answers(model: PeftModel, rows: Sequence[Row]) -> None:
-    """As `pairs_from_answers`, with factors A = U sqrt(S), B = sqrt(S) W of the pairs' singular value decomposition.
-
-    Both have the same norm, and a direction of the pairs that is small is small in both.  (The package's A has entries
-    of variance one, and a random rotation spreads the directions.)
-    """
     pairs_from_answers(model, rows)
-    for left, right in _factors(model):
-        vectors, values, others = torch.linalg.svd(left.weight @ right.weight, full_matrices=False)
-        size = values[:, : left.weight.shape[-1], None].sqrt()  # (H, r, 1)
-        left.fill(vectors[..., : size.shape[1]] * size.mT)
-        right.fill(size * others[:, : size.shape[1]])
+    balance_factors(model)
 
 
 @torch.no_grad()

@@ -128,14 +128,14 @@ def loss_without(model: nn.Module, data: Data, adapter: Adapter, removed: Mappin
     return total / number
 
 
-def adapter_of(model: nn.Module, adapter_name: str | None) -> Adapter:
-    """The only active adapter of a model.
+def adapter_of(model: nn.Module, adapter_name: str | None, doing: str = "This measurement of an adapter") -> Adapter:
+    """The only active adapter of a model, for what an error calls `doing`.
 
     Raises:
         ValueError: none or several are active, or another one than that of the given name; or its heads are divided
             by tensor parallelism.
     """
-    sharding.check_whole(model, "This measurement of an adapter")
+    sharding.check_whole(model, doing)
     layers = {
         plain(name).removesuffix(f".{MODULE}"): module
         for name, module in model.named_modules()

@@ -82,6 +82,11 @@ STARTS = {
         "the identity by log-weights", _HIFICL, _paper(init_weights="identity", weight_lr_ratio=30, **_SKIP)
     ),
     "start-demos": trained("demonstrations, the first token skipped", _HIFICL, _own(skip_first_token=True)),
+    "start-balanced": trained(
+        "demonstrations, the first token skipped, balanced factors",
+        _HIFICL,
+        adapter(hificl(skip_first_token=True), from_demonstrations=True, key_lr_ratio=0.3, balanced=True),
+    ),
 }
 ALL_METHODS = METHODS | TRIALS | STARTS
 

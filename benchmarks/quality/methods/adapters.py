@@ -10,7 +10,7 @@ from peft import CartridgeConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, 
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
 from transformers import LlavaForConditionalGeneration
 
-from peft_hificl import HiFICLConfig, initialize_from_demonstrations, parameter_groups
+from peft_hificl import HiFICLConfig, balance_factors, initialize_from_demonstrations, parameter_groups
 
 from ..encoding import Row, collate
 from .learner import Attach, Learner, Setup, cross_entropy, trainable
@@ -25,6 +25,7 @@ def adapter(
     from_demonstrations: bool = False,
     key_lr_ratio: float = 1.0,
     weight_lr_ratio: float = 1.0,
+    balanced: bool = False,
 ) -> Attach:
     """An adapter that is trained by cross-entropy alone; HiFICL's keys and log-weights may have rates of their own."""
 
@@ -32,6 +33,8 @@ def adapter(
         model = get_peft_model(base, config())
         if from_demonstrations:
             read_demonstrations(model, setup)
+        if balanced:
+            balance_factors(model)
         one_rate: list[dict[str, Any]] = [{"params": trainable(model), "lr": setup.rate}]
         groups = parameter_groups(model, setup.rate, key_lr_ratio, weight_lr_ratio) if key_lr_ratio != 1 else one_rate
         return Learner(model, groups, cross_entropy(model, setup))
