@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from peft_hificl import HiFICLLayer, balance_factors
+from peft_hificl import HiFICLLayer, balance_factors, initialize_from_demonstrations
 
-from .helpers import adapted, hificl_layers, inputs_for, logits, train
+from .helpers import adapted, config, hificl_layers, inputs_for, logits, train
 
 
 def factors_of(layer: HiFICLLayer, kind: str, name: str = "default") -> tuple[Tensor, Tensor]:
@@ -46,6 +47,39 @@ def test_a_direction_without_size_can_still_be_learned() -> None:
     assert right[:, 3:].abs().min() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pairs_that_are_alike_leave_a_direction_that_can_be_learned(dtype: torch.dtype) -> None:
+    model = adapted("gqa", n=4, r=4).to(dtype)
+    initialize_from_demonstrations(model, {"input_ids": inputs_for("gqa", rows=1)["input_ids"]}, tokens=[2, 2, 5, 5])
+    before = logits(model, **inputs_for("gqa")).float()
+    balance_factors(model)
+    for layer in hificl_layers(model):
+        for kind in "KV":
+            left, right = factors_of(layer, kind)
+            assert right[:, :2].norm(dim=2).min() > 0 and not right[:, 2:].any()
+            lengths = left.norm(dim=1)  # (H, r)
+            assert (lengths[:, 2:] / lengths[:, :1]).aminmax().min > 0.2
+            assert (lengths[:, 2:] / lengths[:, :1]).aminmax().max < 5
+    torch.testing.assert_close(
+        logits(model, **inputs_for("gqa")).float(), before, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0
+    )
+
+
+def test_nothing_is_drawn_where_every_direction_has_a_size() -> None:
+    model = adapted("gqa")
+    state = torch.get_rng_state()
+    balance_factors(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_autocast_does_not_round_the_product() -> None:
+    model = adapted("gqa")
+    before = logits(model, **inputs_for("gqa"))
+    with torch.autocast("cpu", torch.bfloat16):
+        balance_factors(model)
+    torch.testing.assert_close(logits(model, **inputs_for("gqa")), before, atol=1e-5, rtol=1e-5)
+
+
 def test_what_has_no_product_stays_as_it_is() -> None:
     """Balanced, two factors of zero would never learn: V_B of the paper's start is zero, and V_A is not."""
     model = adapted("gqa", init_weights=True)
@@ -78,13 +112,33 @@ def test_in_half_precision_the_product_is_that_of_half_precision() -> None:
         assert (left.float() @ right.float() - old).norm() < 0.01 * old.norm()
 
 
-def test_errors_change_nothing() -> None:
+@pytest.mark.parametrize(
+    ("break_it", "error"),
+    [
+        (lambda weight: weight.to("meta"), "shape .4, 3, 2. on meta: the adapter is offloaded or sharded"),
+        (lambda weight: weight.flatten(), "shape .24,. on cpu: the adapter is offloaded or sharded"),  # FSDP1
+        (lambda weight: weight * float("nan"), "has weights that are not finite"),
+    ],
+)
+def test_errors_change_nothing(break_it: Callable[[Tensor], Tensor], error: str) -> None:
+    model = adapted("gqa")
+    layers = hificl_layers(model)
+    before = factors_of(layers[0], "K")[0].detach().clone()
+    factor = layers[1].hificl_V_A["default"]
+    factor.weight = torch.nn.Parameter(break_it(factor.weight.detach()))
+    with pytest.raises(ValueError, match=f"hificl_V of 'model.layers.1.self_attn' .*{error}"):
+        balance_factors(model)
+    assert torch.equal(factors_of(layers[0], "K")[0], before)
+
+
+def test_one_adapter_at_a_time() -> None:
     model = adapted("gqa")
     with pytest.raises(ValueError, match="There is no HiFICL adapter 'other' on this model"):
         balance_factors(model, "other")
-    layers = hificl_layers(model)
-    before = factors_of(layers[0], "K")[0].detach().clone()
-    layers[1].to("meta")
-    with pytest.raises(ValueError, match="layers.1.self_attn' is offloaded: balance it before"):
-        balance_factors(model)
-    assert torch.equal(factors_of(layers[0], "K")[0], before)
+    model.add_adapter("other", config())
+    before = factors_of(hificl_layers(model)[0], "K")[0].detach().clone()
+    with pytest.raises(ValueError, match=r"has \['default'\] as active HiFICL adapters: activate 'other' alone"):
+        balance_factors(model, "other")
+    model.set_adapter("other")
+    balance_factors(model)
+    assert torch.equal(factors_of(hificl_layers(model)[0], "K")[0], before)  # of the other one

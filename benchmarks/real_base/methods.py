@@ -169,7 +169,7 @@ def tied_from_answers(model: PeftModel, rows: Sequence[Row], balanced: bool = Tr
             size = values[:r].sqrt() * heads**-0.25
             shared, own = shared * size, own / size[:, None]
         else:
-            rotation = torch.linalg.qr(torch.randn(r, r))[0]
+            rotation = torch.linalg.qr(torch.randn(r, r, device=whole.device))[0]
             size = math.sqrt(len(whole))
             shared, own = size * shared @ rotation, rotation.mT @ own / size
         left.weight = nn.Parameter(shared[None])

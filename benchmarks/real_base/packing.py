@@ -1,13 +1,14 @@
 """Rows side by side in one sequence, so that hardly a token is padding and none is computed twice.
 
-The rows of a task are eight or fifteen tokens long, the longest half as long again, and all begin with ``Q:``.  Padded
-to a rectangle they cost a CPU, whose time is the number of tokens, twice what they need.
+The rows of a task are 8 to 19 tokens long in the mean, the longest up to twice as long, and all begin with ``Q:``.
+Padded to a rectangle, eight of them have 1.4 to 1.9 times as many tokens, and a CPU's time is about their number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,9 @@ class Packed:
 
     @classmethod
     def of(cls, blocks: Sequence[Sequence[Row]], device: torch.device) -> Packed:
+        assert all(
+            row.start > 0 for block in blocks for row in block
+        )  # something asks for the first token that is said
         shared = [_shared(block) for block in blocks]
         lengths = [
             first + sum(len(row.ids) - 1 - first for row in block) for first, block in zip(shared, blocks, strict=True)
@@ -64,7 +68,14 @@ class Packed:
         )  # fmt: skip
 
     def logits(self, model: nn.Module) -> Tensor:
-        """(M, V), the logits of the tokens that have to be said."""
+        """(M, V), the logits of the tokens that have to be said.
+
+        Raises:
+            ValueError: an implementation of attention that would add the mask to the scores as it is.
+        """
+        config: Any = next(module.config for module in model.modules() if hasattr(module, "config"))
+        if (found := config._attn_implementation) != "sdpa":
+            raise ValueError(f"Rows side by side need attn_implementation='sdpa', found {found!r}.")
         logits: Tensor = model(
             input_ids=self.ids,
             attention_mask=self.mask,

@@ -145,6 +145,14 @@ def test_rows_side_by_side_have_the_logits_of_each_alone():
         torch.testing.assert_close(got, of_padded)
 
 
+def test_rows_side_by_side_are_refused_where_a_boolean_mask_would_be_added():
+    model = tiny_base()
+    model.set_attn_implementation("eager")
+    packed = Packed.of([encode(byte_tokenizer(), SAMPLES["validation"])], torch.device("cpu"))
+    with pytest.raises(ValueError, match="need attn_implementation='sdpa', found 'eager'"):
+        packed.logits(model)
+
+
 @pytest.mark.parametrize("changes", [{}, {"skip_first_token": True}, {"heads": "kv"}])
 def test_pairs_meet_rows_side_by_side_as_they_meet_each_alone(changes):
     model = get_peft_model(tiny_base(), HiFICLConfig(task_type="CAUSAL_LM", n=3, r=2, **changes))
