@@ -131,6 +131,14 @@ def test_errors_change_nothing(break_it: Callable[[Tensor], Tensor], error: str)
     assert torch.equal(factors_of(layers[0], "K")[0], before)
 
 
+def test_parameters_that_are_sharded_are_refused() -> None:
+    """FSDP2's are DTensors, which have a mesh of devices, and the shape of the whole."""
+    model = adapted("gqa")
+    hificl_layers(model)[1].hificl_K_B["default"].weight.device_mesh = object()
+    with pytest.raises(ValueError, match="the adapter is offloaded or sharded. Balance it before"):
+        balance_factors(model)
+
+
 def test_one_adapter_at_a_time() -> None:
     model = adapted("gqa")
     with pytest.raises(ValueError, match="There is no HiFICL adapter 'other' on this model"):

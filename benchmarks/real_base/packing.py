@@ -33,9 +33,7 @@ class Packed:
 
     @classmethod
     def of(cls, blocks: Sequence[Sequence[Row]], device: torch.device) -> Packed:
-        assert all(
-            row.start > 0 for block in blocks for row in block
-        )  # something asks for the first token that is said
+        assert all(row.start > 0 for block in blocks for row in block)  # the first token of a row is asked of nothing
         shared = [_shared(block) for block in blocks]
         lengths = [
             first + sum(len(row.ids) - 1 - first for row in block) for first, block in zip(shared, blocks, strict=True)
