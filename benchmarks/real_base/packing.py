@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .encoding import Answered, Row, answers_of
 
@@ -34,34 +35,29 @@ class Packed:
     @classmethod
     def of(cls, blocks: Sequence[Sequence[Row]], device: torch.device) -> Packed:
         assert all(row.start > 0 for block in blocks for row in block)  # the first token of a row is asked of nothing
-        shared = [_shared(block) for block in blocks]
-        lengths = [
-            first + sum(len(row.ids) - 1 - first for row in block) for first, block in zip(shared, blocks, strict=True)
-        ]
-        shape = len(blocks), max(lengths)
-        ids, positions = torch.zeros(2, *shape, dtype=torch.long)
-        row_of = torch.full(shape, -1)  # -1: padding
-        said = torch.zeros(shape, dtype=torch.bool)
+        parts: list[list[Tensor]] = []
         targets, owner, number = list[int](), list[int](), 0
-        for block, (first, rows) in enumerate(zip(shared, blocks, strict=True)):
-            if rows:
-                ids[block, :first] = torch.tensor(rows[0].ids[:first], dtype=torch.long)
-                positions[block, :first] = torch.arange(first)
-                row_of[block, :first] = SHARED
-            place = first
+        for rows in blocks:
+            first = _shared(rows)
+            tokens, places = list(rows[0].ids[:first] if rows else ()), list(range(first))
+            numbers, asked = [SHARED] * first, [0] * first
             for row in rows:
-                end = place + len(row.ids) - 1 - first
-                ids[block, place:end] = torch.tensor(row.ids[first:-1])
-                positions[block, place:end] = torch.arange(first, len(row.ids) - 1)
-                row_of[block, place:end] = number
-                said[block, place + row.start - 1 - first : end] = True
+                last = len(row.ids) - 1
+                tokens += row.ids[first:last]
+                places += range(first, last)
+                numbers += [number] * (last - first)
+                asked += [0] * (row.start - 1 - first) + [1] * (last + 1 - row.start)
                 targets += row.ids[row.start :]
-                owner += [number] * (len(row.ids) - row.start)
-                place, number = end, number + 1
+                owner += [number] * (last + 1 - row.start)
+                number += 1
+            parts.append([torch.tensor(of, dtype=torch.long) for of in (tokens, places, numbers, asked)])
+        ids, positions, row_of, said = (
+            pad_sequence(of, batch_first=True, padding_value=padding)
+            for of, padding in zip(zip(*parts, strict=True), (0, 0, -1, 0), strict=True)
+        )
         seen = (row_of[:, :, None] == row_of[:, None]) | (row_of == SHARED)[:, None]  # (K, N, N)
-        mask = seen & torch.ones(shape[1], shape[1], dtype=torch.bool).tril()
         return cls(
-            ids.to(device), positions.to(device), mask[:, None].to(device), said.to(device),
+            ids.to(device), positions.to(device), seen.tril()[:, None].to(device), said.bool().to(device),
             torch.tensor(targets, device=device), torch.tensor(owner, device=device),
         )  # fmt: skip
 
