@@ -87,9 +87,9 @@ class Adapter:
         model = get_peft_model(base, self.config())
         if self.start is not None:
             self.start(model, rows)
-        if not isinstance(model.active_peft_config, HiFICLConfig):
-            return model, [{"params": trainable(model), "lr": rate}]
-        groups = parameter_groups(model, rate, self.key_lr_ratio, self.weight_lr_ratio)
+        groups: list[dict[str, Any]] = [{"params": trainable(model), "lr": rate}]
+        if isinstance(model.active_peft_config, HiFICLConfig):
+            groups = parameter_groups(model, rate, self.key_lr_ratio, self.weight_lr_ratio)
         if self.beside is not None:
             base.add_adapter(self.beside(), "beside")
             base.set_adapter(["default", "beside"])
@@ -148,14 +148,35 @@ def pairs_from_answers(model: PeftModel, rows: Sequence[Row]) -> None:
     initialize_from_demonstrations(model, {"input_ids": _prompt(model, ids)}, places)
 
 
-def balanced_from_answers(model: PeftModel, rows: Sequence[Row]) -> None:
-    pairs_from_answers(model, rows)
-    balance_factors(model)
+def pairs_from_colons(model: PeftModel, rows: Sequence[Row], answers: bool = False) -> None:
+    """Each pair begins as the token before a demonstration's answer, at which the answer is predicted.
+
+    With `answers` every second pair begins as a word of the answer behind it.
+    """
+    n = model.active_peft_config.n // (2 if answers else 1)
+    ids, places, said = list[int](), list[int](), list[range]()
+    for row in rows[:n]:
+        places.append(len(ids) + row.start - 1)
+        said.append(range(len(ids) + row.start, len(ids) + len(row.ids) - 1))
+        ids += row.ids
+    if answers:
+        places = [place for both in zip(places, one_word_each(said), strict=True) for place in both]
+    initialize_from_demonstrations(model, {"input_ids": _prompt(model, ids)}, places)
+
+
+def balanced(start: Callable[[PeftModel, Sequence[Row]], None]) -> Callable[[PeftModel, Sequence[Row]], None]:
+    """A start with the same pairs, whose factors are balanced."""
+
+    def begin(model: PeftModel, rows: Sequence[Row]) -> None:
+        start(model, rows)
+        balance_factors(model)
+
+    return begin
 
 
 @torch.no_grad()
 def tied_from_answers(model: PeftModel, rows: Sequence[Row], balanced: bool = True) -> None:
-    """As `balanced_from_answers`, but all heads of a layer share the factor A: the nearest to what they begin with.
+    """As `balanced(pairs_from_answers)`, but all heads of a layer share A: the nearest to what they begin with.
 
     Without `balanced` the entries of A have variance one, as the package's.
     """
@@ -213,6 +234,8 @@ _WHOLE = {"pair_weights": True, "skip_first_token": True}
 
 _NOT_FACTORISED = {"factorize_keys": False, "factorize_values": False}
 
+_EVEN = list(range(0, 30, 2))  # every second layer
+
 
 def _recommended(**changes: Any) -> Callable[[], PeftConfig]:
     return hificl(**({"skip_first_token": True} | changes))
@@ -243,11 +266,52 @@ _CHANGED: dict[str, tuple[str, Adapter]] = {
     ),
     "preconditioned": ("preconditioned factors", Adapter(_recommended(), pairs_from_answers, optimizer=Preconditioned)),
     "muon": ("Muon for the factors B", Adapter(_recommended(), pairs_from_answers, optimizer=MuonOfRows)),
-    "balanced": ("balanced factors at the start", Adapter(_recommended(), balanced_from_answers)),
+    "balanced": ("balanced factors at the start", Adapter(_recommended(), balanced(pairs_from_answers))),
     "kv-balanced": (
         "balanced factors at the start, a pair for all query heads of a key/value head",
-        Adapter(_recommended(heads="kv"), balanced_from_answers),
+        Adapter(_recommended(heads="kv"), balanced(pairs_from_answers)),
     ),
+    **{
+        f"balanced-{name}": (f"{title}, balanced factors at the start", adapter)
+        for name, title, adapter in (
+            ("16", "n = 16", Adapter(_recommended(n=16), balanced(pairs_from_answers))),
+            ("colons", "from the tokens before the answers", Adapter(_recommended(), balanced(pairs_from_colons))),
+            (
+                "both", "n = 16, from the tokens before the answers and from words of them",
+                Adapter(_recommended(n=16), balanced(partial(pairs_from_colons, answers=True))),
+            ),
+            (
+                "prompt", "from the nearest to eight demonstrations, with log-weights",
+                Adapter(_recommended(pair_weights=True), balanced(pairs_from_prompt)),
+            ),
+            ("keys-1", "one rate", Adapter(_recommended(), balanced(pairs_from_answers), key_lr_ratio=1.0)),
+            (
+                "keys-3", "keys at three times the rate",
+                Adapter(_recommended(), balanced(pairs_from_answers), key_lr_ratio=3.0),
+            ),
+            (
+                "alpha-1", "alpha = 1",
+                Adapter(_recommended(scale_self_attention=False), balanced(pairs_from_answers)),
+            ),
+            ("decay", "weight decay 2", Adapter(_recommended(), balanced(pairs_from_answers), decay=2.0)),
+            (
+                "second", "in every second layer",
+                Adapter(_recommended(layers_to_transform=_EVEN), balanced(pairs_from_answers)),
+            ),
+            (
+                "second-16", "n = 16, r = 16, in every second layer",
+                Adapter(_recommended(n=16, r=16, layers_to_transform=_EVEN), balanced(pairs_from_answers)),
+            ),
+            (
+                "kv-16", "n = 16, r = 16, a pair for all query heads of a key/value head",
+                Adapter(_recommended(heads="kv", n=16, r=16), balanced(pairs_from_answers)),
+            ),
+            (
+                "lora", "r = 5, beside LoRA r = 1",
+                Adapter(_recommended(r=5), balanced(pairs_from_answers), beside=lora(1)),
+            ),
+        )
+    },
     "tied-32": (
         "n = 32, one factor A for all heads, balanced factors at the start",
         Adapter(_recommended(n=32), tied_from_answers),
@@ -260,7 +324,7 @@ _CHANGED: dict[str, tuple[str, Adapter]] = {
         Adapter(_recommended(layers_to_transform=list(range(15))), pairs_from_answers),
     ),
     "second": (
-        "in every second layer", Adapter(_recommended(layers_to_transform=list(range(0, 30, 2))), pairs_from_answers)
+        "in every second layer", Adapter(_recommended(layers_to_transform=_EVEN), pairs_from_answers)
     ),
     "decay": ("weight decay 2", Adapter(_recommended(), pairs_from_answers, decay=2.0)),
     "dropout": ("a fifth of the pairs dropped in training", Adapter(_recommended(), pairs_from_answers, dropout=0.2)),
@@ -276,6 +340,8 @@ METHODS: dict[str, Method] = {
     "task-vector": Method("Task Vector of 16 samples", shots=16, answer=task_vector.answer),
     "lora-3": Method("LoRA, r = 3", rates=_LORA, attach=Adapter(lora(3))),
     "lora-8": Method("LoRA, r = 8", rates=_LORA, attach=Adapter(lora(8))),
+    "lora-qv": Method("LoRA on q and v, r = 6", rates=_LORA, attach=Adapter(lora(6, ["q_proj", "v_proj"]))),
+    "lora-3-decay": Method("LoRA, r = 3, weight decay 2", rates=_LORA, attach=Adapter(lora(3), decay=2.0)),
     "lora-mlp": Method(
         "LoRA on the MLP, r = 2", rates=_LORA, attach=Adapter(lora(2, ["gate_proj", "up_proj", "down_proj"]))
     ),

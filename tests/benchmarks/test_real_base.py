@@ -220,12 +220,15 @@ def test_methods_that_are_trained_may_try_as_many_rates():
     assert not any(method.rates for name, method in METHODS.items() if name not in TRAINED)
 
 
+KEYS_3 = f"{methods.RECOMMENDED}-balanced-keys-3"
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_each_method_trains_what_it_adds_and_nothing_else(name):
     rows, model_before = encode(byte_tokenizer(), SAMPLES["train"]), tiny_base().state_dict()
     base_model = tiny_base()
     model, groups = METHODS[name].attach(base_model, rows, 0.5)
-    assert max(group["lr"] for group in groups) == (15.0 if name == "hificl-identity" else 0.5)
+    assert max(group["lr"] for group in groups) == 0.5 * {"hificl-identity": 30, KEYS_3: 3}.get(name, 1)
     trained = {id(parameter) for group in groups for parameter in group["params"]}
     assert trained == {id(parameter) for parameter in model.parameters() if parameter.requires_grad} != set()
     loss_of(model, rows).backward()
@@ -291,6 +294,20 @@ def test_more_pairs_than_demonstrations_begin_as_several_words_of_each(number, w
     text = byte_tokenizer().decode(inputs["input_ids"][0])
     assert text == "Q: x\nA: ABC\nQ: yy\nA: DE\n" and len(places) == number
     assert "".join(text[place] for place in places) == words
+
+
+@pytest.mark.parametrize(("answers", "words"), [(False, "::"), (True, ": :E")])
+def test_pairs_begin_as_the_tokens_before_answers(answers, words, monkeypatch):
+    seen = []
+    monkeypatch.setattr(methods, "initialize_from_demonstrations", lambda *args: seen.append(args[1:]))
+    model = get_peft_model(tiny_base(), HiFICLConfig(task_type="CAUSAL_LM", n=len(words), r=2))
+    rows = encode(byte_tokenizer(), [("x", "ABC"), ("yy", "DEF"), ("z", "GHI"), ("q", "J")][: 2 if answers else 4])
+    methods.pairs_from_colons(model, rows, answers)
+    ((inputs, places),) = seen
+    text = byte_tokenizer().decode(inputs["input_ids"][0])
+    assert text == "Q: x\nA: ABC\nQ: yy\nA: DEF\n"
+    assert "".join(text[place] for place in places) == words
+    assert all(text[place - 1] == "A" for place in places if text[place] == ":")
 
 
 @pytest.mark.parametrize("name", ["balanced", "tied-32", "tied-32-unit"])
@@ -482,7 +499,7 @@ def test_a_prompt_shows_the_first_of_the_samples_that_others_train_on(cache, qui
 def test_trainings_in_one_batch_are_those_of_each_alone(name, cache, monkeypatch):
     """Other tasks, seeds, sizes and splits in one batch: every number is that of PEFT's own modules, job by job."""
     monkeypatch.setattr(runner, "STEPS", 8)
-    rate = 0.01 if name.startswith("lora") else 0.3
+    rate = 0.01 if name.startswith("lora") else 0.1 if name == KEYS_3 else 0.3
     jobs = [
         Job("past", name, 12, 0, "validation", rate),
         Job("kind", name, 9, 1, "test", rate),
