@@ -164,6 +164,12 @@ def pairs_from_colons(model: PeftModel, rows: Sequence[Row], answers: bool = Fal
     initialize_from_demonstrations(model, {"input_ids": _prompt(model, ids)}, places)
 
 
+def pairs_from_first_tokens(model: PeftModel, rows: Sequence[Row]) -> None:
+    """Pairs begin as the first n tokens of a prompt of demonstrations, as `prefix_from_prompt` has it."""
+    ids = [token for row in rows for token in row.ids][: model.active_peft_config.n]
+    initialize_from_demonstrations(model, {"input_ids": _prompt(model, ids)}, range(len(ids)))
+
+
 def balanced(start: Callable[[PeftModel, Sequence[Row]], None]) -> Callable[[PeftModel, Sequence[Row]], None]:
     """A start with the same pairs, whose factors are balanced."""
 
@@ -241,6 +247,11 @@ def _recommended(**changes: Any) -> Callable[[], PeftConfig]:
     return hificl(**({"skip_first_token": True} | changes))
 
 
+def _open(**changes: Any) -> Callable[[], PeftConfig]:
+    """For pairs of which the first is an attention sink, so that the first token of a text needs no other."""
+    return _recommended(skip_first_token=False, **changes)
+
+
 # What is recommended, with one thing changed: tried on validation data alone.
 _CHANGED: dict[str, tuple[str, Adapter]] = {
     "alpha-1": ("alpha = 1", Adapter(_recommended(scale_self_attention=False), pairs_from_answers)),
@@ -309,6 +320,28 @@ _CHANGED: dict[str, tuple[str, Adapter]] = {
             (
                 "lora", "r = 5, beside LoRA r = 1",
                 Adapter(_recommended(r=5), balanced(pairs_from_answers), beside=lora(1)),
+            ),
+        )
+    },
+    **{
+        name: (f"the first tokens of a prompt, seen by the first token too, {title}", adapter)
+        for name, title, adapter in (
+            ("27", "n = 27, r = 7, balanced", Adapter(_open(n=27, r=7), balanced(pairs_from_first_tokens))),
+            (
+                "kv-27", "n = 27, r = 18, balanced, per key/value head",
+                Adapter(_open(heads="kv", n=27, r=18), balanced(pairs_from_first_tokens)),
+            ),
+            (
+                "kv-27-keys-1", "n = 27, r = 18, balanced, per key/value head, one rate",
+                Adapter(_open(heads="kv", n=27, r=18), balanced(pairs_from_first_tokens), key_lr_ratio=1.0),
+            ),
+            (
+                "kv-27-whole", "n = 27, not factorised, per key/value head",
+                Adapter(_open(heads="kv", n=27, **_NOT_FACTORISED), pairs_from_first_tokens),
+            ),
+            (
+                "kv-64", "n = 64, r = 14, balanced, per key/value head",
+                Adapter(_open(heads="kv", n=64, r=14), balanced(pairs_from_first_tokens)),
             ),
         )
     },
