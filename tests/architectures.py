@@ -771,7 +771,7 @@ saved and loaded, or disabled, is bit-equal.
 attention implementation without a mark is one that transformers does not offer for the model; ✗ and the notes tell what
 the base model itself does not do. An architecture that is not listed may well work: what decides is that its attention
 dispatches through transformers' attention interface; one that does not is refused when an adapter is attached.
-[Flash attention packages](how-it-works.md#flash-attention-packages) have no column: none was run.
+[Flash attention packages](how-it-works.md#flash-attention-packages) have no column: no model here was run with one.
 """
 
 

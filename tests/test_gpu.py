@@ -38,25 +38,28 @@ BLOCKS = {"cudnn": (BF16, 72), "flash": (BF16, 37), "efficient": (FP32, 37), "ef
 # it multiplies them with the values, then its output, and the merge rounds once more, each by at most eps / 2 and not
 # all in one direction; an H100 gave 0.35. Its backward also rounds the gradients of the scores, which are differences,
 # and the gradient of the queries is the sum of two that are rounded; there it was 0.5. Float32: the matrix units take
-# products of TF32 parts, and sums over d and S add up; 6 and 11. The gradient of sinks is a small sum of large terms:
-# twice as much, 32 in float32. Whatever else is wrong (a mask, a pair, an LSE) is off by a good part of 1, which is 128
-# eps of bfloat16.
+# products of TF32 parts, and sums over d and S add up; 6 and 11. The gradient of sinks is a sum over all queries, which
+# may cancel: its error is measured against the root of the sum of their squares. Whatever else is wrong (a mask, a
+# pair, an LSE) is off by a good part of 1, which is 128 eps of bfloat16.
 FORWARD = {BF16: 0.5, FP16: 0.5, FP32: 12.0}
 BACKWARD = {BF16: 1.0, FP16: 1.0, FP32: 24.0}
 
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-Within = Callable[[str, Tensor, Tensor, torch.dtype, float], None]
+Within = Callable[..., None]
 
 
 @pytest.fixture
 def within(record_property: Callable[[str, object], None]) -> Within:
     """Assert that an error is so many eps at most; how many it was goes into `--junitxml`."""
 
-    def check(name: str, got: Tensor, want: Tensor, dtype: torch.dtype, units: float) -> None:
+    def check(
+        name: str, got: Tensor, want: Tensor, dtype: torch.dtype, units: float, beside: Tensor | None = None
+    ) -> None:
         assert got.shape == want.shape, name
         got, want = got.detach().double().cpu(), want.detach().double().cpu()
-        error = float((got - want).norm() / want.norm().clamp_min(1e-3)) / torch.finfo(dtype).eps
+        size = (want if beside is None else beside).norm().clamp_min(1e-3)
+        error = float((got - want).norm() / size) / torch.finfo(dtype).eps
         record_property(name, error)
         assert error <= units, f"{name}: {error:.2f} eps of {dtype}"
 
@@ -170,13 +173,22 @@ def check(
     assert got.dtype == dtype and got.device.type == DEVICE.type
     within("output", got, want, dtype, FORWARD[dtype])
     direction = torch.randn(want.shape).to(dtype)
+    beside = {"sinks": of_each_query(want, exact["sinks"], direction.double())} if "sinks" in exact else {}
     expected = torch.autograd.grad(want, list(exact.values()), direction.double())
     found = torch.autograd.grad(got, list(mine.values()), change.get("grad", Tensor.clone)(direction.to(DEVICE)))
     for name, a, b in zip(inputs, found, expected, strict=True):
         assert a.dtype == dtype
-        within(name, a, b, dtype, BACKWARD[dtype] * (2 if name == "sinks" else 1))
+        within(name, a, b, dtype, BACKWARD[dtype], beside.get(name))
     with torch.no_grad():
         within("without gradients", run(merged.attention, mine, *given), want, dtype, FORWARD[dtype])
+
+
+def of_each_query(output: Tensor, sinks: Tensor, direction: Tensor) -> Tensor:
+    """(B T, H), what each query adds to the gradient of the sinks."""
+    rows, _, length, _ = output.shape
+    one = torch.eye(rows * length, dtype=output.dtype).view(-1, rows, 1, length, 1)
+    (terms,) = torch.autograd.grad(output, sinks, one * direction, retain_graph=True, is_grads_batched=True)
+    return terms
 
 
 def chosen(dtype: torch.dtype, options: dict[str, Any], length: int = 37, size: int | None = None) -> str:
@@ -717,7 +729,10 @@ def test_gradient_checkpointing(reentrant: bool, implementation: str, within: Wi
     found = adapter_gradients(model, model(**inputs, use_cache=False).logits, seen)
     assert found.keys() == want.keys()
     for name, gradient in found.items():
-        within(name, gradient, want[name], BF16, BACKWARD[BF16])
+        # Flex attention is compiled once for the forward without gradients and once for the one with; on an H200 their
+        # rounding came to 2.9 eps in the gradient of the first layer.
+        bound = MODEL[BF16] if implementation == "flex_attention" else BACKWARD[BF16]
+        within(name, gradient, want[name], BF16, bound)
 
 
 @dtypes(BF16, FP16)
