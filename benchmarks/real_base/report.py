@@ -8,7 +8,7 @@ from statistics import fmean, median
 
 from ..common.tables import Record, Table, bytes_of, count, decimal
 from ..quality.statistics import Interval, holm, interval, paired
-from .methods import METHODS, RECOMMENDED
+from .methods import ANSWERS, METHODS
 from .runner import SPLITS, Job, best_rate, load
 from .tasks import TASKS
 
@@ -150,10 +150,10 @@ def _of_one(records: Sequence[Record]) -> tuple[str, str]:
 
 
 def change_tables(found: Results, size: int) -> list[Table]:
-    """What is recommended with one thing changed: a table for those changes that were tried on the same tasks."""
+    """`ANSWERS` with one thing changed: a table for those changes that were tried on the same tasks."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name in found.methods(size):
-        if name.startswith(f"{RECOMMENDED}-"):
+        if name.startswith(f"{ANSWERS}-"):
             tasks = tuple(task for task in found.tasks(size) if found.cell(task, name, size))
             groups.setdefault(tasks, []).append(name)
     return [_change_table(found, size, tasks, changed) for tasks, changed in groups.items()]
@@ -162,14 +162,14 @@ def change_tables(found: Results, size: int) -> list[Table]:
 def _change_table(found: Results, size: int, tasks: Sequence[str], changed: Sequence[str]) -> Table:
     """At one rate for all tasks: of those that were tried with most seeds, the one with the best mean."""
     rates, means = dict[str, float](), dict[str, dict[int, float]]()
-    for name in (RECOMMENDED, REFERENCES[0], *changed):
+    for name in (ANSWERS, REFERENCES[0], *changed):
         at = {
             rate: over_tasks(scores(found.cell(task, name, size, rate)) for task in tasks)
             for rate in set.intersection(*(found.rates(task, name, size) for task in tasks))
         }
         if any(at.values()):
             rates[name], means[name] = max(at.items(), key=lambda item: (len(item[1]), fmean(item[1].values() or [0])))
-    compared = [name for name in (RECOMMENDED, REFERENCES[0]) if name in means]
+    compared = [name for name in (ANSWERS, REFERENCES[0]) if name in means]
     rows = []
     for name, of in means.items():
         less = []

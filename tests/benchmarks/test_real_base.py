@@ -220,15 +220,12 @@ def test_methods_that_are_trained_may_try_as_many_rates():
     assert not any(method.rates for name, method in METHODS.items() if name not in TRAINED)
 
 
-KEYS_3 = f"{methods.RECOMMENDED}-balanced-keys-3"
-
-
 @pytest.mark.parametrize("name", TRAINED)
 def test_each_method_trains_what_it_adds_and_nothing_else(name):
     rows, model_before = encode(byte_tokenizer(), SAMPLES["train"]), tiny_base().state_dict()
     base_model = tiny_base()
     model, groups = METHODS[name].attach(base_model, rows, 0.5)
-    assert max(group["lr"] for group in groups) == 0.5 * {"hificl-identity": 30, KEYS_3: 3}.get(name, 1)
+    assert max(group["lr"] for group in groups) == (15.0 if name == "hificl-identity" else 0.5)
     trained = {id(parameter) for group in groups for parameter in group["params"]}
     assert trained == {id(parameter) for parameter in model.parameters() if parameter.requires_grad} != set()
     loss_of(model, rows).backward()
@@ -296,26 +293,12 @@ def test_more_pairs_than_demonstrations_begin_as_several_words_of_each(number, w
     assert "".join(text[place] for place in places) == words
 
 
-@pytest.mark.parametrize(("answers", "words"), [(False, "::"), (True, ": :E")])
-def test_pairs_begin_as_the_tokens_before_answers(answers, words, monkeypatch):
-    seen = []
-    monkeypatch.setattr(methods, "initialize_from_demonstrations", lambda *args: seen.append(args[1:]))
-    model = get_peft_model(tiny_base(), HiFICLConfig(task_type="CAUSAL_LM", n=len(words), r=2))
-    rows = encode(byte_tokenizer(), [("x", "ABC"), ("yy", "DEF"), ("z", "GHI"), ("q", "J")][: 2 if answers else 4])
-    methods.pairs_from_colons(model, rows, answers)
-    ((inputs, places),) = seen
-    text = byte_tokenizer().decode(inputs["input_ids"][0])
-    assert text == "Q: x\nA: ABC\nQ: yy\nA: DEF\n"
-    assert "".join(text[place] for place in places) == words
-    assert all(text[place - 1] == "A" for place in places if text[place] == ":")
-
-
 @pytest.mark.parametrize("name", ["balanced", "tied-32", "tied-32-unit"])
 def test_pairs_that_are_factorised_anew_begin_as_before(name):
     """With as many ranks as pairs a factor that heads share has room for all."""
     rows = encode(byte_tokenizer(), SAMPLES["train"])
     config = HiFICLConfig(task_type="CAUSAL_LM", n=4, r=4, skip_first_token=True)
-    attach = replace(METHODS[f"{methods.RECOMMENDED}-{name}"].attach, config=lambda: config)
+    attach = replace(METHODS[f"{methods.ANSWERS}-{name}"].attach, config=lambda: config)
     before, after = (replace(attach, start=start)(tiny_base(), rows, 0.1)
                      for start in (methods.pairs_from_answers, attach.start))  # fmt: skip
     layers = [[module for module in model.modules() if isinstance(module, HiFICLLayer)] for model, _ in (before, after)]
@@ -384,9 +367,9 @@ def test_muon_moves_each_factor_b_by_orthonormal_rows():
 
 def test_pairs_are_dropped_in_training_alone():
     rows = encode(byte_tokenizer(), SAMPLES["train"])
-    model, _ = METHODS[f"{methods.RECOMMENDED}-dropout"].attach(tiny_base(), rows, 0.1)
+    model, _ = METHODS[f"{methods.ANSWERS}-dropout"].attach(tiny_base(), rows, 0.1)
     ids = {"input_ids": torch.tensor([rows[0].ids])}
-    plain, _ = METHODS[methods.RECOMMENDED].attach(tiny_base(), rows, 0.1)
+    plain, _ = METHODS[methods.ANSWERS].attach(tiny_base(), rows, 0.1)
     torch.testing.assert_close(model.eval()(**ids).logits, plain.eval()(**ids).logits)
     trained = [model.train()(**ids).logits for _ in range(2)]
     assert not torch.allclose(*trained) and all(logits.isfinite().all() for logits in trained)
@@ -397,11 +380,10 @@ def test_pairs_are_dropped_in_training_alone():
     assert 0.1 < weights.isneginf().float().mean() < 0.3 and set(weights[weights.isfinite()].tolist()) == {0.0}
 
 
-def test_weight_decay_belongs_to_each_group():
-    _, groups = METHODS[f"{methods.RECOMMENDED}-decay"].attach(
-        tiny_base(), encode(byte_tokenizer(), SAMPLES["train"]), 1
-    )
-    assert [group["weight_decay"] for group in groups] == [2.0, 2.0]
+@pytest.mark.parametrize(("name", "groups"), [(f"{methods.ANSWERS}-decay", 2), ("lora-3-decay", 1)])
+def test_weight_decay_belongs_to_each_group(name, groups):
+    _, found = METHODS[name].attach(tiny_base(), encode(byte_tokenizer(), SAMPLES["train"]), 1)
+    assert [group["weight_decay"] for group in found] == [2.0] * groups
 
 
 def test_a_prefix_begins_as_the_first_tokens_of_a_prompt():
@@ -428,7 +410,7 @@ def tried(scores, method="lora-3"):
 
 def test_whole_pairs_of_key_value_heads_begin_as_a_prefix(cache):
     """Prefix tuning's start is a case of HiFICL's; their training differs by the positions that keys are rotated to."""
-    names = f"{methods.RECOMMENDED}-kv-27-whole", "prefix-demos"
+    names = f"{methods.ANSWERS}-kv-27-whole", "prefix-demos"
     ours, prefix = (perform(Job("past", name, 12, 0, "validation", 0.01), cache) for name in names)
     assert ours["parameters"] == prefix["parameters"]
     for field in ("score", "loss", "general_loss", "general_kl"):
@@ -508,7 +490,7 @@ def test_a_prompt_shows_the_first_of_the_samples_that_others_train_on(cache, qui
 def test_trainings_in_one_batch_are_those_of_each_alone(name, cache, monkeypatch):
     """Other tasks, seeds, sizes and splits in one batch: every number is that of PEFT's own modules, job by job."""
     monkeypatch.setattr(runner, "STEPS", 8)
-    rate = 0.01 if name.startswith("lora") else 0.1 if "balanced-keys" in name or "27-keys" in name else 0.3
+    rate = 0.01 if name.startswith("lora") else 0.3
     jobs = [
         Job("past", name, 12, 0, "validation", rate),
         Job("kind", name, 9, 1, "test", rate),
@@ -545,7 +527,7 @@ def test_what_has_no_stacked_form_is_refused(cache, monkeypatch):
 def test_jobs_share_a_batch_if_method_and_rate_are_the_same():
     jobs = [Job("past", "lora-3", 16, seed, "validation", rate) for seed in (0, 1, 2) for rate in (0.1, 0.2)]
     prompts = [Job("past", "1-shot", 1, seed, "validation") for seed in (0, 1)]
-    drawn = [Job("past", f"{methods.RECOMMENDED}-dropout", 16, seed, "validation", 0.1) for seed in (0, 1)]
+    drawn = [Job("past", f"{methods.ANSWERS}-dropout", 16, seed, "validation", 0.1) for seed in (0, 1)]
     assert runner.parts_of(drawn, 2) == [[job] for job in drawn]  # for each row, which there would share a sequence
     assert runner.parts_of([*jobs, *prompts], 1) == [[job] for job in (*jobs, *prompts)]
     parts = runner.parts_of([*jobs, *prompts], 2)
@@ -647,7 +629,7 @@ def test_a_report_has_means_differences_and_costs(tmp_path):
 
 
 def test_a_report_compares_what_was_changed_at_one_rate_on_the_same_tasks(tmp_path):
-    recommended, changed = methods.RECOMMENDED, f"{methods.RECOMMENDED}-kv"
+    recommended, changed = methods.ANSWERS, f"{methods.ANSWERS}-kv"
     scores = {  # by task, then by seed; the best rate of the first has fewer seeds
         (recommended, 0.1): ((0.5, 0.7), (0.3, 0.5)), (recommended, 0.2): ((0.9,), (0.9,)),
         (changed, 0.1): ((0.6, 0.7), (0.5, 0.5)), (changed, 0.2): ((0.1, 0.2), (0.9, 0.6)),
