@@ -44,9 +44,8 @@ class Results:
         self.sizes = sorted({size if METHODS[name].attach else PROMPTS for _, name, size in self._cells})
 
     def rate(self, task: str, method: str, size: int) -> float | None:
-        rates = self._cells.get((task, method, size), {})
         best = best_rate(self.done, task, method, size)
-        return best if best in rates else min(rates, default=None)
+        return min(self.rates(task, method, size), default=None) if best is None else best
 
     def rates(self, task: str, method: str, size: int) -> set[float]:
         return set(self._cells.get((task, method, size), {}))
@@ -54,7 +53,7 @@ class Results:
     def cell(self, task: str, method: str, size: int, rate: float | None = None) -> Cell:
         size = size if METHODS[method].attach else METHODS[method].shots
         rate = self.rate(task, method, size) if rate is None else rate
-        return {} if rate is None else self._cells[task, method, size][rate]
+        return self._cells.get((task, method, size), {}).get(rate or 0.0, {})
 
     def tasks(self, size: int) -> list[str]:
         names = [name for name, method in METHODS.items() if (method.attach is None) == (size == PROMPTS)]

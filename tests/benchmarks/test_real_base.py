@@ -628,6 +628,17 @@ def test_a_report_has_means_differences_and_costs(tmp_path):
     assert difference == ["+5.0 ± 63.5 (2)", "-5.0 ± 63.5 (2)", "+0.0 ± 0.0 (2)", "1.000 |"]
 
 
+def test_a_report_has_no_score_at_a_rate_that_validation_data_did_not_choose(tmp_path):
+    for task, tested in (("past", 0.2), ("kind", 0.1)):
+        compared = ("lora-3", "lora-8")
+        jobs = {Job(task, of, 16, 0, "validation", rate): rate for of in compared for rate in (0.1, 0.2)}
+        jobs |= {Job(task, of, 16, 0, "test", rate): 0.5 for of, rate in zip(compared, (tested, 0.2), strict=True)}
+        lines = [json.dumps(record_of(job, value) | {"parameters": 1}) for job, value in jobs.items()]
+        (tmp_path / f"{task}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    lines = report.write(tmp_path).read_text().split("## Validation data")[0].splitlines()
+    assert cells_of(lines, "lora-3")[0] == ["50.0 (1)", "-", "- |"]
+
+
 def test_a_report_compares_what_was_changed_at_one_rate_on_the_same_tasks(tmp_path):
     recommended, changed = methods.ANSWERS, f"{methods.ANSWERS}-kv"
     scores = {  # by task, then by seed; the best rate of the first has fewer seeds
