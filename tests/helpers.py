@@ -236,3 +236,11 @@ def changed(folder: Path, change: Callable[[Tensor], Tensor]) -> None:
     key = next(key for key in tensors if "V_A" in key)
     tensors[key] = change(tensors[key])
     save_file(tensors, path)
+
+
+def of_each_query(output: Tensor, sinks: Tensor, direction: Tensor) -> Tensor:
+    """(B T, H), what each query adds to the gradient of the sinks."""
+    rows, _, length, _ = output.shape
+    one = torch.eye(rows * length, dtype=output.dtype).view(-1, rows, 1, length, 1)
+    (terms,) = torch.autograd.grad(output, sinks, one * direction, retain_graph=True, is_grads_batched=True)
+    return terms

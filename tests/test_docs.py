@@ -103,7 +103,8 @@ SCORES = {
 TRAINED_LANGUAGE_MODEL = {
     "lora-8": "LoRA, r = 8",
     "lora-3": "LoRA, r = 3",
-    "hificl-skip-demos": "HiFICL as in the example, n = 8, r = 8",
+    "hificl-skip-demos-balanced": "HiFICL as in the example, n = 8, r = 8",
+    "hificl-skip-demos": "the same without `balance_factors`",
 }
 
 

@@ -22,7 +22,7 @@ from peft_hificl.ops import merged
 from peft_hificl.ops.packages import Packing, sequences_of_mask, sequences_of_positions
 
 from .flash_packages import SIGNATURES
-from .helpers import VOCAB
+from .helpers import VOCAB, of_each_query
 
 NAMED = [name for name in os.environ.get("FLASH_KERNELS", "").split(",") if name]
 INSTALLED = {
@@ -41,15 +41,15 @@ implementations = pytest.mark.parametrize(
 )
 
 DEVICE = torch.device("cuda")
-# Errors are ||got - want|| / ||want||, in units of the dtype's eps: as in test_gpu.py, with a margin, as these packages
-# have not been run.
+# Errors are ||got - want|| / ||want||, in units of the dtype's eps: as in test_gpu.py, with a margin, as most of these
+# packages have not been run.
 FORWARD, BACKWARD = 1.0, 2.0
 
 
-def within(name: str, got: Tensor, want: Tensor, units: float) -> None:
+def within(name: str, got: Tensor, want: Tensor, units: float, scale: Tensor | None = None) -> None:
     eps = torch.finfo(got.dtype).eps
     got, want = got.detach().double().cpu(), want.detach()
-    error = float((got - want).norm() / want.norm().clamp_min(1e-3)) / eps
+    error = float((got - want).norm() / (want if scale is None else scale).norm().clamp_min(1e-3)) / eps
     assert error <= units, f"{name}: {error:.2f} eps"
 
 
@@ -101,10 +101,11 @@ def test_values_and_gradients(
     got = run(merged.attention, mine, packing)
     within("output", got, want, FORWARD)
     direction = torch.randn(want.shape).to(dtype)
+    scales = {"sinks": of_each_query(want, exact["sinks"], direction.double())}
     expected = torch.autograd.grad(want, list(exact.values()), direction.double())
     found = torch.autograd.grad(got, list(mine.values()), direction.to(DEVICE))
     for name, a, b in zip(x, found, expected, strict=True):
-        within(name, a, b, BACKWARD)
+        within(name, a, b, BACKWARD, scales.get(name))
 
 
 @implementations

@@ -29,7 +29,7 @@ from ..quality import training
 from ..real_base.__main__ import CACHE
 from ..real_base.base import load_base, load_tokenizer
 from ..real_base.encoding import Row, encode, loss_of, measure
-from ..real_base.methods import pairs_from_answers
+from ..real_base.methods import pairs_from_answers, with_balanced_factors
 from ..real_base.runner import BATCH, STEPS
 from ..real_base.tasks import Sample, load_task
 from . import adapters
@@ -113,7 +113,7 @@ def teach(base: LlamaForCausalLM, rows: Sequence[Row], seed: int, title: str) ->
     chosen = [rows[number] for number in training.samples(len(rows), SAMPLES, seed)]
     set_seed(seed)
     model = get_peft_model(base, HiFICLConfig(task_type="CAUSAL_LM", n=8, r=8, skip_first_token=True))
-    pairs_from_answers(model, chosen)
+    with_balanced_factors(pairs_from_answers)(model, chosen)
     batches = track(training.batches(range(len(chosen)), STEPS, seed, BATCH), title, total=STEPS)
 
     def loss(numbers: list[int]) -> torch.Tensor:

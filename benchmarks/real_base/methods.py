@@ -37,6 +37,7 @@ LORA_RATIO = 0.2  # of the rates that are best for a LoRA and for HiFICL alone
 
 Attached = tuple[PeftModel, list[dict[str, Any]]]  # a model and the groups of parameters that are trained
 Attach = Callable[[LlamaForCausalLM, Sequence[Row], float], Attached]  # of a base, training samples and a rate
+Start = Callable[[PeftModel, Sequence[Row]], None]  # sets what an adapter begins with, by training samples
 
 
 def prompted(base: LlamaForCausalLM, rows: Mapping[str, Sequence[Row]], split: str, shown: Sequence[Row]) -> Record:
@@ -75,7 +76,7 @@ class Adapter:
     """
 
     config: Callable[[], PeftConfig]
-    start: Callable[[PeftModel, Sequence[Row]], None] | None = None
+    start: Start | None = None
     key_lr_ratio: float = 0.3
     weight_lr_ratio: float = 1.0
     beside: Callable[[], PeftConfig] | None = None
@@ -87,9 +88,10 @@ class Adapter:
         model = get_peft_model(base, self.config())
         if self.start is not None:
             self.start(model, rows)
-        groups: list[dict[str, Any]] = [{"params": trainable(model), "lr": rate}]
         if isinstance(model.active_peft_config, HiFICLConfig):
             groups = parameter_groups(model, rate, self.key_lr_ratio, self.weight_lr_ratio)
+        else:
+            groups = [{"params": trainable(model), "lr": rate}]
         if self.beside is not None:
             base.add_adapter(self.beside(), "beside")
             base.set_adapter(["default", "beside"])
@@ -150,11 +152,11 @@ def pairs_from_answers(model: PeftModel, rows: Sequence[Row]) -> None:
 
 def pairs_from_first_tokens(model: PeftModel, rows: Sequence[Row]) -> None:
     """Pairs begin as the first n tokens of a prompt of demonstrations, as `prefix_from_prompt` has it."""
-    ids = [token for row in rows for token in row.ids][: model.active_peft_config.n]
+    ids = _first_tokens(rows, model.active_peft_config.n)
     initialize_from_demonstrations(model, {"input_ids": _prompt(model, ids)}, range(len(ids)))
 
 
-def balanced(start: Callable[[PeftModel, Sequence[Row]], None]) -> Callable[[PeftModel, Sequence[Row]], None]:
+def with_balanced_factors(start: Start) -> Start:
     """A start with the same pairs, whose factors are balanced."""
 
     def begin(model: PeftModel, rows: Sequence[Row]) -> None:
@@ -166,7 +168,7 @@ def balanced(start: Callable[[PeftModel, Sequence[Row]], None]) -> Callable[[Pef
 
 @torch.no_grad()
 def tied_from_answers(model: PeftModel, rows: Sequence[Row], balanced: bool = True) -> None:
-    """As `balanced(pairs_from_answers)`, but all heads of a layer share A: the nearest to what they begin with.
+    """Answer words, balanced, but all heads of a layer share a factor A: the nearest to what they begin with.
 
     Without `balanced` the entries of A have variance one, as the package's.
     """
@@ -209,9 +211,13 @@ def pairs_from_prompt(model: PeftModel, rows: Sequence[Row]) -> None:
 @torch.no_grad()
 def prefix_from_prompt(model: PeftModel, rows: Sequence[Row]) -> None:
     """A prefix begins as the first tokens of a prompt of demonstrations."""
-    ids = [token for row in rows for token in row.ids][: model.active_peft_config.num_virtual_tokens]
+    ids = _first_tokens(rows, model.active_peft_config.num_virtual_tokens)
     cache = model.get_base_model()(input_ids=_prompt(model, ids), use_cache=True).past_key_values
     initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
+
+
+def _first_tokens(rows: Sequence[Row], number: int) -> list[int]:
+    return [token for row in rows for token in row.ids][:number]
 
 
 def _prompt(model: PeftModel, ids: list[int]) -> torch.Tensor:
@@ -228,6 +234,8 @@ _NOT_FACTORISED = {"factorize_keys": False, "factorize_values": False}
 def _skipping(**changes: Any) -> Callable[[], PeftConfig]:
     return hificl(**({"skip_first_token": True} | changes))
 
+
+_TITLE = "HiFICL from answer words, the first token skipped"
 
 # `ANSWERS` with one thing changed, or a few; a change that was best on validation data was taken to the test data.
 _CHANGED: dict[str, tuple[str, Adapter]] = {
@@ -254,42 +262,24 @@ _CHANGED: dict[str, tuple[str, Adapter]] = {
     ),
     "preconditioned": ("preconditioned factors", Adapter(_skipping(), pairs_from_answers, optimizer=Preconditioned)),
     "muon": ("Muon for the factors B", Adapter(_skipping(), pairs_from_answers, optimizer=MuonOfRows)),
-    "balanced": ("balanced factors at the start", Adapter(_skipping(), balanced(pairs_from_answers))),
+    "balanced": ("balanced factors at the start", Adapter(_skipping(), with_balanced_factors(pairs_from_answers))),
     "kv-balanced": (
         "balanced factors at the start, a pair for all query heads of a key/value head",
-        Adapter(_skipping(heads="kv"), balanced(pairs_from_answers)),
+        Adapter(_skipping(heads="kv"), with_balanced_factors(pairs_from_answers)),
     ),
     **{
         f"balanced-{name}": (f"{title}, balanced factors at the start", adapter)
         for name, title, adapter in (
-            ("16", "n = 16", Adapter(_skipping(n=16), balanced(pairs_from_answers))),
-            ("keys-1", "one rate", Adapter(_skipping(), balanced(pairs_from_answers), key_lr_ratio=1.0)),
+            ("16", "n = 16", Adapter(_skipping(n=16), with_balanced_factors(pairs_from_answers))),
+            ("keys-1", "one rate", Adapter(_skipping(), with_balanced_factors(pairs_from_answers), key_lr_ratio=1.0)),
             (
                 "alpha-1", "alpha = 1",
-                Adapter(_skipping(scale_self_attention=False), balanced(pairs_from_answers)),
+                Adapter(_skipping(scale_self_attention=False), with_balanced_factors(pairs_from_answers)),
             ),
-            ("decay", "weight decay 2", Adapter(_skipping(), balanced(pairs_from_answers), decay=2.0)),
+            ("decay", "weight decay 2", Adapter(_skipping(), with_balanced_factors(pairs_from_answers), decay=2.0)),
             (
                 "lora", "r = 5, beside LoRA r = 1",
-                Adapter(_skipping(r=5), balanced(pairs_from_answers), beside=lora(1)),
-            ),
-        )
-    },
-    **{  # the first of these pairs is an attention sink, so that the first token of a text needs no other
-        name: (f"the first tokens of a prompt, seen by the first token too, {title}", adapter)
-        for name, title, adapter in (
-            ("27", "n = 27, r = 7, balanced", Adapter(hificl(n=27, r=7), balanced(pairs_from_first_tokens))),
-            (
-                "kv-27", "n = 27, r = 18, balanced, per key/value head",
-                Adapter(hificl(heads="kv", n=27, r=18), balanced(pairs_from_first_tokens)),
-            ),
-            (
-                "kv-27-whole", "n = 27, not factorised, per key/value head",
-                Adapter(hificl(heads="kv", n=27, **_NOT_FACTORISED), pairs_from_first_tokens),
-            ),
-            (
-                "kv-64", "n = 64, r = 14, balanced, per key/value head",
-                Adapter(hificl(heads="kv", n=64, r=14), balanced(pairs_from_first_tokens)),
+                Adapter(_skipping(r=5), with_balanced_factors(pairs_from_answers), beside=lora(1)),
             ),
         )
     },
@@ -345,7 +335,7 @@ METHODS: dict[str, Method] = {
         attach=Adapter(hificl(init_weights="identity", **_WHOLE), weight_lr_ratio=30),
     ),
     ANSWERS: Method(
-        "HiFICL from answer words, the first token skipped", rates=_PAIRS,
+        _TITLE, rates=_PAIRS,
         attach=Adapter(hificl(skip_first_token=True), pairs_from_answers),
     ),
     "hificl-lora": Method(
@@ -355,8 +345,25 @@ METHODS: dict[str, Method] = {
     "hificl-matched": Method(
         "HiFICL from matched demonstrations", rates=_PAIRS, attach=Adapter(hificl(**_WHOLE), pairs_from_prompt)
     ),
+    # The first of these pairs is an attention sink itself, so that the first token of a text may see them.
+    "hificl-prompt-27": Method(
+        "HiFICL from the first tokens of a prompt, n = 27, r = 7, balanced factors", rates=_PAIRS,
+        attach=Adapter(hificl(n=27, r=7), with_balanced_factors(pairs_from_first_tokens)),
+    ),
+    "hificl-prompt-kv-27": Method(
+        "HiFICL from the first tokens of a prompt, n = 27, r = 18, balanced factors, per key/value head", rates=_PAIRS,
+        attach=Adapter(hificl(heads="kv", n=27, r=18), with_balanced_factors(pairs_from_first_tokens)),
+    ),
+    "hificl-prompt-kv-27-whole": Method(
+        "HiFICL from the first tokens of a prompt, n = 27, not factorised, per key/value head", rates=_PAIRS,
+        attach=Adapter(hificl(heads="kv", n=27, **_NOT_FACTORISED), pairs_from_first_tokens),
+    ),
+    "hificl-prompt-kv-64": Method(
+        "HiFICL from the first tokens of a prompt, n = 64, r = 14, balanced factors, per key/value head", rates=_PAIRS,
+        attach=Adapter(hificl(heads="kv", n=64, r=14), with_balanced_factors(pairs_from_first_tokens)),
+    ),
     **{
-        f"{ANSWERS}-{name}": Method(f"HiFICL from answer words, but {title}", rates=_PAIRS, attach=attach)
+        f"{ANSWERS}-{name}": Method(f"{_TITLE}, {title}", rates=_PAIRS, attach=attach)
         for name, (title, attach) in _CHANGED.items()
     },
 }  # fmt: skip

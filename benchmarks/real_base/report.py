@@ -22,7 +22,8 @@ Score: the share of answers that are right to the last token, in %. Mean ± half
 seeds, whose number stands in brackets; a seed draws the training samples, their order and the start. Prompts do not
 depend on the number of training samples: a k-shot prompt shows the first k of them. A mean over tasks is given where
 every task of the table was measured, over the seeds that all of them have. The rate is that with the best mean on
-validation data of the same task and number of samples; where none was tried there, the lowest that was run.
+validation data of the same task and number of samples; where none was tried there, the lowest that was run. What was
+not run at that rate has no score.
 
 Forgetting: the mean loss of a token of 64 sentences that no task is about, with and without the adapter, and
 KL(base || adapted) of these tokens in nats; at the start, before the first step, and after training."""
@@ -53,7 +54,7 @@ class Results:
     def cell(self, task: str, method: str, size: int, rate: float | None = None) -> Cell:
         size = size if METHODS[method].attach else METHODS[method].shots
         rate = self.rate(task, method, size) if rate is None else rate
-        return self._cells.get((task, method, size), {}).get(rate or 0.0, {})
+        return {} if rate is None else self._cells.get((task, method, size), {}).get(rate, {})
 
     def tasks(self, size: int) -> list[str]:
         names = [name for name, method in METHODS.items() if (method.attach is None) == (size == PROMPTS)]
@@ -149,7 +150,7 @@ def _of_one(records: Sequence[Record]) -> tuple[str, str]:
 
 
 def change_tables(found: Results, size: int) -> list[Table]:
-    """`ANSWERS` with one thing changed: a table for those changes that were tried on the same tasks."""
+    """`ANSWERS` with one thing or a few changed: a table for those changes that were tried on the same tasks."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name in found.methods(size):
         if name.startswith(f"{ANSWERS}-"):
@@ -180,14 +181,17 @@ def _change_table(found: Results, size: int, tasks: Sequence[str], changed: Sequ
         row = [METHODS[name].title, count(records[-1]["parameters"]), f"{rates[name]:g}"]
         rows.append([*row, percent(interval(list(of.values()))), *less, _mean(records, "general_kl")])
     columns = ("method", "parameters", "rate", "score", *(f"less {METHODS[name].title}" for name in compared), "KL")
-    return Table(f"One change at a time: means over {', '.join(tasks)}", columns, rows)
+    return Table(f"Changes: means over {', '.join(tasks)}", columns, rows)
 
 
 def rate_table(found: Results, size: int) -> Table:
     rows = [
         [
             METHODS[name].title,
-            *(NOTHING if (rate := found.rate(task, name, size)) is None else f"{rate:g}" for task in found.tasks(size)),
+            *(
+                f"{found.rate(task, name, size):g}" if found.cell(task, name, size) else NOTHING
+                for task in found.tasks(size)
+            ),
         ]
         for name in found.methods(size)
         if METHODS[name].attach
@@ -212,7 +216,7 @@ def write(results: Path) -> Path:
                 compared = [name for name in REFERENCES if name in found.methods(size)]
                 tables += [difference_table(found, size, name) for name in compared]
                 tables += [cost_table(found, size), rate_table(found, size)]
-                tables += change_tables(found, size)
+                tables += change_tables(found, size) if split == "validation" else []
             lines += ["", f"## {split.capitalize()} data, {'prompts' if size == PROMPTS else f'{size} samples'}"]
             for table in tables:
                 lines += ["", *table.markdown()]

@@ -395,6 +395,16 @@ def test_a_prefix_begins_as_the_first_tokens_of_a_prompt():
     torch.testing.assert_close(model(input_ids=torch.tensor([query])).logits, want)
 
 
+def test_whole_pairs_of_key_value_heads_begin_as_a_prefix(cache, monkeypatch):
+    """Prefix tuning's start is a case of HiFICL's; they train otherwise, by the keys' rate and their rotation."""
+    monkeypatch.setattr(runner, "STEPS", 1)
+    names = "hificl-prompt-kv-27-whole", "prefix-demos"
+    ours, prefix = (perform(Job("past", name, 12, 0, "validation", 0.01), cache) for name in names)
+    assert ours["parameters"] == prefix["parameters"]
+    for field in ("score", "loss", "general_loss", "general_kl"):
+        assert ours["start"][field] == pytest.approx(prefix["start"][field], rel=1e-4, abs=1e-4), field
+
+
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
@@ -406,15 +416,6 @@ def tried(scores, method="lora-3"):
     """Validation records of (rate, seed): score."""
     jobs = {Job("past", method, 16, seed, "validation", rate): score for (rate, seed), score in scores.items()}
     return {job: record_of(job, score) for job, score in jobs.items()}
-
-
-def test_whole_pairs_of_key_value_heads_begin_as_a_prefix(cache):
-    """Prefix tuning's start is a case of HiFICL's; their training differs by the positions that keys are rotated to."""
-    names = f"{methods.ANSWERS}-kv-27-whole", "prefix-demos"
-    ours, prefix = (perform(Job("past", name, 12, 0, "validation", 0.01), cache) for name in names)
-    assert ours["parameters"] == prefix["parameters"]
-    for field in ("score", "loss", "general_loss", "general_kl"):
-        assert ours["start"][field] == pytest.approx(prefix["start"][field], rel=1e-4, abs=1e-4), field
 
 
 def test_the_best_rate_is_that_of_the_seeds_that_all_rates_have():
@@ -636,13 +637,14 @@ def test_a_report_has_no_score_at_a_rate_that_validation_data_did_not_choose(tmp
         lines = [json.dumps(record_of(job, value) | {"parameters": 1}) for job, value in jobs.items()]
         (tmp_path / f"{task}.jsonl").write_text("".join(f"{line}\n" for line in lines))
     lines = report.write(tmp_path).read_text().split("## Validation data")[0].splitlines()
-    assert cells_of(lines, "lora-3")[0] == ["50.0 (1)", "-", "- |"]
+    scores, rates = cells_of(lines, "lora-3")
+    assert scores == ["50.0 (1)", "-", "- |"] and rates == ["0.2", "- |"]
 
 
 def test_a_report_compares_what_was_changed_at_one_rate_on_the_same_tasks(tmp_path):
-    recommended, changed = methods.ANSWERS, f"{methods.ANSWERS}-kv"
+    unchanged, changed = methods.ANSWERS, f"{methods.ANSWERS}-kv"
     scores = {  # by task, then by seed; the best rate of the first has fewer seeds
-        (recommended, 0.1): ((0.5, 0.7), (0.3, 0.5)), (recommended, 0.2): ((0.9,), (0.9,)),
+        (unchanged, 0.1): ((0.5, 0.7), (0.3, 0.5)), (unchanged, 0.2): ((0.9,), (0.9,)),
         (changed, 0.1): ((0.6, 0.7), (0.5, 0.5)), (changed, 0.2): ((0.1, 0.2), (0.9, 0.6)),
     }  # fmt: skip
     for (method, rate), tasks_of in scores.items():
@@ -652,16 +654,16 @@ def test_a_report_compares_what_was_changed_at_one_rate_on_the_same_tasks(tmp_pa
                     record = record_of(Job(task, method, 16, seed, "validation", rate), score)
                     file.write(json.dumps(record | {"parameters": 7, "general_kl": rate, "start": {}, **LOSSES}) + "\n")
     with (tmp_path / "plural.jsonl").open("a") as file:  # the change was not tried on this task
-        record = record_of(Job("plural", recommended, 16, 0, "validation", 0.1), 1.0)
+        record = record_of(Job("plural", unchanged, 16, 0, "validation", 0.1), 1.0)
         file.write(json.dumps(record | {"parameters": 7, "general_kl": 0.1, "start": {}, **LOSSES}) + "\n")
     with (tmp_path / "past.jsonl").open("a") as file:  # another one on one task alone
-        record = record_of(Job("past", f"{recommended}-muon", 16, 0, "validation", 0.1), 0.8)
+        record = record_of(Job("past", f"{unchanged}-muon", 16, 0, "validation", 0.1), 0.8)
         file.write(json.dumps(record | {"parameters": 7, "general_kl": 0.1, "start": {}, **LOSSES}) + "\n")
     text = report.write(tmp_path).read_text()
-    muon = text.split("One change at a time: means over past**")[1].split("**")[0].splitlines()
-    assert cells_of(muon, f"{recommended}-muon") == [["7", "0.1", "80.0 (1)", "+30.0 (1)", "0.10 |"]]
-    table = text.split("One change at a time: means over past, kind**")[1].split("**")[0].splitlines()
-    (one,), (other,) = cells_of(table, recommended), cells_of(table, changed)
+    muon = text.split("Changes: means over past**")[1].split("**")[0].splitlines()
+    assert cells_of(muon, f"{unchanged}-muon") == [["7", "0.1", "80.0 (1)", "+30.0 (1)", "0.10 |"]]
+    table = text.split("Changes: means over past, kind**")[1].split("**")[0].splitlines()
+    (one,), (other,) = cells_of(table, unchanged), cells_of(table, changed)
     assert one == ["7", "0.1", "50.0 ± 127.1 (2)", "-", "0.10 |"]
     assert other == ["7", "0.1", "57.5 ± 31.8 (2)", "+7.5 ± 95.3 (2)", "0.10 |"]
 
