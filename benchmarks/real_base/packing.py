@@ -52,7 +52,7 @@ class Packed:
                 number += 1
             parts.append([torch.tensor(of, dtype=torch.long) for of in (tokens, places, numbers, asked)])
         ids, positions, row_of, said = (
-            pad_sequence(of, batch_first=True, padding_value=padding)
+            pad_sequence(list(of), batch_first=True, padding_value=padding)
             for of, padding in zip(zip(*parts, strict=True), (0, 0, -1, 0), strict=True)
         )
         seen = (row_of[:, :, None] == row_of[:, None]) | (row_of == SHARED)[:, None]  # (K, N, N)
