@@ -179,7 +179,9 @@ def _change_table(found: Results, size: int, tasks: Sequence[str], changed: Sequ
             less.append(NOTHING if name == other else percent(pair, "+"))
         records = [record for task in tasks for record in found.cell(task, name, size, rates[name]).values()]
         row = [METHODS[name].title, count(records[-1]["parameters"]), f"{rates[name]:g}"]
-        rows.append([*row, percent(interval(list(of.values()))), *less, _mean(records, "general_kl")])
+        trained = [record for record in records if "general_kl" in record]  # those that diverged have none
+        kl = _mean(trained, "general_kl") if trained else NOTHING
+        rows.append([*row, percent(interval(list(of.values()))), *less, kl])
     columns = ("method", "parameters", "rate", "score", *(f"less {METHODS[name].title}" for name in compared), "KL")
     return Table(f"Changes: means over {', '.join(tasks)}", columns, rows)
 

@@ -659,9 +659,16 @@ def test_a_report_compares_what_was_changed_at_one_rate_on_the_same_tasks(tmp_pa
     with (tmp_path / "past.jsonl").open("a") as file:  # another one on one task alone
         record = record_of(Job("past", f"{unchanged}-muon", 16, 0, "validation", 0.1), 0.8)
         file.write(json.dumps(record | {"parameters": 7, "general_kl": 0.1, "start": {}, **LOSSES}) + "\n")
+    diverged = Job("past", f"{unchanged}-n4", 16, 0, "validation", 0.1)
+    tested = Job("past", changed, 16, 9, "test", 0.1)
+    with (tmp_path / "past.jsonl").open("a") as file:
+        for job, more in ((diverged, {}), (tested, {"general_kl": 0.1, **LOSSES})):
+            file.write(json.dumps(record_of(job, 0.0) | {"parameters": 7, "start": {}} | more) + "\n")
     text = report.write(tmp_path).read_text()
+    assert "Changes" not in text.split("## Validation data")[0]  # one rate for all tasks would be chosen on test data
     muon = text.split("Changes: means over past**")[1].split("**")[0].splitlines()
     assert cells_of(muon, f"{unchanged}-muon") == [["7", "0.1", "80.0 (1)", "+30.0 (1)", "0.10 |"]]
+    assert cells_of(muon, f"{unchanged}-n4") == [["7", "0.1", "0.0 (1)", "-50.0 (1)", "- |"]]
     table = text.split("Changes: means over past, kind**")[1].split("**")[0].splitlines()
     (one,), (other,) = cells_of(table, unchanged), cells_of(table, changed)
     assert one == ["7", "0.1", "50.0 ± 127.1 (2)", "-", "0.10 |"]
