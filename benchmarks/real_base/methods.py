@@ -281,6 +281,10 @@ _CHANGED: dict[str, tuple[str, Adapter]] = {
                 "lora", "r = 5, beside LoRA r = 1",
                 Adapter(_skipping(r=5), with_balanced_factors(pairs_from_answers), beside=lora(1)),
             ),
+            (
+                "kv-lora", "a pair for all query heads of a key/value head, beside LoRA r = 2",
+                Adapter(_skipping(heads="kv"), with_balanced_factors(pairs_from_answers), beside=lora(2)),
+            ),
         )
     },
     "tied-32": (
@@ -361,6 +365,13 @@ METHODS: dict[str, Method] = {
     "hificl-prompt-kv-64": Method(
         "HiFICL from the first tokens of a prompt, n = 64, r = 14, balanced factors, per key/value head", rates=_PAIRS,
         attach=Adapter(hificl(heads="kv", n=64, r=14), with_balanced_factors(pairs_from_first_tokens)),
+    ),
+    "hificl-prompt-kv-lora": Method(
+        "HiFICL from the first tokens of a prompt, n = 27, r = 6, balanced factors, per key/value head, and LoRA r = 2",
+        rates=_PAIRS,
+        attach=Adapter(
+            hificl(heads="kv", n=27, r=6), with_balanced_factors(pairs_from_first_tokens), beside=lora(2)
+        ),
     ),
     **{
         f"{ANSWERS}-{name}": Method(f"{_TITLE}, {title}", rates=_PAIRS, attach=attach)
