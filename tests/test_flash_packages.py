@@ -32,7 +32,7 @@ from peft_hificl.ops.packages import (
     sequences_of_starts,
 )
 
-from . import oracle
+from . import cuda_kernels, oracle
 from .flash_packages import SIGNATURES, functions, package
 from .helpers import GROUPS, adapted, build, config, gemma2, gpt_oss, inputs_for, llama, logits, tensors
 
@@ -181,6 +181,17 @@ def test_windows_with_and_without_causality(family: str, case: str, window: int 
 )
 def test_all_that_pairs_can_be(options: dict[str, Any], case: str) -> None:
     check("fa2", case, "gqa", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha_one": True, "first": True, "sinks": True}], ids=["", "all"])
+@pytest.mark.parametrize("case", ["rows", "padded", "padded-more-keys", "positions"])
+@pytest.mark.parametrize("kernel", cuda_kernels.NAMES)
+def test_the_pairs_are_computed_by_each_of_cudas_kernels(
+    kernel: str, case: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the layout of what the package gives."""
+    cuda_kernels.take_the_place_of_the_cpus(monkeypatch, kernel)
+    check(FAMILIES[0], case, "gqa", **options)
 
 
 def test_where_the_package_cannot_the_other_kernels_compute(real_limits: None) -> None:

@@ -386,6 +386,22 @@ def test_any_memory_layout(kernel: str, alpha_one: bool, layout: str, which: str
         check(within, inputs, wanted, change={which: LAYOUTS[layout]}, alpha_one=alpha_one)
 
 
+@pytest.mark.parametrize("length", [None, 64], ids=["", "64"])
+@pytest.mark.parametrize("kernel", BLOCKS)
+def test_any_memory_layout_of_the_lse(kernel: str, length: int | None, within: Within) -> None:
+    """That of packages over packed tokens has heads before rows in memory."""
+    dtype, usual = BLOCKS[kernel]
+    inputs = draw("gqa", length or usual, length or usual, 64, dtype)
+    call = kernels.Call(*(inputs[name].to(DEVICE) for name in ("query", "key", "value")), None, False, 0.125)
+    own = kernels.KERNELS["cuda"][kernel.removesuffix("-half")]
+    output, lse, state = own.forward(call)
+    laid_out = lse.transpose(0, 1).contiguous().transpose(0, 1)
+    grad = torch.randn_like(output)
+    want, got = (own.backward(call, grad, output, of, state) for of in (lse, laid_out))
+    for name, a, b in zip(("query", "key", "value"), got, want, strict=True):
+        within(name, a, b, dtype, BACKWARD[dtype])
+
+
 @pytest.mark.parametrize("which", ["query", "key", "value", "virtual_keys", "virtual_values", "grad"])
 @pytest.mark.parametrize("way", ["begins-late", "odd-rows"])
 @pytest.mark.parametrize("kernel", BLOCKS)

@@ -63,10 +63,12 @@ def padded(rows: int, size: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("case", ["rows", "decode", "padded", "padded-decode", "documents", "both-ways"])
+@pytest.mark.parametrize("plain", [False, True], ids=["", "plain"])
 @pytest.mark.parametrize("heads, kv, dim", [(4, 4, 64), (4, 2, 128), (8, 1, 64)], ids=["mha", "gqa", "mqa"])
 def test_values_and_gradients(
-    heads: int, kv: int, dim: int, case: str, window: int | None, dtype: torch.dtype, implementation: str
+    heads: int, kv: int, dim: int, plain: bool, case: str, window: int | None, dtype: torch.dtype, implementation: str
 ) -> None:
+    """With all that pairs and a context can have, and `plain` pairs alone, which another kernel computes."""
     torch.manual_seed(0)
     rows, size = 1 if case == "documents" else 2, 37
     length = 1 if "decode" in case else size
@@ -76,9 +78,9 @@ def test_values_and_gradients(
         "value": torch.randn(rows, size, kv, dim).transpose(1, 2),
         "keys": torch.randn(1, heads, 8, dim),
         "values": torch.randn(1, heads, 8, dim),
-        "log_weights": torch.randn(1, heads, 8),
-        "sinks": torch.randn(heads),
     }
+    if not plain:
+        x |= {"log_weights": torch.randn(1, heads, 8), "sinks": torch.randn(heads)}
     sequences = None
     if "padded" in case:
         sequences = sequences_of_mask(padded(rows, size).to(DEVICE), length)
@@ -93,15 +95,15 @@ def test_values_and_gradients(
     real = mask.any(-1)  # (B, 1, T)
 
     def run(attend: Any, x: dict[str, Tensor], mask: Any) -> Any:
-        pairs = VirtualPairs(x["keys"], x["values"], x["log_weights"], skip_first_token=True)
-        return attend(x["query"], x["key"], x["value"], pairs, Scoring(dim**-0.5, mask=mask, sinks=x["sinks"]))
+        pairs = VirtualPairs(x["keys"], x["values"], x.get("log_weights"), skip_first_token=not plain)
+        return attend(x["query"], x["key"], x["value"], pairs, Scoring(dim**-0.5, mask=mask, sinks=x.get("sinks")))
 
     assert run(merged.attention_path, mine, packing).kernel == package.name
     want = torch.where(real[..., None], run(virtual_attention, exact, mask)[0], 0)
     got = run(merged.attention, mine, packing)
     within("output", got, want, FORWARD)
     direction = torch.randn(want.shape).to(dtype)
-    scales = {"sinks": of_each_query(want, exact["sinks"], direction.double())}
+    scales = {} if plain else {"sinks": of_each_query(want, exact["sinks"], direction.double())}
     expected = torch.autograd.grad(want, list(exact.values()), direction.double())
     found = torch.autograd.grad(got, list(mine.values()), direction.to(DEVICE))
     for name, a, b in zip(x, found, expected, strict=True):
@@ -121,12 +123,13 @@ def test_a_model(given: str, implementation: str) -> None:
     base = tf.LlamaForCausalLM(llama).to(DEVICE, torch.bfloat16).eval()
     model = get_peft_model(base, HiFICLConfig(task_type="CAUSAL_LM", n=8, r=8, init_weights=False))
     ids = torch.randint(5, VOCAB, (1 if given == "documents" else 2, 24), device=DEVICE)
-    inputs: dict[str, Tensor] = {"input_ids": ids}
+    inputs: dict[str, Any] = {"input_ids": ids}
     real = torch.ones_like(ids)
     if given == "padded":
         inputs["attention_mask"] = real = padded(2, 24).to(DEVICE)
     else:
         inputs["position_ids"] = torch.cat([torch.arange(n, device=DEVICE) for n in (7, 17)])[None]
+        inputs["use_cache"] = False  # with a cache, transformers' masks for sdpa do not tell documents apart
     results = []
     for name in ("sdpa", implementation):
         base.set_attn_implementation(name)
@@ -137,7 +140,7 @@ def test_a_model(given: str, implementation: str) -> None:
     for want, got in zip(*results, strict=True):
         assert float((got - want).norm() / want.norm()) < 0.05
     settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    prompt = {name: tensor for name, tensor in inputs.items() if name != "position_ids"}
+    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
     assert torch.equal(model.generate(**prompt, **settings), model.generate(**prompt, **settings, use_cache=False))
 
 

@@ -1,9 +1,4 @@
-"""CUDA's kernels without CUDA: stand-ins of the same signatures that compute what PyTorch documents, and nothing else.
-
-The stand-ins take their arguments by the names of the real operators' schemas, insist on what the real ones need (masks
-in rows of a multiple of 16, an LSE padded to 32, an output as their forward lays it out, no dropout) and are the
-definition otherwise.
-"""
+"""CUDA's kernels without CUDA: stand-ins of the same signatures (`cuda_kernels`) take their place on the CPU."""
 
 from __future__ import annotations
 
@@ -18,136 +13,16 @@ from peft_hificl.ops import kernels, merged
 from peft_hificl.ops.kernels import KERNELS, Call
 
 from . import oracle
+from .cuda_kernels import NAMES, Aten, take_the_place_of_the_cpus
 from .helpers import GROUPS, mask_of, tensors
 
 DEVICE = torch.device("cuda", 3)
 
 
-def bound(name: str, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, object]:
-    """Arguments by the names in the operator's schema."""
-    schema = getattr(torch.ops.aten, name).default._schema
-    by_position = [argument for argument in schema.arguments if not argument.kwarg_only]
-    assert len(args) <= len(by_position)
-    values = {argument.name: value for argument, value in zip(by_position, args, strict=False)}
-    assert not values.keys() & kwargs.keys() and kwargs.keys() <= {argument.name for argument in schema.arguments}
-    values |= kwargs
-    for argument in schema.arguments:
-        if argument.name not in values:
-            assert argument.has_default_value(), argument.name
-            values[argument.name] = argument.default_value
-    assert values["dropout_p"] == 0.0 and values["scale"] is not None
-    return values
-
-
-def scores(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    s = query @ key.mT * scale
-    if mask is not None:
-        s = s + mask
-    return s.masked_fill(~torch.ones_like(s, dtype=torch.bool).tril(), -torch.inf) if is_causal else s
-
-
-def gradients(p: Tensor, grad: Tensor, output: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float):
-    """From the probabilities; the chain rule, written out."""
-    delta = (grad * output).sum(-1, keepdim=True)
-    ds = p * (grad @ value.mT - delta)
-    return ds @ key * scale, ds.mT @ query * scale, p.mT @ grad
-
-
-def rng(key: Tensor) -> tuple[Tensor, Tensor]:
-    """What the forward over these keys hands to its own backward."""
-    return torch.tensor(11 * key.shape[2]), torch.tensor(key.shape[2] + 33)
-
-
-class Aten:
-    """In the place of `torch.ops.aten`."""
-
-    def _scaled_dot_product_flash_attention(self, *args: object, **kwargs: object) -> tuple[object, ...]:
-        x = bound("_scaled_dot_product_flash_attention", args, kwargs)
-        assert x["return_debug_mask"] is False
-        query = x["query"]
-        key, value = (x[name].repeat_interleave(query.shape[1] // x[name].shape[1], 1) for name in ("key", "value"))
-        s = scores(query, key, None, x["is_causal"], x["scale"])
-        return (
-            s.softmax(-1) @ value,
-            s.logsumexp(-1),
-            None,
-            None,
-            query.shape[2],
-            key.shape[2],
-            *rng(key),
-            torch.empty(0),
-        )
-
-    def _scaled_dot_product_flash_attention_backward(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
-        x = bound("_scaled_dot_product_flash_attention_backward", args, kwargs)
-        query, heads = x["query"], x["key"].shape[1]
-        assert (x["cum_seq_q"], x["cum_seq_k"]) == (None, None)
-        assert (x["max_q"], x["max_k"]) == (query.shape[2], x["key"].shape[2])
-        assert (int(x["philox_seed"]), int(x["philox_offset"])) == tuple(map(int, rng(x["key"])))
-        key, value = (x[name].repeat_interleave(query.shape[1] // heads, 1) for name in ("key", "value"))
-        p = torch.exp(scores(query, key, None, x["is_causal"], x["scale"]) - x["logsumexp"][..., None])
-        of_query, *others = gradients(p, x["grad_out"], x["out"], query, key, value, x["scale"])
-        return of_query, *(g.reshape(len(g), heads, -1, *g.shape[2:]).sum(2) for g in others)
-
-    def _scaled_dot_product_cudnn_attention(self, *args: object, **kwargs: object) -> tuple[object, ...]:
-        x = bound("_scaled_dot_product_cudnn_attention", args, kwargs)
-        assert x["return_debug_mask"] is False and x["compute_log_sumexp"] is True
-        query, mask = x["query"], x["attn_bias"]
-        key, value = (x[name].repeat_interleave(query.shape[1] // x[name].shape[1], 1) for name in ("key", "value"))
-        assert mask is None or (mask.shape == (*query.shape[:3], key.shape[2]) and mask.stride(-1) == 1)
-        s = scores(query, key, mask, x["is_causal"], x["scale"])
-        lse = s.logsumexp(-1, keepdim=True)
-        return s.softmax(-1) @ value, lse, None, None, query.shape[2], key.shape[2], *rng(key), None
-
-    def _scaled_dot_product_cudnn_attention_backward(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
-        x = bound("_scaled_dot_product_cudnn_attention_backward", args, kwargs)
-        query, heads = x["query"], x["key"].shape[1]
-        assert (x["cum_seq_q"], x["cum_seq_k"]) == (None, None)
-        assert (x["max_q"], x["max_k"]) == (query.shape[2], x["key"].shape[2])
-        assert (int(x["philox_seed"]), int(x["philox_offset"])) == tuple(map(int, rng(x["key"])))
-        assert x["logsumexp"].shape == (*query.shape[:3], 1) and x["logsumexp"].is_contiguous()
-        layout = torch.empty_like(query).stride()
-        assert x["out"].stride() == x["grad_out"].stride() == layout  # else a plan for another layout may read them
-        key, value = (x[name].repeat_interleave(query.shape[1] // heads, 1) for name in ("key", "value"))
-        p = torch.exp(scores(query, key, x["attn_bias"], x["is_causal"], x["scale"]) - x["logsumexp"])
-        of_query, *others = gradients(p, x["grad_out"], x["out"], query, key, value, x["scale"])
-        return of_query, *(g.reshape(len(g), heads, -1, *g.shape[2:]).sum(2) for g in others)
-
-    def _scaled_dot_product_efficient_attention(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
-        x = bound("_scaled_dot_product_efficient_attention", args, kwargs)
-        query, key, value = self._checked(x)
-        assert x["compute_log_sumexp"] is True
-        s = scores(query, key, x["attn_bias"], x["is_causal"], x["scale"])
-        lse = torch.nn.functional.pad(s.logsumexp(-1), (0, -query.shape[2] % 32), value=torch.inf)
-        return s.softmax(-1) @ value, lse, *rng(key)
-
-    def _scaled_dot_product_efficient_attention_backward(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
-        x = bound("_scaled_dot_product_efficient_attention_backward", args, kwargs)
-        query, key, value = self._checked(x)
-        assert (int(x["philox_seed"]), int(x["philox_offset"])) == tuple(map(int, rng(x["key"])))
-        assert x["logsumexp"].shape[2] % 32 == 0 and x["grad_input_mask"] == [True, True, True, False]
-        assert x["out"].transpose(1, 2).is_contiguous()  # the kernel does not ask
-        lse = x["logsumexp"][:, :, : query.shape[2], None]
-        assert torch.isposinf(x["logsumexp"][:, :, query.shape[2] :]).all()
-        p = torch.exp(scores(query, key, x["attn_bias"], x["is_causal"], x["scale"]) - lse)
-        return *gradients(p, x["grad_out_"], x["out"], query, key, value, x["scale"]), torch.empty(0)
-
-    @staticmethod
-    def _checked(x: dict[str, object]) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, mask = x["query"], x["key"], x["value"], x["attn_bias"]
-        assert key.shape[1] == value.shape[1] == query.shape[1]
-        if mask is not None:
-            assert mask.shape == (*query.shape[:3], key.shape[2]) and mask.stride(-1) == 1
-            assert all(stride % 16 == 0 for stride in mask.stride()[:-1])
-        return query, key, value
-
-
-@pytest.fixture(params=["flash", "efficient", "cudnn"])
+@pytest.fixture(params=NAMES)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """One of CUDA's kernels, in the place of the CPU's."""
-    monkeypatch.setattr(kernels, "aten", Aten())
-    here = {request.param: KERNELS["cuda"][request.param]._replace(limits=lambda call: None)}
-    monkeypatch.setitem(KERNELS, "cpu", here)
+    take_the_place_of_the_cpus(monkeypatch, request.param)
     return request.param
 
 
@@ -381,6 +256,20 @@ def test_a_backward_gets_what_its_forward_laid_out(kernel: str, layout: str, alp
     grads_want = torch.autograd.grad(want, list(want_in.values()), direction)
     for a, b in zip(torch.autograd.grad(got, list(y.values()), laid_out(direction)), grads_want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_the_lse_may_have_any_layout(kernel: str) -> None:
+    """It comes from wherever the context was computed; 32 queries need no padding."""
+    torch.manual_seed(3)
+    query, grad, output = torch.randn(3, 2, 4, 32, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 2, 2, 6, 8, dtype=torch.float64)
+    own = KERNELS["cpu"][kernel]
+    call = Call(query, key, value, None, False, 0.3)
+    _, lse, state = own.forward(call)
+    laid_out = lse.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not laid_out.is_contiguous()
+    for a, b in zip(*(own.backward(call, grad, output, of, state) for of in (lse, laid_out)), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.fixture
