@@ -1,8 +1,8 @@
 """Stand-ins for PyTorch's attention kernels on CUDA: the same signatures on any device, the definition within.
 
 They take their arguments by the names of the real operators' schemas and insist on what the real ones need, but do not
-check: masks in rows of a multiple of 16, a contiguous LSE, padded to 32 for one of them, an output as their forward
-lays it out, no dropout.
+check: masks in rows of a multiple of 16, a contiguous LSE or one padded to 32, an output as their forward lays it out,
+no dropout.
 """
 
 from __future__ import annotations
@@ -127,8 +127,12 @@ class Aten:
         x = bound("_scaled_dot_product_efficient_attention_backward", args, kwargs)
         query, key, value = self._checked(x)
         assert (int(x["philox_seed"]), int(x["philox_offset"])) == tuple(map(int, rng(x["key"])))
-        assert x["logsumexp"].shape[2] % 32 == 0 and x["grad_input_mask"] == [True, True, True, False]
-        assert x["out"].transpose(1, 2).is_contiguous() and x["logsumexp"].is_contiguous()  # the kernel does not ask
+        assert (
+            x["logsumexp"].shape[2] % 32 == 0
+            and x["logsumexp"].stride(2) == 1
+            and x["grad_input_mask"] == [True, True, True, False]
+        )
+        assert x["out"].transpose(1, 2).is_contiguous()  # the kernel does not ask
         lse = x["logsumexp"][:, :, : query.shape[2], None]
         assert torch.isposinf(x["logsumexp"][:, :, query.shape[2] :]).all()
         p = torch.exp(scores(query, key, x["attn_bias"], x["is_causal"], x["scale"]) - lse)

@@ -183,8 +183,8 @@ def test_all_that_pairs_can_be(options: dict[str, Any], case: str) -> None:
     check("fa2", case, "gqa", **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"alpha_one": True, "first": True, "sinks": True}], ids=["", "all"])
-@pytest.mark.parametrize("case", ["rows", "padded", "padded-more-keys", "positions"])
+@pytest.mark.parametrize("options", [{}, {"alpha_one": True, "sinks": True}, {"first": True}], ids="-".join)
+@pytest.mark.parametrize("case", ["rows", "padded", "padded-decode", "padded-more-keys", "positions"])
 @pytest.mark.parametrize("kernel", cuda_kernels.NAMES)
 def test_the_pairs_are_computed_by_each_of_cudas_kernels(
     kernel: str, case: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

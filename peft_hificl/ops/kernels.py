@@ -181,7 +181,7 @@ def _efficient_forward(call: Call) -> tuple[Tensor, Tensor, State]:
 def _efficient_backward(call: Call, grad: Tensor, output: Tensor, lse: Tensor, state: State) -> Gradients:
     query, key, value, mask = _layout(call)
     # As the forward gives them: in half precision, the kernel does not look at the layout of the output.
-    lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf).contiguous()
+    lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
     output = output.transpose(1, 2).contiguous().transpose(1, 2)
     grad_query, grad_key, grad_value, _ = aten._scaled_dot_product_efficient_attention_backward(
         grad, query, key, value, mask, output, lse, *state, 0.0, [True, True, True, False], call.is_causal,

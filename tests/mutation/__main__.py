@@ -52,6 +52,7 @@ TESTS: dict[str, list[str]] = {
     "ops/merged": ["tests/test_merged.py", "tests/test_kernels.py", *WITHOUT_COMPILER],
     "ops/calls": ["tests/test_merged.py", "tests/test_kernels.py", WHICH_COMPILERS, *WITHOUT_COMPILER],
     "ops/kernels": ["tests/test_kernels.py", "tests/test_merged.py", *WITHOUT_COMPILER],
+    "ops/packages": ["tests/test_flash_packages.py", *WITHOUT_COMPILER],
     "layer": [
         "tests/test_pair_weights.py",
         "tests/test_adapter_names.py",
@@ -85,7 +86,8 @@ condition negated or a part of it dropped, a statement, a keyword argument, a de
 dropped, two arguments swapped, None returned. Annotations, docstrings, imports, f-strings and the words of errors and
 log messages are left alone. A mutant is found if one of its module's tests fails (or takes three times as long); the
 tests are named in `__main__.py`, and leave out what `torch.compile` and `torch.export` make of the code. CUDA's kernels
-run as stand-ins that have the real operators' signatures and compute the definition (`tests/test_kernels.py`).
+and flash attention packages run as stand-ins that have the real signatures and compute the definition
+(`tests/cuda_kernels.py`, `tests/flash_packages.py`).
 
 Equivalent mutants change nothing that can be observed; `equivalent.json` lists each with the reason. They are not
 counted in the share of survivors. A result holds as long as the function that the fault is in stays as it is, letter by
