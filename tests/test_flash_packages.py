@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_hificl import Scoring, VirtualPairs, inspection, interface, support
 from peft_hificl.ops import merged
+from peft_hificl.ops.kernels import Call
 from peft_hificl.ops.packages import (
     Packing,
     package_of,
@@ -250,6 +251,43 @@ def test_sequences_are_found_as_transformers_finds_them() -> None:
             assert torch.equal(found.query_starts, starts) and found.most_queries == int(most)
 
 
+def test_a_row_that_is_cut_after_the_first_token_of_a_document() -> None:
+    found = sequences_of_positions(torch.tensor([7, 4, 5, 4]))
+    assert found is not None and found.query_starts.tolist() == found.key_starts.tolist() == [0, 1, 3, 4]
+    assert (found.most_queries, found.most_keys) == (2, 2)
+
+
+def test_sequences_of_more_keys_than_queries() -> None:
+    found = sequences_of_starts(torch.tensor([0, 1, 3]), torch.tensor([0, 4, 9]), 2, 5)
+    assert (found.most_queries, found.most_keys) == (2, 5)
+    packing = Packing(package_of(*functions(package("fa2"))), found)
+    mask = packing.mask(torch.randn(1, 4, 3, 8), torch.randn(1, 2, 9, 8))
+    assert mask[0, 0].int().tolist() == [
+        [1, 1, 1, 1, 0, 0, 0, 0, 0],  # the last of four tokens
+        [0, 0, 0, 0, 1, 1, 1, 1, 0],  # the last two of five
+        [0, 0, 0, 0, 1, 1, 1, 1, 1],
+    ]
+
+
+@pytest.mark.parametrize("window", [None, 0, 1, 5])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_queries_that_see_one_key(case: str, is_causal: bool, window: int | None) -> None:
+    """As the mask has it, which is not made for them."""
+    rows, length, size, sequences = CASES[case]
+    packing = Packing(package_of(*functions(package("fa2"))), sequences(), is_causal, window)
+    query, key = torch.randn(rows, 4, length, 8), torch.randn(rows, 2, size, 8)
+    mask, real = visible(case, is_causal, window)
+    assert torch.equal(packing.mask(query, key), mask)
+    assert torch.equal(packing.sees_one_key(query, key), (mask.sum(-1) == 1) & real[:, None])
+
+
+def test_the_largest_head_dimension(real_limits: None) -> None:
+    limits = Packing(package_of(*functions(package("fa2")))).limits
+    calls = [Call(*torch.randn(3, 1, 2, 5, dim, dtype=torch.bfloat16), None, False, 1.0) for dim in (256, 264)]
+    assert [limits(call) for call in calls] == [None, "flash attention packages want a head dimension up to 256"]
+
+
 # -- packages that HiFICL cannot use ---------------------------------------------------------------------------------
 
 
@@ -276,8 +314,9 @@ def test_a_package_without_what_is_needed_is_named(changes: dict[str, str | None
 
 def test_a_package_of_one_function() -> None:
     module = package("fa2")
-    with pytest.raises(ValueError, match="no flash_attn_func or no flash_attn_varlen_func"):
-        package_of(None, module.flash_attn_varlen_func)
+    for both in (None, module.flash_attn_varlen_func), (module.flash_attn_func, None):
+        with pytest.raises(ValueError, match="fa2_stand_in has no flash_attn_func or no flash_attn_varlen_func"):
+            package_of(*both)
 
 
 @pytest.mark.parametrize("case", ["rows", "padded"])
